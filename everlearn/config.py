@@ -1,0 +1,241 @@
+"""The one typed configuration: default < TOML file < EVERLEARN_SECTION__FIELD < flag. Unknown keys fail with the nearest right key.
+
+The environment is read here and nowhere else. Sections are named after packages. `load()` returns the settings and, for every
+leaf, where its value came from (`config show` prints both).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from everlearn.errors import InvalidRequest, NotFound
+
+PREFIX = "EVERLEARN_"
+NOT_SETTINGS = ("URL", "API_KEY", "FAULT")  # read below (client_environ) or by fault injection; they are no settings of the server
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ApiSettings(Section):
+    host: str = Field("127.0.0.1", description="address to listen on; beyond localhost a key must exist first")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    max_body_bytes: int = Field(64 * 2**20, gt=0, description="largest request body after decompression; more is a 413")
+    long_poll_seconds: float = Field(30.0, gt=0, le=40, description="how long retrieve_future waits before it answers with a queue state")
+    max_pending_requests: int = Field(20_000, gt=0, description="accepted and unfinished requests of one tenant; more is a 429")
+    log_format: Literal["text", "json"] = Field("text", description="how log lines are written")
+    shutdown_grace_seconds: float = Field(20.0, ge=0, description="time that requests in flight get after SIGTERM")
+    telemetry: bool = Field(True, description="keep what clients send to /telemetry (it never leaves this machine)")
+
+
+class EngineSettings(Section):
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="type of the frozen base weights; auto: float32 on CPU, bfloat16 on GPU"
+    )
+    threads: int = Field(0, ge=0, description="CPU threads for tensor work; 0: all cores")
+    micro_batch_tokens: int = Field(
+        0, ge=0, description="tokens of one training slice; 0: 512 on CPU, 8192 on GPU. Serving waits for one slice at most"
+    )
+    batch_window_ms: float = Field(3.0, ge=0, description="how long a training batch waits for other tenants' requests")
+    sampling_share: float = Field(0.5, gt=0, lt=1, description="share of the device's time that sampling gets while training waits too")
+    adapter_slots: int = Field(16, ge=1, description="sampler versions kept in memory; idle ones are reloaded from disk")
+    kv_tokens: int = Field(0, ge=0, description="tokens of the paged KV cache; 0: 32768 on CPU, by free memory on GPU")
+    block_size: int = Field(16, ge=1, description="tokens of a KV block")
+    max_batch: int = Field(64, ge=1, description="sequences that decode together")
+    prefill_tokens: int = Field(1024, ge=16, description="prompt tokens of one prefill step")
+    max_rank: int = Field(512, ge=1, description="largest LoRA rank that is accepted")
+    snapshot_overhead: float = Field(
+        0.1, gt=0, description="a snapshot is taken when its cost is below this share of the work it saves from replay"
+    )
+    snapshot_min_steps: int = Field(5, ge=1, description="optimizer steps between two snapshots, at least")
+    restart_limit: int = Field(20, ge=1, description="engine restarts within ten minutes before the server gives up and says so")
+    queue_limit: int = Field(4096, ge=1, description="sampling sequences that may wait in the engine; more is a 429")
+    recompute: bool = Field(False, description="recompute activations in the backward pass: less memory, a third more work")
+
+
+class StoreSettings(Section):
+    url: str = Field("", description="SQLAlchemy URL; empty: sqlite under the home folder; postgresql+psycopg://... for PostgreSQL")
+    result_retention_seconds: float = Field(86_400, gt=0, description="how long a finished result can still be fetched")
+    log_max_bytes: int = Field(
+        4 * 2**30, gt=0, description="upper bound of the request log; beyond it the oldest adapters are snapshotted and their log dropped"
+    )
+    checkpoint_max_bytes: int = Field(0, ge=0, description="upper bound of checkpoints on disk; 0: none. Over it a save is refused by name")
+
+
+class BaseModelSettings(Section):
+    name: str = Field(description="the id that clients use")
+    path: str = Field("", description="a Hugging Face folder, a cached hub id, or empty for an embedded model")
+    aliases: list[str] = Field(default_factory=list, description="public ids that mean this model too")
+
+
+class ModelsSettings(Section):
+    default: str = Field("smollm2", description="the base model that is loaded at start")
+    base: list[BaseModelSettings] = Field(default_factory=list, description="further base models")
+    aliases: dict[str, str] = Field(default_factory=dict, description="public id -> name of a base model")
+
+
+class Settings(Section):
+    home: Path = Field(default_factory=lambda: Path.home() / ".everlearn", description="folder of all data")
+    api: ApiSettings = Field(default_factory=ApiSettings)
+    engine: EngineSettings = Field(default_factory=EngineSettings)
+    store: StoreSettings = Field(default_factory=StoreSettings)
+    models: ModelsSettings = Field(default_factory=ModelsSettings)
+
+    @property
+    def store_url(self) -> str:
+        return self.store.url or f"sqlite:///{self.home / 'everlearn.db'}"
+
+
+class Loaded(NamedTuple):
+    """The settings, and for every leaf ("api.port") where its value came from: default, file PATH, env NAME or flag."""
+
+    settings: Settings
+    origins: dict[str, str]
+
+
+class ClientEnviron(NamedTuple):
+    """What the command line's client part reads from the environment."""
+
+    url: str
+    key: str
+    color: bool
+
+
+def client_environ(environ: Mapping[str, str] | None = None) -> ClientEnviron:
+    environ = os.environ if environ is None else environ
+    color = not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
+    return ClientEnviron(environ.get(PREFIX + "URL", ""), environ.get(PREFIX + "API_KEY", ""), color)
+
+
+def load(path: Path | None = None, environ: Mapping[str, str] | None = None, flags: Mapping[str, Any] | None = None) -> Loaded:
+    """Default < file < environment < flag. `flags` maps dotted keys to values; None means that the flag was not given.
+
+    Raises NotFound for a `path` that does not exist and InvalidRequest for an unknown key or a value out of its rule.
+    """
+    environ = os.environ if environ is None else environ
+    given: dict[str, tuple[Any, str]] = {}
+    file = find_file(path)
+    if file is not None:
+        given.update({key: (value, f"file {file}") for key, value in _flatten(_read_toml(file))})
+    given.update({key: (value, f"env {name}") for key, value, name in _from_environ(environ)})
+    given.update({key: (value, "flag") for key, value in (flags or {}).items() if value is not None})
+    _refuse_unknown(given)
+    try:
+        settings = Settings.model_validate(_nest({key: value for key, (value, _) in given.items()}))
+    except ValidationError as error:
+        raise _explain(error.errors()[0], given) from None
+    settings = settings.model_copy(update={"home": settings.home.expanduser().absolute()})
+    return Loaded(settings, {key: given[key][1] if key in given else "default" for key in leaves()})
+
+
+def find_file(path: Path | None = None) -> Path | None:
+    """The file that `load` reads: `path`, else ./everlearn.toml, else ~/.config/everlearn/everlearn.toml, else none."""
+    if path is not None:
+        if not path.is_file():
+            raise NotFound(f"config file {path} does not exist; check --config, or leave it out to use the defaults")
+        return path
+    candidates = (Path("everlearn.toml"), Path.home() / ".config" / "everlearn" / "everlearn.toml")
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of the file, for editors and checks."""
+    return Settings.model_json_schema()
+
+
+def leaves(section: type[BaseModel] = Settings, prefix: str = "") -> list[str]:
+    """Every dotted key, in the order in which the sections declare them."""
+    keys: list[str] = []
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            keys += leaves(field.annotation, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"{file} is not valid TOML: {error}; mend that line") from None
+
+
+def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys down to the leaves; a table that is itself a leaf's value (models.aliases) stays whole."""
+    known = set(leaves())
+    for name, value in table.items():
+        key = prefix + name
+        if isinstance(value, dict) and key not in known:
+            yield from _flatten(value, key + ".")
+        else:
+            yield key, value
+
+
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        *sections, leaf = key.split(".")
+        table = nested
+        for section in sections:
+            table = table.setdefault(section, {})
+        table[leaf] = value
+    return nested
+
+
+def _from_environ(environ: Mapping[str, str]) -> Iterator[tuple[str, Any, str]]:
+    """EVERLEARN_API__PORT -> api.port. Lists and tables are written as JSON."""
+    for name in sorted(environ):
+        if not name.startswith(PREFIX) or name.removeprefix(PREFIX) in NOT_SETTINGS:
+            continue
+        text: str = environ[name]
+        value: Any = text
+        if text[:1] in ("[", "{"):
+            try:
+                value = json.loads(text)
+            except ValueError as error:
+                raise InvalidRequest(f"{name} is not valid JSON: {error}; lists and tables are written as JSON", param=name) from None
+        yield name.removeprefix(PREFIX).lower().replace("__", "."), value, name
+
+
+def _refuse_unknown(given: Mapping[str, tuple[Any, str]]) -> None:
+    known = leaves()
+    for key, (value, origin) in given.items():
+        if key in known:
+            continue
+        if isinstance(value, (str, int, float)) and any(other.startswith(key + ".") for other in known):
+            raise InvalidRequest(
+                f"{key} ({origin}) is a section, not a value; set one of its keys, such as {nearest(key + '.', known)}", param=key
+            )
+        raise InvalidRequest(f"unknown setting {key} ({origin}); did you mean {nearest(key, known)}?", param=key)
+
+
+def nearest(key: str, known: list[str]) -> str:
+    """The known key that `key` most likely stands for: the same leaf in another section counts before similar spelling."""
+    leaf = key.rsplit(".", 1)[-1]
+    same_leaf = [other for other in known if other.rsplit(".", 1)[-1] == leaf]
+    close = same_leaf or difflib.get_close_matches(key, known, n=1, cutoff=0)
+    return close[0]
+
+
+def _explain(error: ErrorDetails, given: Mapping[str, tuple[Any, str]]) -> InvalidRequest:
+    """pydantic's first complaint as one sentence that names the key, the value, the rule and where the value came from."""
+    path = [str(part) for part in error["loc"]]
+    key = next((".".join(path[:end]) for end in range(len(path), 0, -1) if ".".join(path[:end]) in given), ".".join(path))
+    origin = given[key][1] if key in given else "default"
+    name = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        return InvalidRequest(f"unknown setting {name} ({origin}); known there: {', '.join(BaseModelSettings.model_fields)}", param=name)
+    rule = error["msg"][0].lower() + error["msg"][1:]
+    return InvalidRequest(f"{name} = {error['input']!r} ({origin}): {rule}; `everlearn config schema` lists every rule", param=name)

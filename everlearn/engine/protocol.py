@@ -1,0 +1,200 @@
+"""What the API process and the engine process say to each other: msgpack over one ZeroMQ socket pair.
+
+The API binds a ROUTER-free PAIR socket (`ipc://`), the engine connects. Every command that has a `request_id` is answered by
+exactly one `Completed` or `Failed`. Commands of one model must arrive in seq order: the API orders and logs them first, the
+engine applies them as they come. The engine keeps nothing that the log and the snapshots can't rebuild.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from everlearn.types import AdamParams, Array, BaseModelInfo, Datum, LoraSpec, Result, SamplingParams
+
+
+class Command(msgspec.Struct, frozen=True, tag_field="op"):
+    pass
+
+
+class Create(Command, tag="create"):
+    """A fresh adapter for training run `model_id` on base model `base` (answers DoneResult)."""
+
+    request_id: str
+    model_id: str
+    tenant: str
+    base: str
+    lora: LoraSpec
+
+
+class Restore(Command, tag="restore"):
+    """After a restart: adapter `model_id` as snapshot folder `folder` holds it (weights, moments, gradient accumulator, step).
+    Requests after the snapshot's seq follow as ordinary commands. Not a client's request: answers no request_id."""
+
+    model_id: str
+    tenant: str
+    base: str
+    lora: LoraSpec
+    folder: str
+
+
+class ForwardBackward(Command, tag="forward_backward"):
+    """Loss and gradient (added to the accumulator unless `forward_only`)."""
+
+    request_id: str
+    model_id: str
+    seq: int
+    data: list[Datum]
+    loss_fn: str
+    config: dict[str, float | str]
+    forward_only: bool = False
+
+
+class OptimStep(Command, tag="optim_step"):
+    request_id: str
+    model_id: str
+    seq: int
+    adam: AdamParams
+
+
+class Save(Command, tag="save"):
+    """Write the adapter's present state into `folder` (store/checkpoints.py layout), with moments if `optimizer`."""
+
+    request_id: str
+    model_id: str
+    seq: int
+    folder: str
+    optimizer: bool
+    metadata: dict[str, str] = {}
+
+
+class Publish(Command, tag="publish"):
+    """Freeze the present weights as sampler version `version` (live at once) and write them into `folder`."""
+
+    request_id: str
+    model_id: str
+    seq: int
+    version: str
+    folder: str
+    metadata: dict[str, str] = {}
+
+
+class Load(Command, tag="load"):
+    """Replace the adapter's weights by those of a checkpoint folder; moments too if `optimizer`, else they start anew.
+    `create` makes the adapter first (create-via-load)."""
+
+    request_id: str
+    model_id: str
+    seq: int
+    tenant: str
+    base: str
+    lora: LoraSpec
+    folder: str
+    optimizer: bool
+    create: bool = False
+
+
+class Unload(Command, tag="unload"):
+    """Forget an adapter that trains no more (its snapshot, if any, is the API's to keep or delete)."""
+
+    model_id: str
+
+
+class Sample(Command, tag="sample"):
+    """Draw `num_samples` sequences. `version` "" is the base model; otherwise weights are those of `folder`, cached by version.
+    `cache_salt` separates prefix caches (tenant). target_prompt_logprobs: int64 [P - 1, K], -1 asks for nothing."""
+
+    request_id: str
+    base: str
+    version: str
+    folder: str
+    cache_salt: str
+    prompt: Array  # int32 [P]
+    num_samples: int
+    params: SamplingParams
+    prompt_logprobs: bool = False
+    prompt_logprobs_last_n: int | None = None
+    topk_prompt_logprobs: int = 0
+    topk_sample_logprobs: int = 0
+    target_prompt_logprobs: Array | None = None
+    prompt_alt_tokens_k: int = 0
+
+
+class Cancel(Command, tag="cancel"):
+    request_id: str
+
+
+class TakeSnapshot(Command, tag="take_snapshot"):
+    """Ask for a snapshot of `model_id` now (the engine also decides by itself); answered by `Snapshotted`."""
+
+    model_id: str
+
+
+class Shutdown(Command, tag="shutdown"):
+    """Finish what runs, then exit 0."""
+
+
+AnyCommand = Create | Restore | ForwardBackward | OptimStep | Save | Publish | Load | Unload | Sample | Cancel | TakeSnapshot | Shutdown
+
+
+class Event(msgspec.Struct, frozen=True, tag_field="event"):
+    pass
+
+
+class Ready(Event, tag="ready"):
+    """The engine has loaded its default base model and takes commands."""
+
+    pid: int
+    device: str
+    dtype: str
+    kv_tokens: int
+    models: list[BaseModelInfo]
+    load_seconds: float
+
+
+class Completed(Event, tag="completed"):
+    request_id: str
+    result: Result
+
+
+class Failed(Event, tag="failed"):
+    """`code` is that of an error class in everlearn/errors.py; the adapter's state is as before the request."""
+
+    request_id: str
+    code: str
+    message: str
+    param: str | None = None
+
+
+class Snapshotted(Event, tag="snapshotted"):
+    """Snapshot folder `folder` of `model_id` is complete on disk and contains the effect of every request up to `seq`."""
+
+    model_id: str
+    seq: int
+    folder: str
+    bytes: int
+
+
+class Heartbeat(Event, tag="heartbeat"):
+    """Sent at least once a second, also while a batch runs (from a thread that owns nothing)."""
+
+    unix_time: float
+    training_queued: int
+    sampling_running: int
+    sampling_waiting: int
+    kv_blocks_used: int
+    kv_blocks_total: int
+    trained_tokens: int
+    sampled_tokens: int
+    prefix_hit_tokens: int
+    prompt_tokens: int
+    optimizer_steps: int
+    activity: str
+    last_progress: float
+    rss_bytes: int
+
+
+AnyEvent = Ready | Completed | Failed | Snapshotted | Heartbeat
+
+encode = msgspec.msgpack.Encoder().encode
+decode_command = msgspec.msgpack.Decoder(AnyCommand).decode
+decode_event = msgspec.msgpack.Decoder(AnyEvent).decode

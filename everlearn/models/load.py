@@ -1,0 +1,110 @@
+"""A base model, loaded once and frozen.
+
+The architecture is transformers' own; it is hooked at its linear layers (lora.py), its attention function (attention.py) and its
+head (head.py). Nothing else of the model is ours, and no code from a model folder is ever run.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+
+from everlearn.errors import InvalidRequest, Unsupported
+from everlearn.models import attention
+from everlearn.models.attention import Batch, running
+from everlearn.models.head import Head
+from everlearn.models.lora import HEAD, LoraLinear, install, kind_of
+from everlearn.types import BaseModelInfo, LoraSpec
+
+# Tile sizes of the head: a CPU tile's logits fit its cache, a GPU wants large products.
+CPU_CHUNK, CPU_TILE = 256, 4096
+GPU_CHUNK, GPU_TILE = 2048, 32768
+
+
+class BaseModel:
+    """The frozen weights and the hooks. `hidden` runs the decoder over one packed row of tokens."""
+
+    def __init__(self, info: BaseModelInfo, model: nn.Module, device: torch.device, dtype: torch.dtype):
+        self.info, self.device, self.dtype = info, device, dtype
+        self.model = model
+        config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+        self.num_layers: int = config.num_hidden_layers
+        self.hidden_size: int = config.hidden_size
+        self.num_heads: int = config.num_attention_heads
+        self.num_kv_heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.vocab_size: int = config.vocab_size
+        self.max_context: int = info.max_context
+        self.decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
+        prefix = next(name for name, module in model.named_modules() if module is self.decoder)
+        self.lora_modules: dict[str, LoraLinear] = install(self.decoder, prefix)
+        chunk, tile = (CPU_CHUNK, CPU_TILE) if device.type == "cpu" else (GPU_CHUNK, GPU_TILE)
+        self.head = Head(model.get_output_embeddings().weight, chunk, tile)  # type: ignore[operator]
+        self.num_parameters = sum(p.numel() for p in model.parameters())
+
+    def hidden(self, token_ids_T: torch.Tensor, position_ids_T: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Final hidden states [T, D] of one packed row; `batch` says what attends to what and which adapter each token uses."""
+        with running(batch):
+            out = self.decoder(input_ids=token_ids_T.unsqueeze(0), position_ids=position_ids_T.unsqueeze(0), use_cache=False)
+        return out.last_hidden_state[0]
+
+    def adapter_shapes(self, lora: LoraSpec) -> dict[str, tuple[int, int]]:
+        """(input, output) size of every layer that an adapter with these switches trains, in the model's own order."""
+        wanted = {"attn": lora.train_attn, "mlp": lora.train_mlp}
+        shapes = {path: (m.in_features, m.out_features) for path, m in self.lora_modules.items() if wanted[kind_of(path) or ""]}
+        if lora.train_unembed:
+            shapes[HEAD] = (self.hidden_size, self.vocab_size)
+        if not shapes:
+            raise InvalidRequest(
+                "the LoRA config trains nothing: train_attn, train_mlp and train_unembed are all false; set one of them", param="lora_config"
+            )
+        return shapes
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The folder's fast tokenizer, or None where it has none (then stop strings are refused)."""
+        path = Path(self.info.path) / "tokenizer.json"
+        return Tokenizer.from_file(str(path)) if path.exists() else None
+
+
+def load_base(info: BaseModelInfo, device: torch.device, dtype: torch.dtype) -> BaseModel:
+    """Loads a Hugging Face folder (safetensors only) and hooks it. Raises Unsupported where transformers has no such architecture."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not any(Path(info.path).glob("*.safetensors")):
+        raise Unsupported(f"base model {info.name!r}: {info.path} holds no .safetensors file; convert its weights to safetensors first")
+    try:
+        config = AutoConfig.from_pretrained(info.path, trust_remote_code=False, local_files_only=True)
+    except ValueError as error:
+        raise Unsupported(f"base model {info.name!r}: transformers can't read {info.path}/config.json: {error}") from error
+    model = AutoModelForCausalLM.from_pretrained(
+        info.path,
+        config=config,
+        dtype=dtype,
+        attn_implementation=attention.IMPLEMENTATION,
+        trust_remote_code=False,
+        local_files_only=True,
+        use_safetensors=True,
+    )
+    return wrap(info, model.to(device), device, dtype)
+
+
+def wrap(info: BaseModelInfo, model: nn.Module, device: torch.device, dtype: torch.dtype) -> BaseModel:
+    """Freezes and hooks a model that is in memory already (benchmarks build random weights of real shapes this way)."""
+    model.config._attn_implementation = attention.IMPLEMENTATION  # type: ignore[union-attr]
+    model.eval().requires_grad_(False)
+    return BaseModel(info, model, device, dtype)
+
+
+def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """Resolves the settings `engine.device` and `engine.dtype`: float32 on CPU, bfloat16 on GPU unless told otherwise."""
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InvalidRequest(f"engine.device is {device!r}, but torch sees no CUDA device; set it to 'cpu' or 'auto'", param="engine.device")
+    chosen = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(dtype)
+    return torch.device(name), chosen or (torch.float32 if name == "cpu" else torch.bfloat16)
