@@ -1,0 +1,79 @@
+"""The command line's HTTP client: JSON in, JSON out, and the server's errors as ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+
+from everlearn.errors import BY_CODE, EverlearnError, InvalidRequest, NotFound, Unavailable
+
+BY_STATUS: dict[int, str] = {400: "invalid_request", 401: "unauthenticated", 403: "forbidden", 404: "not_found", 409: "conflict"}
+
+
+class Client:
+    """Talks to one server. Raises Unavailable with code `unreachable` when nobody answers there."""
+
+    def __init__(self, url: str, key: str = "", timeout: float = 60.0):
+        self.url = url.rstrip("/")
+        headers = {"X-API-Key": key} if key else {}
+        try:
+            self._http = httpx.Client(base_url=self.url, headers=headers, timeout=httpx.Timeout(timeout, connect=5.0))
+        except (httpx.InvalidURL, ValueError) as error:
+            raise InvalidRequest(f"--url {url!r} is no URL ({error}); write it like http://127.0.0.1:8000", param="url") from None
+
+    def get(self, path: str, **params: Any) -> Any:
+        return self._send("GET", path, params={name: value for name, value in params.items() if value is not None})
+
+    def post(self, path: str, body: Any = None) -> Any:
+        return self._send("POST", path, json=body)
+
+    def put(self, path: str, body: Any = None) -> Any:
+        return self._send("PUT", path, json=body)
+
+    def delete(self, path: str) -> Any:
+        return self._send("DELETE", path)
+
+    def text(self, path: str) -> str:
+        """The body as it is, whatever the status (the health pages explain themselves with a 503)."""
+        return self._request("GET", path).text
+
+    def pages(self, path: str, field: str, limit: int | None = None) -> list[dict[str, Any]]:
+        """All rows of an offset-paged listing, at most `limit`."""
+        rows: list[dict[str, Any]] = []
+        while limit is None or len(rows) < limit:
+            size = 100 if limit is None else min(100, limit - len(rows))
+            page = self.get(path, limit=size, offset=len(rows))
+            rows += page[field]
+            total = (page.get("cursor") or {}).get("total_count", 0)
+            if not page[field] or len(rows) >= total:
+                break
+        return rows
+
+    def _request(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
+        try:
+            return self._http.request(method, path, **kwargs)
+        except (httpx.TransportError, httpx.UnsupportedProtocol) as error:
+            raise Unavailable(
+                f"no server answers at {self.url} ({error}); start one with `everlearn serve`, or name another with --url",
+                code="unreachable",
+            ) from None
+
+    def _send(self, method: str, path: str, **kwargs: Any) -> Any:
+        response = self._request(method, path, **kwargs)
+        if response.is_success:
+            return response.json() if response.content else None
+        raise _as_error(response)
+
+
+def _as_error(response: httpx.Response) -> EverlearnError:
+    try:
+        body = response.json()
+    except ValueError:
+        body = {}
+    details = body.get("error") if isinstance(body, dict) else None
+    if not isinstance(details, dict):
+        details = {"message": f"{response.request.url} answered {response.status_code}: {response.text[:200]!r}"}
+    code = details.get("code") or BY_STATUS.get(response.status_code, "")
+    cls = BY_CODE.get(code, NotFound if response.status_code == 404 else EverlearnError)
+    return cls(str(details.get("message")), param=details.get("param"), code=code or None)

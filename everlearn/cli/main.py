@@ -1,0 +1,97 @@
+"""The `everlearn` command: a table of lazily imported sub-commands and the exit codes.
+
+A sub-command's module is imported when it is used, not when `--help` lists it, so that the help answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+from everlearn import __version__
+from everlearn.cli.console import Console, Noun, global_options
+from everlearn.errors import EverlearnError
+
+# name -> its line in `everlearn --help`; the command lives in everlearn/cli/<name>.py as `command`.
+ACTS = {
+    "serve": "Start the server.",
+    "demo": "Teach the embedded model twenty facts and show before and after.",
+    "ps": "What the running server is doing now.",
+    "doctor": "Check this machine; each failure comes with its fix.",
+}
+NOUNS = {
+    "model": "Base models on this machine.",
+    "run": "Training runs.",
+    "checkpoint": "Saved weights of training runs.",
+    "key": "API keys and their tenants.",
+    "config": "Settings and where each one came from.",
+}
+# By EverlearnError.code; everything else that goes wrong is 1. click itself exits 2 on a usage error.
+EXIT_CODES = {"not_found": 4, "unreachable": 3, "invalid_request": 2, "unsupported": 2}
+
+
+class LazyGroup(Noun):
+    """Lists its commands from the tables above and imports one only to run it or to print its own help."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*ACTS, *NOUNS]
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in ACTS and name not in NOUNS:
+            return None
+        command: click.Command = importlib.import_module(f"everlearn.cli.{name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title, table in (("Daily acts", ACTS), ("Nouns (each has verbs: everlearn NOUN --help)", NOUNS)):
+            with formatter.section(title):
+                formatter.write_dl(list(table.items()))
+
+
+def build() -> LazyGroup:
+    group = LazyGroup(
+        "everlearn",
+        help="Train LoRA adapters through the Tinker API and sample from them, on one copy of the model.",
+        epilog="Exit codes: 0 ok, 1 failed, 2 usage, 3 server unreachable, 4 not found.",
+        params=global_options(),
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+    )
+    return click.version_option(__version__, prog_name="everlearn")(group)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point: runs the command and turns errors into two lines on stderr and an exit code."""
+    sys.exit(run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: list[str]) -> int:
+    console = Console()
+    try:
+        code = build().main(argv, prog_name="everlearn", standalone_mode=False, obj=console)
+        return code if isinstance(code, int) else 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        console.error("interrupted", "nothing more was done")
+        return 130
+    except BrokenPipeError:  # `everlearn run list | head`: the reader has left
+        sys.stderr.close()
+        return 0
+    except EverlearnError as error:
+        if console.debug:
+            raise
+        what, _, remedy = error.message.rpartition("; ")
+        console.error(what or remedy, remedy if what else "run the same command with --debug for the traceback")
+        return EXIT_CODES.get(error.code, 1)
+    except Exception as error:  # noqa: BLE001  the last line of defence: a person sees two lines, a developer the traceback
+        if console.debug:
+            raise
+        console.error(f"{type(error).__name__}: {error}", "this is a fault of everlearn; run the same command with --debug and report the traceback")
+        return 1
+
+
+if __name__ == "__main__":
+    main()
