@@ -1,0 +1,82 @@
+"""The table of losses that the engine uses: each name's specification and its function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from everlearn.losses.logprobs import Segments, cross_entropy, segment_sums
+from everlearn.losses.policy import cispo, dro, gspo, importance_sampling, ppo
+from everlearn.losses.spec import SPECS, LossSpec
+from everlearn.losses.stable_reinforce import stable_reinforce
+from everlearn.types import Datum
+
+LossFn = Callable[[Tensor, Mapping[str, Tensor], Mapping[str, float], Segments], Tensor]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """`fn(logprobs, inputs, config, segments) -> loss_T`: contributions per token, differentiable in logprobs alone.
+    `config` is the complete one that losses.spec.check_config returns."""
+
+    spec: LossSpec
+    fn: LossFn
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def per_token(self) -> bool:
+        return self.spec.per_token
+
+
+LOSSES: dict[str, Loss] = {
+    fn.__name__: Loss(SPECS[fn.__name__], fn) for fn in (cross_entropy, importance_sampling, ppo, cispo, dro, gspo, stable_reinforce)
+}
+
+
+def loss_and_grad(
+    loss: Loss, logprobs: Tensor, inputs: Mapping[str, Tensor], config: Mapping[str, float], segments: Segments
+) -> tuple[Tensor, Tensor]:
+    """(the loss summed per datum [D], dloss/dlogprobs shaped like logprobs), in float32 or better. `segments` tile the row."""
+    precise = logprobs.dtype if logprobs.dtype == torch.float64 else torch.float32
+    leaf = logprobs.detach().to(precise).requires_grad_()
+    with torch.enable_grad():
+        loss_T = loss.fn(leaf, inputs, config, segments)
+        (grad,) = torch.autograd.grad(loss_T.sum(), leaf)
+    return segment_sums(loss_T.detach(), segments), grad
+
+
+def pack_inputs(
+    loss: Loss, data: Sequence[Datum], config: Mapping[str, float], device: torch.device | str = "cpu"
+) -> tuple[dict[str, Tensor], list[tuple[int, int]]]:
+    """The datums' inputs one after the other, as the loss takes them (floats as float32, target_tokens as int64), and their segments.
+    [T, K] targets are widened to the largest K with token 0 at weight 0. An optional input that some datums lack takes the
+    configured value there."""
+    width = max((datum.inputs["target_tokens"].shape[1:] or [0])[0] for datum in data)
+    names = sorted(set().union(*(datum.inputs for datum in data)))
+    inputs = {
+        name: torch.cat([_tensor(name, datum, config, width) for datum in data]).to(device)
+        for name in names
+        if all(name in datum.inputs for datum in data) or name in config
+    }
+    segments, start = [], 0
+    for datum in data:
+        segments.append((start, start + datum.tokens.shape[0]))
+        start = segments[-1][1]
+    return inputs, segments
+
+
+def _tensor(name: str, datum: Datum, config: Mapping[str, float], width: int) -> Tensor:
+    dtype = torch.int64 if name == "target_tokens" else torch.float32
+    if name not in datum.inputs:
+        return torch.full((datum.tokens.shape[0],), config[name], dtype=dtype)
+    tensor = torch.from_numpy(datum.inputs[name].numpy().copy()).to(dtype)
+    if name not in ("target_tokens", "weights") or width == 0:
+        return tensor
+    columns = tensor if tensor.ndim == 2 else tensor[:, None]
+    return torch.nn.functional.pad(columns, (0, width - columns.shape[1]))
