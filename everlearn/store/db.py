@@ -1,0 +1,222 @@
+"""One database, one writer.
+
+Every change goes through one thread that takes all waiting functions, runs each in a savepoint of one transaction, and commits
+once. A future resolves only after that commit, so what was acknowledged is on the disk, and the cost of the fsync is shared by
+all who wait (group commit). Reads run on the caller's thread with a pooled connection and never wait for the writer.
+
+Functions given to `write` may run twice: when PostgreSQL drops the connection during the commit, nobody can know whether it took
+effect. Everything in this package is therefore idempotent.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+
+from everlearn.errors import InvalidRequest, Unavailable
+
+T = TypeVar("T")
+Job = tuple[Callable[[Connection], Any], "Future[Any]"]
+
+BUSY_SECONDS = 30
+BATCH_LIMIT = 256
+RETRIES = 3
+SERVER_LOCK = 0x65766C6E  # an arbitrary number that means "the server of this database" among PostgreSQL's advisory locks
+MIGRATION_LOCK = SERVER_LOCK + 1
+WRITES = {"everlearn_writes": True}
+
+
+class Database:
+    """An open, migrated database. Thread-safe. `write` for changes, `read` for everything else."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.dialect = engine.dialect.name
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._claim: Any = None
+        self._writer = threading.Thread(target=self._write_loop, name="store-writer", daemon=True)
+        self._writer.start()
+
+    def write(self, fn: Callable[[Connection], T]) -> Future[T]:
+        """Runs `fn(conn)` on the writer thread; the future holds its value once the commit is durable. What `fn` raises undoes
+        that function's own changes only. Fails with Unavailable when the database can't be written."""
+        future: Future[T] = Future()
+        with self._lock:
+            if self._closed:
+                raise Unavailable("the store is closed; this server is shutting down")
+            self._jobs.put((fn, future))
+        return future
+
+    def read(self, fn: Callable[[Connection], T]) -> T:
+        """Runs `fn(conn)` here, in a transaction that sees one state of the database and is rolled back after it."""
+        with self.engine.connect() as conn:
+            return fn(conn)
+
+    def claim_server(self) -> None:
+        """Makes this process the server of the database until it ends; refuses when another one is. Commands that only look
+        or change single rows (key create, run list) need no claim."""
+        self._claim = _claim_file(self.engine) if self.dialect == "sqlite" else _claim_advisory(self.engine)
+
+    def close(self) -> None:
+        """Writes what is queued, then closes. May be called twice."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._jobs.put(None)
+        self._writer.join()
+        if self._claim is not None:
+            self._claim.close()
+        self.engine.dispose()
+
+    def _write_loop(self) -> None:
+        running = True
+        while running:
+            batch: list[Job] = []
+            job = self._jobs.get()
+            while job is not None:
+                batch.append(job)
+                if len(batch) >= BATCH_LIMIT:
+                    break
+                try:
+                    job = self._jobs.get_nowait()
+                except queue.Empty:
+                    break
+            running = job is not None
+            live = [job for job in batch if job[1].set_running_or_notify_cancel()]
+            if live:
+                self._commit(live)
+
+    def _commit(self, batch: list[Job]) -> None:
+        for attempt in range(RETRIES):
+            try:
+                outcomes = self._run(batch)
+                break
+            except DBAPIError as error:
+                if error.connection_invalidated and attempt + 1 < RETRIES:
+                    time.sleep(0.2 * 4**attempt)
+                    continue
+                return _fail(batch, error)
+            except SQLAlchemyError as error:
+                return _fail(batch, error)
+        for (_, future), (value, raised) in zip(batch, outcomes, strict=True):
+            if raised is None:
+                future.set_result(value)
+            else:
+                future.set_exception(raised)
+
+    def _run(self, batch: list[Job]) -> list[tuple[Any, BaseException | None]]:
+        outcomes: list[tuple[Any, BaseException | None]] = []
+        with self.engine.connect().execution_options(**WRITES) as conn, conn.begin():
+            for fn, _ in batch:
+                savepoint = conn.begin_nested()
+                try:
+                    value = fn(conn)
+                    savepoint.commit()
+                    outcomes.append((value, None))
+                except Exception as error:  # it belongs to whoever waits on the future, not to this thread
+                    if isinstance(error, DBAPIError) and error.connection_invalidated:
+                        raise
+                    savepoint.rollback()
+                    outcomes.append((None, error))
+        return outcomes
+
+
+def open_database(url: str) -> Database:
+    """Opens the database at an SQLAlchemy URL (`sqlite:////path/file.db`, `postgresql+psycopg://...`), brings its schema to the
+    newest version, and returns it. An SQLite file and its folder are made when absent."""
+    engine = make_engine(url)
+    try:
+        migrate(engine)
+    except DBAPIError as error:
+        engine.dispose()
+        raise Unavailable(f"can't open the database {engine.url!r}: {error.orig}; check store.url and that the server runs") from error
+    return Database(engine)
+
+
+def make_engine(url: str) -> Engine:
+    """An engine with the durability settings of its dialect; creates no tables."""
+    try:
+        parsed = sa.make_url(url)
+    except SQLAlchemyError as error:
+        raise InvalidRequest(f"store.url {url!r} is not an SQLAlchemy URL ({error})", param="store.url") from error
+    dialect = parsed.get_backend_name()
+    if dialect == "postgresql":
+        return sa.create_engine(parsed.set(drivername="postgresql+psycopg"), pool_size=8, max_overflow=24, pool_pre_ping=True)
+    if dialect != "sqlite" or parsed.database in (None, "", ":memory:"):
+        raise InvalidRequest(f"store.url {url!r} names no durable database; use sqlite:////path/file.db or postgresql+psycopg://", param="store.url")
+    Path(parsed.database).expanduser().parent.mkdir(parents=True, exist_ok=True)
+    engine = sa.create_engine(parsed, connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False}, pool_size=8, max_overflow=24)
+    sa.event.listen(engine, "connect", _sqlite_connect)
+    sa.event.listen(engine, "begin", _sqlite_begin)
+    return engine
+
+
+def migrate(engine: Engine, revision: str = "head") -> None:
+    """Alembic to `revision`, in one transaction that other processes wait for."""
+    from alembic import command
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+    with engine.connect().execution_options(**WRITES) as conn, conn.begin():
+        if engine.dialect.name == "postgresql":
+            conn.execute(sa.text("SELECT pg_advisory_xact_lock(:id)"), {"id": MIGRATION_LOCK})
+        config.attributes["connection"] = conn
+        command.upgrade(config, revision)
+
+
+def _sqlite_connect(connection: Any, _: Any) -> None:
+    connection.isolation_level = None  # transactions are begun below, not guessed by the driver
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA auto_vacuum = INCREMENTAL")  # only counts for a new file; lets the log give space back
+    cursor.execute("PRAGMA journal_mode = WAL")
+    cursor.execute("PRAGMA synchronous = FULL")
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.execute(f"PRAGMA busy_timeout = {BUSY_SECONDS * 1000}")
+    cursor.execute("PRAGMA journal_size_limit = 67108864")
+    cursor.close()
+
+
+def _sqlite_begin(conn: Connection) -> None:
+    # A deferred transaction that reads and then writes fails when another process wrote in between; IMMEDIATE waits instead.
+    conn.exec_driver_sql("BEGIN IMMEDIATE" if conn.get_execution_options().get("everlearn_writes") else "BEGIN")
+
+
+def _fail(batch: list[Job], error: SQLAlchemyError) -> None:
+    reason = getattr(error, "orig", None) or error
+    for _, future in batch:
+        future.set_exception(Unavailable(f"the store can't be written ({reason}); nothing was accepted, try again"))
+
+
+def _claim_file(engine: Engine) -> Any:
+    import fcntl
+
+    path = Path(str(engine.url.database)).expanduser()
+    file = path.with_name(path.name + ".lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise Unavailable(f"another everlearn server uses {path}; stop it, or give this one its own home folder") from error
+    return file
+
+
+def _claim_advisory(engine: Engine) -> Connection:
+    conn = engine.connect().execution_options(isolation_level="AUTOCOMMIT")  # no transaction stays open, the lock is the session's
+    if not conn.execute(sa.text("SELECT pg_try_advisory_lock(:id)"), {"id": SERVER_LOCK}).scalar():
+        conn.close()
+        raise Unavailable(f"another everlearn server uses database {engine.url.database!r}; stop it, or give this one its own database")
+    conn.detach()  # back in the pool, the lock would outlive the claim
+    return conn

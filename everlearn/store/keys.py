@@ -1,0 +1,86 @@
+"""API keys: `tml-` and 43 random characters. Only the sha256 is kept; the key itself is shown once, when it is made.
+
+A plain hash is enough because the key is 256 random bits: there is nothing to guess, so nothing for a slow hash to slow down.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from everlearn.errors import InvalidRequest, NotFound
+from everlearn.store import tables
+
+SCOPES = ("train", "sample", "admin")
+TENANT = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+class Key(msgspec.Struct, frozen=True):
+    """A key without its secret; `prefix` is the part that may be shown to tell keys apart."""
+
+    key_id: str
+    tenant: str
+    name: str
+    scopes: list[str]
+    prefix: str
+    created_at: float
+    revoked_at: float | None = None
+
+
+def create(conn: Connection, tenant: str, name: str, scopes: Sequence[str] = SCOPES) -> tuple[Key, str]:
+    """A new key of `tenant` and its secret, which can't be had again."""
+    if not TENANT.fullmatch(tenant):
+        raise InvalidRequest(f"tenant {tenant!r} must be 1 to 64 letters, digits, '.', '_' or '-'", param="tenant")
+    unknown = set(scopes) - set(SCOPES)
+    if unknown or not scopes:
+        raise InvalidRequest(f"scopes {sorted(scopes)} must be some of {', '.join(SCOPES)}", param="scopes")
+    secret = "tml-" + secrets.token_urlsafe(32)
+    key = Key(f"key-{secrets.token_hex(6)}", tenant, name[:200], sorted(scopes), secret[:10], time.time())
+    conn.execute(tables.keys.insert().values(digest=_digest(secret), **msgspec.structs.asdict(key)))
+    return key, secret
+
+
+def find(conn: Connection, secret: str) -> Key | None:
+    """The live key with this secret; None when it is unknown or revoked (the caller must not tell the two apart)."""
+    where = (tables.keys.c.digest == _digest(secret)) & tables.keys.c.revoked_at.is_(None)
+    row = conn.execute(sa.select(tables.keys).where(where)).first()
+    return None if row is None else _key(row)
+
+
+def list_keys(conn: Connection, tenant: str | None = None) -> list[Key]:
+    """All keys, revoked ones too, oldest first; of one tenant or, for the operator, of all."""
+    query = sa.select(tables.keys).order_by(tables.keys.c.created_at)
+    if tenant is not None:
+        query = query.where(tables.keys.c.tenant == tenant)
+    return [_key(row) for row in conn.execute(query)]
+
+
+def revoke(conn: Connection, key_id: str) -> Key:
+    """Ends a key for good. Revoking twice changes nothing."""
+    live = (tables.keys.c.key_id == key_id) & tables.keys.c.revoked_at.is_(None)
+    conn.execute(tables.keys.update().where(live).values(revoked_at=time.time()))
+    row = conn.execute(sa.select(tables.keys).where(tables.keys.c.key_id == key_id)).first()
+    if row is None:
+        raise NotFound(f"no key {key_id!r}; `everlearn key list` shows those that exist", param="key_id")
+    return _key(row)
+
+
+def any_keys(conn: Connection) -> bool:
+    """Whether a key was ever made. Revoked ones count: revoking the last key must not open the server."""
+    return conn.execute(sa.select(tables.keys.c.key_id).limit(1)).first() is not None
+
+
+def _digest(secret: str) -> str:
+    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _key(row: Any) -> Key:
+    return Key(row.key_id, row.tenant, row.name, list(row.scopes), row.prefix, row.created_at, row.revoked_at)

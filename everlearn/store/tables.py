@@ -1,0 +1,205 @@
+"""The tables. Every row that a client can reach carries its tenant.
+
+This file is what the code queries; the schema on disk comes from migrations/, and a test compares the two. Times are Unix
+seconds. Sizes stand beside blobs so that adding them up never reads one.
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+metadata = sa.MetaData()
+
+BigId = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # SQLite numbers rows by itself only for INTEGER
+
+
+def _text(name: str, *, null: bool = False, primary_key: bool = False) -> sa.Column[str]:
+    return sa.Column(name, sa.Text, nullable=null, primary_key=primary_key)
+
+
+def _time(name: str, *, null: bool = False) -> sa.Column[float]:
+    return sa.Column(name, sa.Double, nullable=null)
+
+
+keys = sa.Table(
+    "keys",
+    metadata,
+    _text("key_id", primary_key=True),
+    _text("tenant"),
+    _text("name"),
+    sa.Column("digest", sa.Text, nullable=False, unique=True),
+    _text("prefix"),
+    sa.Column("scopes", sa.JSON, nullable=False),
+    _time("created_at"),
+    _time("revoked_at", null=True),
+)
+
+sessions = sa.Table(
+    "sessions",
+    metadata,
+    _text("session_id", primary_key=True),
+    _text("tenant"),
+    sa.Column("tags", sa.JSON, nullable=False),
+    sa.Column("user_metadata", sa.JSON, nullable=True),
+    _text("sdk_version"),
+    _text("project_id", null=True),
+    _text("display_name", null=True),
+    _text("idempotency_key", null=True),
+    _text("state"),
+    _text("finish_reason", null=True),
+    _text("finish_detail", null=True),
+    _time("created_at"),
+    _time("last_heartbeat"),
+    sa.UniqueConstraint("tenant", "idempotency_key", name="sessions_idempotency"),
+    sa.Index("sessions_tenant", "tenant", "created_at"),
+)
+
+runs = sa.Table(
+    "runs",
+    metadata,
+    _text("run_id", primary_key=True),
+    _text("tenant"),
+    _text("session_id"),
+    sa.Column("model_seq_id", sa.BigInteger, nullable=False),
+    _text("base_model"),
+    sa.Column("lora", sa.JSON, nullable=False),
+    sa.Column("user_metadata", sa.JSON, nullable=True),
+    _text("state"),
+    sa.Column("corrupted", sa.Boolean, nullable=False),
+    sa.Column("last_seq", sa.BigInteger, nullable=False),
+    _time("created_at"),
+    _time("last_request_time"),
+    sa.Index("runs_tenant", "tenant", "created_at"),
+    sa.Index("runs_session", "session_id"),
+    sa.Index("runs_state", "state"),
+)
+
+# `replays`: the request changes the adapter, so a rebuild must run it again. `folder`: what a load reads, so that garbage
+# collection leaves it alone as long as the load may be replayed.
+requests = sa.Table(
+    "requests",
+    metadata,
+    _text("request_id", primary_key=True),
+    _text("tenant"),
+    _text("kind"),
+    _text("model_id"),
+    sa.Column("seq", sa.BigInteger, nullable=False),
+    sa.Column("is_sample", sa.Boolean, nullable=False),
+    sa.Column("replays", sa.Boolean, nullable=False),
+    _text("fingerprint"),
+    sa.Column("meta", sa.JSON, nullable=False),
+    _text("folder", null=True),
+    _text("status"),
+    sa.Column("error", sa.JSON, nullable=True),
+    sa.Column("payload_bytes", sa.BigInteger, nullable=False),
+    sa.Column("result_bytes", sa.BigInteger, nullable=False),
+    _time("created_at"),
+    _time("finished_at", null=True),
+    sa.UniqueConstraint("model_id", "is_sample", "seq", name="requests_order"),
+    sa.Index("requests_pending", "tenant", sqlite_where=sa.text("status = 'pending'"), postgresql_where=sa.text("status = 'pending'")),
+    sa.Index("requests_finished", "finished_at"),
+)
+
+payloads = sa.Table(
+    "payloads",
+    metadata,
+    _text("request_id", primary_key=True),
+    _text("tenant"),
+    sa.Column("body", sa.LargeBinary, nullable=False),
+)
+
+results = sa.Table(
+    "results",
+    metadata,
+    _text("request_id", primary_key=True),
+    _text("tenant"),
+    sa.Column("body", sa.LargeBinary, nullable=False),
+)
+
+snapshots = sa.Table(
+    "snapshots",
+    metadata,
+    _text("model_id", primary_key=True),
+    sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False),
+    _text("tenant"),
+    _text("folder"),
+    sa.Column("bytes", sa.BigInteger, nullable=False),
+    _text("state"),
+    _time("created_at"),
+)
+
+checkpoints = sa.Table(
+    "checkpoints",
+    metadata,
+    _text("uid", primary_key=True),
+    _text("tenant"),
+    _text("run_id"),
+    _text("kind"),
+    _text("name"),
+    _text("folder"),
+    _text("version"),
+    sa.Column("bytes", sa.BigInteger, nullable=False),
+    _text("sha256"),
+    sa.Column("optimizer", sa.Boolean, nullable=False),
+    sa.Column("public", sa.Boolean, nullable=False),
+    sa.Column("user_metadata", sa.JSON, nullable=True),
+    _text("state"),
+    _time("created_at"),
+    _time("expires_at", null=True),
+    sa.Index(
+        "checkpoints_path",
+        "run_id",
+        "kind",
+        "name",
+        unique=True,
+        sqlite_where=sa.text("state = 'complete'"),
+        postgresql_where=sa.text("state = 'complete'"),
+    ),
+    sa.Index("checkpoints_tenant", "tenant", "created_at"),
+)
+
+versions = sa.Table(
+    "versions",
+    metadata,
+    _text("version", primary_key=True),
+    _text("tenant"),
+    _text("run_id"),
+    sa.Column("seq", sa.BigInteger, nullable=False),
+    _text("folder"),
+    sa.Column("bytes", sa.BigInteger, nullable=False),
+    _text("sha256"),
+    _text("state"),
+    _time("created_at"),
+    sa.Index("versions_run", "run_id", "seq"),
+)
+
+samplers = sa.Table(
+    "samplers",
+    metadata,
+    _text("sampler_id", primary_key=True),
+    _text("tenant"),
+    _text("session_id"),
+    sa.Column("seq", sa.BigInteger, nullable=False),
+    _text("base_model"),
+    _text("model_path", null=True),
+    _text("model_id"),
+    _text("version"),
+    _text("folder"),
+    _text("kind"),
+    sa.Column("client_counter", sa.BigInteger, nullable=False),
+    _time("created_at"),
+    _time("last_used"),
+    sa.Index("samplers_session", "session_id"),
+    sa.Index("samplers_version", "version"),
+)
+
+telemetry = sa.Table(
+    "telemetry",
+    metadata,
+    sa.Column("id", BigId, primary_key=True, autoincrement=True),
+    _text("tenant"),
+    _text("session_id"),
+    sa.Column("body", sa.JSON, nullable=False),
+    _time("created_at"),
+    sa.Index("telemetry_tenant", "tenant", "id"),
+)
