@@ -34,9 +34,13 @@ class Client:
     def delete(self, path: str) -> Any:
         return self._send("DELETE", path)
 
-    def text(self, path: str) -> str:
-        """The body as it is, whatever the status (the health pages explain themselves with a 503)."""
-        return self._request("GET", path).text
+    def document(self, path: str) -> dict[str, Any]:
+        """A page that explains itself whatever the status: /readyz and /health answer 503 with the reason in the body."""
+        response = self._request("GET", path)
+        body = response.json() if response.headers.get("content-type", "").startswith("application/json") else None
+        if not isinstance(body, dict) or "error" in body:
+            raise _as_error(response)
+        return body
 
     def pages(self, path: str, field: str, limit: int | None = None) -> list[dict[str, Any]]:
         """All rows of an offset-paged listing, at most `limit`."""

@@ -142,12 +142,9 @@ def _cell(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, (dict, list)):
         return json.dumps(value, default=str, ensure_ascii=False)
-    return _escape(str(value))
+    from everlearn.telemetry import escape
 
-
-def _escape(text: str) -> str:
-    """Names come from clients: a control character must not reach the terminal as one."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+    return escape(str(value))  # names come from clients: a control character must not reach the terminal as one
 
 
 def global_options() -> list[click.Parameter]:

@@ -72,7 +72,8 @@ def run(argv: list[str]) -> int:
         code = build().main(argv, prog_name="everlearn", standalone_mode=False, obj=console)
         return code if isinstance(code, int) else 0
     except click.ClickException as error:
-        error.show()
+        path = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "everlearn"
+        console.error(error.format_message().rstrip("."), f"`{path} --help` shows how it is used")
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         console.error("interrupted", "nothing more was done")
@@ -86,10 +87,10 @@ def run(argv: list[str]) -> int:
         what, _, remedy = error.message.rpartition("; ")
         console.error(what or remedy, remedy if what else "run the same command with --debug for the traceback")
         return EXIT_CODES.get(error.code, 1)
-    except Exception as error:  # noqa: BLE001  the last line of defence: a person sees two lines, a developer the traceback
+    except Exception as error:
         if console.debug:
             raise
-        console.error(f"{type(error).__name__}: {error}", "this is a fault of everlearn; run the same command with --debug and report the traceback")
+        console.error(f"{type(error).__name__}: {error}", "this is a fault of everlearn: run it again with --debug and report the traceback")
         return 1
 
 
