@@ -1,0 +1,122 @@
+"""An adapter in training: flat float32 buffers with a view for each matrix.
+
+Weights, gradient and both Adam moments are one tensor each, so an optimizer step, a norm, a copy or a snapshot is one operation
+whatever the number of layers. Moments exist from the first step on. Only the device thread touches an adapter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+
+from everlearn.models.lora import AdapterWeights, Pair
+from everlearn.types import AdamParams, LoraSpec
+
+Shapes = dict[str, tuple[int, int]]  # module path -> (input size, output size)
+
+
+def split(flat: torch.Tensor, shapes: Shapes, rank: int) -> dict[str, Pair]:
+    """Views (A [rank, in], B [out, rank]) of a flat buffer, in the order of `shapes`."""
+    pairs, at = {}, 0
+    for path, (num_in, num_out) in shapes.items():
+        a_RI = flat[at : at + rank * num_in].view(rank, num_in)
+        at += rank * num_in
+        b_OR = flat[at : at + num_out * rank].view(num_out, rank)
+        at += num_out * rank
+        pairs[path] = (a_RI, b_OR)
+    return pairs
+
+
+def num_parameters(shapes: Shapes, rank: int) -> int:
+    return rank * sum(num_in + num_out for num_in, num_out in shapes.values())
+
+
+class TrainingAdapter:
+    """Weights and optimizer state of one training run. `seq` is the last request whose effect is in the state."""
+
+    def __init__(self, model_id: str, tenant: str, base: str, lora: LoraSpec, shapes: Shapes, device: torch.device, dtype: torch.dtype):
+        self.model_id, self.tenant, self.base, self.lora, self.shapes = model_id, tenant, base, lora, shapes
+        self.device, self.dtype = device, dtype
+        size = num_parameters(shapes, lora.rank)
+        self.params = torch.zeros(size, device=device)
+        self.grad = torch.zeros(size, device=device)
+        self.has_grad = False
+        self.optimizer: torch.optim.AdamW | None = None
+        self.step = 0
+        self.seq = 0
+        self.scale = lora.alpha / lora.rank
+        self._compute = self.params if dtype == torch.float32 else torch.zeros(size, device=device, dtype=dtype)
+        self._initialise()
+        self.refresh()
+
+    def _initialise(self) -> None:
+        """A uniform in ±1/sqrt(in), B zero. Each matrix has its own stream, so the switches of LoraSpec don't move the others."""
+        seed = self.lora.seed if self.lora.seed is not None else _digest(self.model_id)
+        for path, (a_RI, _) in split(self.params, self.shapes, self.lora.rank).items():
+            generator = torch.Generator().manual_seed((seed ^ _digest(path)) & (2**63 - 1))
+            bound = 1 / math.sqrt(a_RI.shape[1])
+            a_RI.copy_(torch.empty(a_RI.shape).uniform_(-bound, bound, generator=generator))
+
+    def refresh(self) -> None:
+        """After the master weights changed: the copy in the base model's type follows."""
+        if self._compute is not self.params:
+            self._compute.copy_(self.params)
+        self.weights = AdapterWeights(self.model_id, self.scale, split(self._compute, self.shapes, self.lora.rank))
+
+    def training_weights(self, grad: torch.Tensor) -> AdapterWeights:
+        """The present weights with gradients added into `grad` (flat, float32)."""
+        return AdapterWeights(self.model_id, self.scale, self.weights.pairs, split(grad, self.shapes, self.lora.rank))
+
+    def pairs(self) -> dict[str, Pair]:
+        """Float32 master weights by path (views)."""
+        return split(self.params, self.shapes, self.lora.rank)
+
+    # --- optimizer ---
+
+    def optim_step(self, adam: AdamParams) -> dict[str, float]:
+        """One AdamW step on the accumulated gradient, which is then cleared. Clipping is by the adapter's global norm."""
+        norm = float(torch.linalg.vector_norm(self.grad))
+        if adam.grad_clip_norm > 0 and norm > adam.grad_clip_norm:
+            self.grad.mul_(adam.grad_clip_norm / norm)
+        optimizer = self._optimizer()
+        optimizer.param_groups[0].update(
+            lr=adam.learning_rate, betas=(adam.beta1, adam.beta2), eps=adam.eps, weight_decay=adam.weight_decay
+        )
+        self.params.grad = self.grad
+        optimizer.step()
+        self.params.grad = None
+        self.clear_gradient()
+        self.step += 1
+        self.refresh()
+        return {"grad_norm:mean": norm, "learning_rate:mean": adam.learning_rate, "optimizer_step:max": float(self.step)}
+
+    def clear_gradient(self) -> None:
+        self.grad.zero_()
+        self.has_grad = False
+
+    def moments(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """exp_avg and exp_avg_sq, flat; None before the first step."""
+        state = self.optimizer.state.get(self.params) if self.optimizer is not None else None
+        return (state["exp_avg"], state["exp_avg_sq"]) if state else None
+
+    def set_moments(self, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, step: int) -> None:
+        optimizer = self._optimizer()
+        optimizer.state[self.params] = {
+            "step": torch.tensor(float(step), device=self.device),
+            "exp_avg": exp_avg.to(self.device),
+            "exp_avg_sq": exp_avg_sq.to(self.device),
+        }
+
+    def reset_moments(self) -> None:
+        self.optimizer = None
+
+    def _optimizer(self) -> torch.optim.AdamW:
+        if self.optimizer is None:
+            self.optimizer = torch.optim.AdamW([self.params], fused=True)
+        return self.optimizer
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1

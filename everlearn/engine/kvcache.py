@@ -1,0 +1,133 @@
+"""The paged KV cache: which block holds what, and the tensors behind the blocks.
+
+`BlockPool` is bookkeeping without torch: reference counts, prefix lookup, least-recently-used eviction. `KVCache` is one tensor and
+knows nothing of sequences. A full block is found again by the digest of every token up to its end, chained from a root that names
+tenant, base model and adapter version, so a prefix can be served neither to another tenant nor by other weights. A partly filled
+block has no digest; it is shared only between samples of one prompt, and copied before one of them writes into it.
+
+Axes: L layers, S slots (one token each), T tokens of the packed row, G key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from hashlib import blake2b
+
+import torch
+
+# Padding reads block 0, which stays zero: what a freed block last held (NaN, from a diverged adapter) must never meet a zero weight.
+NULL_BLOCK = 0
+
+
+def root_digest(*names: str) -> bytes:
+    """Where the chain of a (tenant, base model, adapter version) begins."""
+    return blake2b("\0".join(f"{len(name)}:{name}" for name in names).encode(), digest_size=16).digest()
+
+
+def next_digest(parent: bytes, tokens: bytes) -> bytes:
+    """The digest of a full block, given its parent's and its own tokens."""
+    return blake2b(parent + tokens, digest_size=16).digest()
+
+
+class BlockPool:
+    """Blocks 1 .. num_blocks - 1. Every block is referenced, idle (its content may be found again), or blank."""
+
+    def __init__(self, num_blocks: int, block_size: int):
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.references = [0] * num_blocks
+        self.digest_of: dict[int, bytes] = {}
+        self.block_of: dict[bytes, int] = {}
+        # Last in, first out: memory that was never touched is touched last, so a small load keeps a small resident size.
+        self.blank = list(range(num_blocks - 1, NULL_BLOCK, -1))
+        self.idle: OrderedDict[int, None] = OrderedDict()  # oldest first
+
+    @property
+    def num_free(self) -> int:
+        return len(self.blank) + len(self.idle)
+
+    @property
+    def num_used(self) -> int:
+        return self.num_blocks - 1 - self.num_free
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that fit into all blocks together."""
+        return (self.num_blocks - 1) * self.block_size
+
+    def allocate(self) -> int:
+        """A block for one writer. The caller has checked `num_free`."""
+        if self.blank:
+            block = self.blank.pop()
+        else:
+            block, _ = self.idle.popitem(last=False)
+            del self.block_of[self.digest_of.pop(block)]
+        self.references[block] = 1
+        return block
+
+    def share(self, block: int) -> None:
+        """One more reader."""
+        if not self.references[block]:
+            del self.idle[block]
+        self.references[block] += 1
+
+    def release(self, block: int) -> None:
+        self.references[block] -= 1
+        if self.references[block]:
+            return
+        if block in self.digest_of:
+            self.idle[block] = None
+        else:
+            self.blank.append(block)
+
+    def match(self, digests: list[bytes]) -> list[int]:
+        """The blocks of the longest known prefix; takes a reference on each."""
+        blocks: list[int] = []
+        for digest in digests:
+            block = self.block_of.get(digest)
+            if block is None:
+                break
+            self.share(block)
+            blocks.append(block)
+        return blocks
+
+    def register(self, block: int, digest: bytes) -> None:
+        """`block` is full and computed. Where the same content is known already, the first block stays the one that is found."""
+        if digest not in self.block_of and block not in self.digest_of:
+            self.block_of[digest] = block
+            self.digest_of[block] = digest
+
+
+class KVCache:
+    """Keys and values [L, S, G, D] of every slot; slot = block * block_size + offset."""
+
+    def __init__(self, num_layers: int, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, device: torch.device, dtype: torch.dtype):
+        self.num_blocks, self.block_size = num_blocks, block_size
+        shape = (num_layers, 2, num_blocks * block_size, num_kv_heads, head_dim)
+        self.kv = torch.empty(shape, device=device, dtype=dtype)
+        self.kv[:, :, :block_size] = 0
+        self.keys, self.values = list(self.kv[:, 0]), list(self.kv[:, 1])
+
+    def write(self, layer: int, slots_T: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor) -> None:
+        self.keys[layer].index_copy_(0, slots_T, key_TGD)
+        self.values[layer].index_copy_(0, slots_T, value_TGD)
+
+    def read(self, layer: int, slots_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of keys and values [len(slots), G, D]."""
+        return self.keys[layer].index_select(0, slots_S), self.values[layer].index_select(0, slots_S)
+
+    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
+        """(from, to) for every layer; what a writer does before it changes a shared block."""
+        blocks = self.kv.unflatten(2, (self.num_blocks, self.block_size))
+        for source, target in pairs:
+            blocks[:, :, target] = blocks[:, :, source]
+
+
+def num_blocks_for(kv_tokens: int, block_size: int, token_bytes: int, device: torch.device, max_tokens: int) -> int:
+    """How many blocks `engine.kv_tokens` means (0: 32,768 tokens on CPU; on GPU 30 % of what is free, because training needs the
+    rest, and never more than `max_tokens`). The null block comes on top."""
+    if not kv_tokens:
+        kv_tokens = 32768
+        if device.type == "cuda":
+            free_bytes, _ = torch.cuda.mem_get_info(device)
+            kv_tokens = max(block_size, min(max_tokens, int(0.3 * free_bytes) // token_bytes))
+    return -(-kv_tokens // block_size) + 1

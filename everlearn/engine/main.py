@@ -1,0 +1,171 @@
+"""The engine's process: `python -m everlearn.engine.main ENDPOINT`, settings as JSON on standard input.
+
+Two threads besides the writer: this one owns the device, the other one the socket (ZeroMQ sockets have one owner too). The process
+ends with its parent: an engine without an API process would hold the device for nobody.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import zmq
+
+from everlearn.config import Settings
+from everlearn.engine import protocol
+from everlearn.engine.protocol import AnyCommand, AnyEvent, Heartbeat, Ready, Shutdown
+
+if TYPE_CHECKING:
+    from everlearn.engine.engine import Engine
+
+HEARTBEAT_SECONDS = 0.5
+PR_SET_PDEATHSIG = 1
+
+
+class Mailbox:
+    """Commands in, events out. Any thread may `emit`; the socket's thread does the rest."""
+
+    def __init__(self, endpoint: str):
+        self.context = zmq.Context()
+        self.endpoint = endpoint
+        self.inbox: queue.SimpleQueue[AnyCommand] = queue.SimpleQueue()
+        self.outbox: queue.SimpleQueue[AnyEvent] = queue.SimpleQueue()
+        self.wake_in = self._pair(bind=True)
+        self.wake_out = self._pair(bind=False)
+        self.wake_lock = threading.Lock()
+        self.heartbeat: Heartbeat | None = None
+        self.closing = False
+        self.thread = threading.Thread(target=self._run, name="mailbox", daemon=True)
+
+    def _pair(self, bind: bool) -> zmq.Socket[bytes]:
+        socket = self.context.socket(zmq.PAIR)
+        socket.bind("inproc://wake") if bind else socket.connect("inproc://wake")
+        return socket
+
+    def emit(self, event: AnyEvent) -> None:
+        self.outbox.put(event)
+        with self.wake_lock, suppress(zmq.Again):
+            self.wake_out.send(b"", zmq.DONTWAIT)
+
+    def close(self) -> None:
+        self.closing = True
+        with self.wake_lock:
+            self.wake_out.send(b"")
+        self.thread.join(5)
+
+    def _run(self) -> None:
+        socket: zmq.Socket[bytes] = self.context.socket(zmq.PAIR)
+        socket.set(zmq.LINGER, 2000)
+        socket.set(zmq.SNDHWM, 0)
+        socket.set(zmq.RCVHWM, 0)
+        socket.connect(self.endpoint)
+        poller = zmq.Poller()
+        poller.register(socket, zmq.POLLIN)
+        poller.register(self.wake_in, zmq.POLLIN)
+        while not self.closing or not self.outbox.empty():
+            ready = dict(poller.poll(100))
+            if self.wake_in in ready:
+                with suppress(zmq.Again):
+                    while True:
+                        self.wake_in.recv(zmq.DONTWAIT)
+            if socket in ready:
+                self.inbox.put(protocol.decode_command(socket.recv()))
+            while not self.outbox.empty():
+                socket.send(protocol.encode(self.outbox.get()))
+        socket.close()
+
+
+def main() -> None:
+    """Loads the default base model, says Ready, then works until told to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the API process decides
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    started = time.perf_counter()
+    settings = Settings.model_validate_json(sys.stdin.read())
+    threads = settings.engine.threads or os.cpu_count() or 1
+
+    import torch
+
+    torch.set_num_threads(threads)
+    from everlearn.engine.engine import Engine  # after set_num_threads: its import starts torch's pools
+
+    mailbox = Mailbox(sys.argv[1])
+    engine = Engine(settings, mailbox.emit)
+    served = engine.serve(settings.models.default)
+    mailbox.thread.start()
+    _beat_in_background(engine, mailbox, parent)
+    kv_tokens = served.sampler.stats()["kv_blocks_total"] * settings.engine.block_size
+    mailbox.emit(
+        Ready(
+            pid=os.getpid(),
+            device=str(engine.device),
+            dtype=str(engine.dtype).removeprefix("torch."),
+            kv_tokens=kv_tokens,
+            models=engine.catalog.list(),
+            load_seconds=time.perf_counter() - started,
+        )
+    )
+    _work(engine, mailbox)
+    engine.close()
+    mailbox.close()
+
+
+def _work(engine: Engine, mailbox: Mailbox) -> None:
+    wait = 0.0
+    while not engine.stopping:
+        with suppress(queue.Empty):
+            command = mailbox.inbox.get(timeout=wait) if wait > 0 else mailbox.inbox.get_nowait()
+            while True:
+                if isinstance(command, Shutdown):
+                    engine.stopping = True
+                engine.accept(command)
+                command = mailbox.inbox.get_nowait()
+        wait = engine.step()
+
+
+def _beat_in_background(engine: Engine, mailbox: Mailbox, parent: int) -> None:
+    """Heartbeats come from a thread of their own, so that a long batch is no silence; it also watches the parent."""
+
+    def beat() -> None:
+        while True:
+            if os.getppid() != parent:
+                os._exit(0)
+            mailbox.emit(_heartbeat(engine))
+            time.sleep(HEARTBEAT_SECONDS)
+
+    threading.Thread(target=beat, name="heartbeat", daemon=True).start()
+
+
+def _heartbeat(engine: Engine) -> Heartbeat:
+    totals: dict[str, int] = {}
+    for served in list(engine.served.values()):
+        for name, value in served.sampler.stats().items():
+            totals[name] = totals.get(name, 0) + value
+    return Heartbeat(
+        unix_time=time.time(),
+        training_queued=sum(len(run.queue) + (run.job is not None) for run in list(engine.runs.values())),
+        sampling_running=totals.get("running", 0),
+        sampling_waiting=totals.get("waiting", 0),
+        kv_blocks_used=totals.get("kv_blocks_used", 0),
+        kv_blocks_total=totals.get("kv_blocks_total", 0),
+        trained_tokens=sum(served.trainer.trained_tokens for served in list(engine.served.values())),
+        sampled_tokens=totals.get("sampled_tokens", 0),
+        prefix_hit_tokens=totals.get("prefix_hit_tokens", 0),
+        prompt_tokens=totals.get("prompt_tokens", 0),
+        optimizer_steps=engine.optimizer_steps,
+        activity=engine.activity,
+        last_progress=engine.last_progress,
+        rss_bytes=int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""Forward and backward for many adapters at once.
+
+A job is one forward_backward request. It is cut into pieces (packing.py); each slice runs one packed row that holds pieces of one or
+more jobs, and a job that has run its last piece is finished. A job is a transaction: its gradient joins the adapter's accumulator
+only when all of it was computed and is finite, so a request that fails leaves the adapter as it was.
+
+The loss sees log-probabilities only. For a loss whose token t depends on log-probability t alone, the gradient is taken chunk by
+chunk inside the head; the others (sequence ratios) get a first pass without gradients over their piece.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from everlearn.engine.adapter import TrainingAdapter
+from everlearn.engine.packing import Piece, choose, cut
+from everlearn.engine.protocol import ForwardBackward
+from everlearn.errors import EverlearnError, InvalidRequest
+from everlearn.losses.table import LOSSES, Loss
+from everlearn.models.attention import PackedBatch
+from everlearn.models.load import BaseModel
+from everlearn.models.lora import Segment
+from everlearn.types import Array, Datum, ForwardBackwardResult
+
+# The input that multiplies a token's whole loss: where it is 0 the token has no gradient, and the head does half of the work.
+ZERO_WITHOUT = {
+    "cross_entropy": "weights",
+    "importance_sampling": "advantages",
+    "ppo": "advantages",
+    "cispo": "advantages",
+    "gspo": "advantages",
+    "stable_reinforce": "sampled_mask",
+}
+
+
+@dataclass(eq=False)
+class Job:
+    """A forward_backward request on its way through the model."""
+
+    command: ForwardBackward
+    adapter: TrainingAdapter
+    loss: Loss
+    config: dict[str, float]
+    pieces: deque[Piece]
+    grad: torch.Tensor | None
+    logprobs: list[torch.Tensor | None]
+    loss_sums: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    error: EverlearnError | None = None
+
+    @property
+    def finished(self) -> bool:
+        return self.error is not None or not self.pieces
+
+
+@dataclass(eq=False)
+class Part:
+    """A piece inside a row: tokens [start, stop) belong to `job`."""
+
+    job: Job
+    piece: Piece
+    start: int
+    stop: int
+    inputs: dict[str, torch.Tensor]
+    targets: torch.Tensor  # [t, K]
+    flat_targets: bool
+    spans: list[tuple[int, int]]  # each datum's [start, stop) within the piece
+
+    def shaped(self, logprobs_TK: torch.Tensor) -> torch.Tensor:
+        return logprobs_TK[:, 0] if self.flat_targets else logprobs_TK
+
+
+class Trainer:
+    """Runs the jobs of one base model, one packed row at a time."""
+
+    def __init__(self, base: BaseModel, micro_batch_tokens: int):
+        self.base, self.budget = base, micro_batch_tokens
+        self.jobs: list[Job] = []
+        self.turn = 0
+        self.trained_tokens = 0
+
+    def start(self, command: ForwardBackward, adapter: TrainingAdapter) -> Job:
+        """Takes a request in. Raises InvalidRequest where the loss is unknown or a datum is too long for the model."""
+        loss = LOSSES.get(command.loss_fn)
+        if loss is None:
+            raise InvalidRequest(f"unknown loss_fn {command.loss_fn!r}; known: {', '.join(sorted(LOSSES))}", param="loss_fn")
+        lengths = [d.tokens.shape[0] for d in command.data]
+        for i, length in enumerate(lengths):
+            if length > self.base.max_context:
+                raise InvalidRequest(
+                    f"datum {i} has {length} tokens; {self.base.info.name} takes at most {self.base.max_context}; cut it", param="data"
+                )
+        widths = [d.inputs["target_tokens"].shape[1] if len(d.inputs["target_tokens"].shape) > 1 else 1 for d in command.data]
+        grad = None
+        if not command.forward_only:
+            grad = torch.zeros_like(adapter.grad) if adapter.has_grad else adapter.grad
+        pieces = deque(cut(lengths, widths, self.budget))
+        job = Job(command, adapter, loss, {**loss.spec.defaults, **command.config}, pieces, grad, [None] * len(lengths))
+        self.jobs.append(job)
+        return job
+
+    def has_work(self) -> bool:
+        return bool(self.jobs)
+
+    def run_slice(self) -> list[Job]:
+        """Runs one row; returns the jobs that it finished (or broke)."""
+        mode = self.jobs[self.turn % len(self.jobs)].command.forward_only
+        heads = [job.pieces[0] if job.pieces and job.command.forward_only == mode else None for job in self.jobs]
+        chosen = [self.jobs[i] for i in choose(heads, self.budget, self.turn % len(self.jobs))]
+        self.turn += 1
+        started = time.perf_counter()
+        if chosen:
+            self._run(chosen, forward_only=mode)
+        for job in chosen:
+            job.seconds += (time.perf_counter() - started) / len(chosen)
+        done = [job for job in self.jobs if job.finished]
+        self.jobs = [job for job in self.jobs if not job.finished]
+        for job in done:
+            self._settle(job)
+        return done
+
+    def result(self, job: Job) -> ForwardBackwardResult:
+        """Outputs in the order of the request's datums."""
+        outputs = []
+        for logprobs in job.logprobs:
+            assert logprobs is not None
+            outputs.append({"logprobs": Array.of(logprobs.cpu().numpy().astype(np.float32, copy=False))})
+        return ForwardBackwardResult(outputs=outputs, metrics={"loss:sum": float(np.sum(np.asarray(job.loss_sums, dtype=np.float64)))})
+
+    # --- one row ---
+
+    def _run(self, jobs: Iterable[Job], forward_only: bool) -> None:
+        parts, tokens, positions, lengths = self._assemble(jobs)
+        segments = [Segment(p.job.adapter.training_weights(p.job.grad) if p.job.grad is not None else p.job.adapter.weights, p.start, p.stop) for p in parts]
+        try:
+            batch = PackedBatch(lengths, segments)
+            targets = torch.cat([p.targets for p in parts])
+            if forward_only:
+                with torch.no_grad():
+                    hidden = self.base.hidden(tokens, positions, batch)
+                logprobs = self.base.head.logprobs(hidden, targets, segments)
+            else:
+                logprobs = self._backward(parts, tokens, positions, targets, batch)
+            self._collect(parts, logprobs)
+        except torch.OutOfMemoryError as error:
+            for part in parts:
+                part.job.error = EverlearnError(f"out of memory on {tokens.shape[0]} tokens: {error}; send shorter datums", code="too_large")
+        self.trained_tokens += tokens.shape[0]
+
+    def _backward(
+        self, parts: list[Part], tokens: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor, batch: PackedBatch
+    ) -> torch.Tensor:
+        with torch.enable_grad():
+            hidden = self.base.hidden(tokens, positions, batch)
+        detached = hidden.detach()
+        whole: dict[int, torch.Tensor] = {}  # gradients of parts whose loss looks at whole sequences
+        if any(not p.job.loss.per_token for p in parts):
+            first = self.base.head.logprobs(detached, targets, batch.segments)
+            whole = {p.start: _loss_gradient(p, first[p.start : p.stop]) for p in parts if not p.job.loss.per_token}
+        starts = [p.start for p in parts]
+
+        def gradient_of(logprobs_tK: torch.Tensor, index_t: torch.Tensor) -> torch.Tensor:
+            part = parts[bisect_right(starts, int(index_t[0])) - 1]
+            if part.start in whole:
+                return whole[part.start][index_t - part.start]
+            return _loss_gradient(part, logprobs_tK, index_t - part.start)
+
+        active = torch.cat([_active(p) for p in parts])
+        logprobs, dhidden = self.base.head.backward(detached, targets, batch.segments, active, gradient_of)
+        torch.autograd.backward(hidden, dhidden)
+        return logprobs
+
+    def _assemble(self, jobs: Iterable[Job]) -> tuple[list[Part], torch.Tensor, torch.Tensor, list[int]]:
+        parts: list[Part] = []
+        tokens: list[np.ndarray] = []
+        lengths: list[int] = []
+        start = 0
+        for job in jobs:
+            piece = job.pieces.popleft()
+            datums = [job.command.data[i] for i in piece.datums]
+            tokens += [d.tokens.numpy() for d in datums]
+            spans, at = [], 0
+            for d in datums:
+                spans.append((at, at + d.tokens.shape[0]))
+                at += d.tokens.shape[0]
+            lengths += [stop - begin for begin, stop in spans]
+            parts.append(self._part(job, piece, datums, start, start + at, spans))
+            start += at
+        device = self.base.device
+        row = torch.from_numpy(np.concatenate(tokens).astype(np.int64)).to(device)
+        positions = torch.from_numpy(np.concatenate([np.arange(n, dtype=np.int64) for n in lengths])).to(device)
+        return parts, row, positions, lengths
+
+    def _part(self, job: Job, piece: Piece, datums: list[Datum], start: int, stop: int, spans: list[tuple[int, int]]) -> Part:
+        device = self.base.device
+        joined = {
+            name: torch.from_numpy(np.concatenate([d.inputs[name].numpy() for d in datums])).to(device) for name in datums[0].inputs
+        }
+        targets = joined.pop("target_tokens").long()
+        flat = targets.ndim == 1
+        return Part(job, piece, start, stop, joined, targets.unsqueeze(1) if flat else targets, flat, spans)
+
+    def _collect(self, parts: list[Part], logprobs: torch.Tensor) -> None:
+        for part in parts:
+            own = part.shaped(logprobs[part.start : part.stop])
+            losses = part.job.loss.fn(own, part.inputs, part.job.config, part.spans)
+            for i, (begin, stop) in zip(part.piece.datums, part.spans, strict=True):
+                part.job.logprobs[i] = own[begin:stop]
+            value = float(losses.double().sum())
+            part.job.loss_sums.append(value)
+            if not np.isfinite(value):
+                part.job.error = InvalidRequest(
+                    f"the loss {part.job.command.loss_fn!r} of datums {list(part.piece.datums)} is {value}; nothing was added to the gradient. "
+                    "Check weights, advantages and log-probabilities for values that are huge, and the learning rate for divergence",
+                    param="data",
+                )
+
+    def _settle(self, job: Job) -> None:
+        """Commits the job's gradient, or takes it back."""
+        adapter = job.adapter
+        if job.grad is None:
+            return
+        if job.error is None and not bool(torch.isfinite(job.grad).all()):
+            job.error = InvalidRequest("the gradient is not finite; nothing was added to the adapter's gradient", param="data")
+        if job.error is not None:
+            if job.grad is adapter.grad:
+                adapter.clear_gradient()
+        elif job.grad is adapter.grad:
+            adapter.has_grad = True
+        else:
+            adapter.grad.add_(job.grad)
+
+
+def _active(part: Part) -> torch.Tensor:
+    """Tokens that can have a gradient: where the loss declares an input that multiplies it, that input's non-zero places."""
+    name = ZERO_WITHOUT.get(part.job.loss.name)
+    if name is None or name not in part.inputs:
+        return torch.ones(part.stop - part.start, dtype=torch.bool, device=part.targets.device)
+    values = part.inputs[name] != 0
+    return values if values.ndim == 1 else values.any(dim=1)
+
+
+def _loss_gradient(part: Part, logprobs_tK: torch.Tensor, index_t: torch.Tensor | None = None) -> torch.Tensor:
+    """dloss/dlogprob [t, K] of some tokens of a part (all, if `index_t` is None)."""
+    inputs = part.inputs if index_t is None else {name: values[index_t] for name, values in part.inputs.items()}
+    spans = part.spans if index_t is None else [(0, len(index_t))]
+    leaf = part.shaped(logprobs_tK).detach().requires_grad_()
+    with torch.enable_grad():
+        loss = part.job.loss.fn(leaf, inputs, part.job.config, spans).sum()
+    if not loss.requires_grad:
+        return torch.zeros_like(logprobs_tK)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    return gradient.unsqueeze(1) if part.flat_targets else gradient
