@@ -57,9 +57,7 @@ def _chosen(spec: LossSpec, inputs: Mapping[str, Tensor]) -> Tensor:
     return inputs["advantages"] != 0
 
 
-def _outside(
-    spec: LossSpec, ratio: Tensor, inputs: Mapping[str, Tensor], config: Mapping[str, float], chosen_T: Tensor
-) -> Tensor | None:
+def _outside(spec: LossSpec, ratio: Tensor, inputs: Mapping[str, Tensor], config: Mapping[str, float], chosen_T: Tensor) -> Tensor | None:
     """Which of the chosen tokens the loss clips or masks. gspo clips sequences, not tokens, and is left out."""
     if spec.name == "stable_reinforce":
         return band_mask(ratio, config) == 0

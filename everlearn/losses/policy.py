@@ -31,8 +31,8 @@ def clip(ratio_T: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
 
 
 def clipped_surrogate(ratio_T: Tensor, advantages_T: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
-    """-min(r A, clip(r, low, high) A), per token. Written as a choice, so that the gradient is exactly -A dr where the clip
-    doesn't bind and exactly 0 where it does, also for r on a bound."""
+    """-min(r A, clip(r, low, high) A), per token. Written as a choice, so that the gradient is exactly -A dr where the
+    clip doesn't bind, a bound included, and exactly 0 where it does: min and clamp would split it on ties."""
     unclipped_T = ratio_T * advantages_T
     clipped_T = clip(ratio_T.detach(), low, high) * advantages_T
     return -torch.where(unclipped_T.detach() <= clipped_T, unclipped_T, clipped_T)

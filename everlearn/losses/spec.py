@@ -1,4 +1,4 @@
-"""The losses as a table: names, inputs, configuration keys and their rules. No torch, so that the door can refuse what the engine can't use.
+"""The losses as a table: names, inputs, configuration keys and their rules. No torch, so the door can refuse what the engine can't use.
 
 `check_config` and `check_datum` raise an error that names the datum, the field, the value, the rule and the way out. What passes
 here needs no further checks in the engine, apart from NaN in what the model itself computes.
@@ -259,7 +259,7 @@ def _check_tokens(param: str, array: Array, vocab_size: int | None) -> None:
         place = tuple(int(i) for i in bad[0])
         rule = "not negative" if vocab_size is None else f"in [0, {vocab_size}), the model's vocabulary"
         raise InvalidRequest(
-            f"{param}[{', '.join(map(str, place))}] is {values[place]}; a token id must be {rule}: was it made with this model's tokenizer?",
+            f"{param}[{', '.join(map(str, place))}] is {values[place]}; token ids must be {rule}: was it made with this model's tokenizer?",
             param=param,
         )
 

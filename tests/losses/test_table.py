@@ -1,0 +1,93 @@
+"""Packing datums for the engine, and the metrics of a request."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from everlearn.losses.metrics import policy_metrics
+from everlearn.losses.spec import SPECS
+from everlearn.losses.table import LOSSES, loss_and_grad, pack_inputs
+from everlearn.types import Array, Datum
+
+
+def datum(length: int, **inputs: object) -> Datum:
+    arrays = {"target_tokens": Array.of(np.arange(length, dtype=np.int64))}
+    arrays |= {name: Array.of(np.array(value, np.float32)) for name, value in inputs.items()}
+    return Datum(Array.of(np.arange(length, dtype=np.int32)), arrays)
+
+
+def test_datums_are_packed_one_after_the_other() -> None:
+    data = [datum(2, weights=[1, 2]), datum(3, weights=[3, 4, 5])]
+    inputs, segments = pack_inputs(LOSSES["cross_entropy"], data, {})
+    assert segments == [(0, 2), (2, 5)]
+    assert inputs["weights"].tolist() == [1, 2, 3, 4, 5]
+    assert inputs["target_tokens"].dtype == torch.int64
+    assert inputs["weights"].dtype == torch.float32
+
+
+def test_targets_of_different_widths_are_padded_without_effect() -> None:
+    wide = Datum(
+        Array.of(np.zeros(2, np.int32)),
+        {"target_tokens": Array.of(np.full((2, 3), 7)), "weights": Array.of(np.full((2, 3), 0.5, np.float32))},
+    )
+    inputs, segments = pack_inputs(LOSSES["cross_entropy"], [datum(1, weights=[2]), wide], {})
+    assert inputs["weights"].tolist() == [[2, 0, 0], [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]]
+    assert inputs["target_tokens"].shape == (3, 3)
+    loss_D, grad = loss_and_grad(LOSSES["cross_entropy"], torch.full((3, 3), -1.0), inputs, {}, segments)
+    assert loss_D.tolist() == [2.0, 3.0]
+    assert grad[0].tolist() == [-2, 0, 0]
+
+
+def test_bounds_that_only_some_datums_bring_are_filled_with_the_configured_ones() -> None:
+    config = SPECS["ppo"].defaults
+    common = {"logprobs": [-1, -1], "advantages": [1, 1]}
+    data = [datum(2, **common, clip_high_threshold=[9, 9]), datum(2, **common)]
+    inputs, _ = pack_inputs(LOSSES["ppo"], data, config)
+    assert inputs["clip_high_threshold"].tolist() == pytest.approx([9, 9, 1.2, 1.2])
+    assert "clip_low_threshold" not in inputs
+
+
+def metrics_of(name: str, logprobs: list[float], **inputs: list[float]) -> dict[str, float]:
+    tensors = {key: torch.tensor(value) for key, value in inputs.items()}
+    return policy_metrics(SPECS[name], torch.tensor(logprobs), tensors, SPECS[name].defaults, [(0, len(logprobs))])
+
+
+def test_metrics_count_only_tokens_that_are_trained() -> None:
+    got = metrics_of("ppo", [-9.0, -1.0, -2.0], logprobs=[0.0, -1.0, -2.5], advantages=[0.0, 1.0, -1.0])
+    l1, l2 = 0.0, 0.5
+    assert got == pytest.approx(
+        {
+            "trained_tokens:sum": 2,
+            "logprob_diff_abs:mean": 0.25,
+            "kl_sample_train_v1:mean": -0.25,
+            "kl_k3:mean": (math.exp(l1) - 1 - l1 + math.exp(l2) - 1 - l2) / 2,
+            "ratio:mean": (1 + math.exp(0.5)) / 2,
+            "ratio:max": math.exp(0.5),
+            "ratio:min": 1.0,
+            "effective_sample_fraction:mean": (1 + math.exp(0.5)) ** 2 / (2 * (1 + math.exp(1.0))),
+            "clip_fraction:mean": 0.5,
+        }
+    )
+
+
+def test_metrics_of_recorded_sequences_count_sampled_tokens_also_without_advantage() -> None:
+    got = metrics_of(
+        "stable_reinforce",
+        [-9.0, -3.0, -2.0],
+        sampling_logprobs=[0.0, -1.0, -2.0],
+        advantages=[0.0, 0.0, 0.0],
+        sampled_mask=[0.0, 1.0, 1.0],
+    )
+    assert got["trained_tokens:sum"] == 2
+    assert got["mask_fraction:mean"] == 0.5
+
+
+def test_keys_name_a_reduction_and_nothing_is_reported_where_nothing_is_known() -> None:
+    got = metrics_of("gspo", [-1.0], logprobs=[-1.0], advantages=[1.0], sequence_ratio_mask=[1.0])
+    assert all(key.count(":") == 1 and key.split(":")[1] in ("sum", "mean", "max", "min") for key in got)
+    assert metrics_of("ppo", [-1.0], logprobs=[-1.0], advantages=[0.0]) == {"trained_tokens:sum": 0.0}
+    assert metrics_of("cross_entropy", [-1.0], weights=[1.0]) == {}
