@@ -40,6 +40,12 @@ class Embedded(NamedTuple):
     member_sha256: str
     weights_bytes: int
     weights_sha256: str
+    # What the catalog says of it before it is converted; a test holds these against the converted folder.
+    architecture: str
+    vocab_size: int
+    max_context: int
+    eos_token_ids: tuple[int, ...]
+    num_parameters: int
 
 
 MODELS = {
@@ -53,6 +59,11 @@ MODELS = {
         member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         weights_bytes=538_090_408,
         weights_sha256="a672150fb4f99d7c8f4168cecdd464069c0ef3a37d8113f22ddb9d48031d03cd",
+        architecture="LlamaForCausalLM",
+        vocab_size=49_152,
+        max_context=8_192,
+        eos_token_ids=(2,),
+        num_parameters=134_515_008,
     )
 }
 FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
