@@ -24,7 +24,7 @@ def route(path: str) -> str:
 
 
 def seconds(text: str) -> int:
-    """"90", "90s", "12h", "7d" -> seconds."""
+    """ "90", "90s", "12h", "7d" -> seconds."""
     match = re.fullmatch(r"(\d+)([smhdw]?)", text)
     if match is None:
         raise InvalidRequest(f"--ttl {text!r} is no duration; write it like 3600, 12h or 7d", param="ttl")

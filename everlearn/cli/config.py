@@ -53,6 +53,10 @@ def schema(console: Console) -> None:
 
 def _plain(value: Any) -> Any:
     """Values as JSON knows them: a list of base models becomes a list of tables."""
+    from pydantic import BaseModel
+
     if isinstance(value, list):
         return [_plain(item) for item in value]
-    return value.model_dump() if hasattr(value, "model_dump") else str(value) if isinstance(value, Path) else value
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    return str(value) if isinstance(value, Path) else value

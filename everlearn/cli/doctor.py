@@ -115,7 +115,9 @@ def _port(host: str, port: int) -> Check:
         try:
             probe.bind((host, port))
         except OSError as error:
-            return Check("port", "note", f"{host}:{port}: {error.strerror}", "see `everlearn ps` for a server there, or choose another --port")
+            return Check(
+                "port", "note", f"{host}:{port}: {error.strerror}", "see `everlearn ps` for a server there, or choose another --port"
+            )
     return Check("port", "ok", f"{host}:{port} is free")
 
 

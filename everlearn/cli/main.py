@@ -90,7 +90,9 @@ def run(argv: list[str]) -> int:
     except Exception as error:
         if console.debug:
             raise
-        console.error(f"{type(error).__name__}: {error}", "this is a fault of everlearn: run it again with --debug and report the traceback")
+        console.error(
+            f"{type(error).__name__}: {error}", "this is a fault of everlearn: run it again with --debug and report the traceback"
+        )
         return 1
 
 

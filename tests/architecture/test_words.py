@@ -1,0 +1,49 @@
+"""One name for each noun, and nothing in the repository that only its makers could understand."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+FOLDERS = ("everlearn", "docs", "tests", "benchmarks")
+FILES = ("README.md", "pyproject.toml", "mkdocs.yml", ".ci/run")
+SUFFIXES = {".py", ".md", ".toml", ".yml", ".json", ".mako", ".html", ".sh"}
+
+
+def texts(root: Path) -> dict[Path, str]:
+    paths = [root / name for name in FILES]
+    for folder in FOLDERS:
+        paths += [path for path in (root / folder).rglob("*") if path.suffix in SUFFIXES and "__pycache__" not in path.parts]
+    return {path.relative_to(root): path.read_text(encoding="utf-8") for path in paths if path.is_file()}
+
+
+def test_each_noun_has_one_name(root: Path):
+    glossary = (root / "docs" / "glossary.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \*\*([^|*]+)\*\* \| [^|]+ \| ([^|]*) \|$", glossary, flags=re.M)
+    assert len(rows) > 15
+    banned = {word.strip(): name for name, words in rows for word in words.split(",") if word.strip()}
+    found = [
+        f"{path}: {word!r} is called {name!r} here"
+        for path, text in texts(root).items()
+        if path.parts[0] in ("everlearn", "docs", "README.md") and path != Path("docs/glossary.md")
+        for word, name in banned.items()
+        if re.search(rf"\b{re.escape(word)}s?\b", text, flags=re.I)
+    ]
+    assert not found
+
+
+def test_nothing_names_the_workshop(root: Path):
+    """Paths of the makers' machine, numbers of their tracker, and hosts of package registries."""
+    here = Path(__file__).relative_to(root)
+    private = re.compile(r"(?<![\w.])/(work|farm)/|(?<![\w/])\.\./shared/|\bissue #|\bissues? \d|pypi\.org|pythonhosted|npmjs", flags=re.I)
+    found = {str(path): match[0] for path, text in texts(root).items() if path != here and (match := private.search(text))}
+    assert not found
+
+
+def test_every_setting_is_used(root: Path, sources):
+    """A setting that nothing reads is a wish accepted and ignored."""
+    from everlearn.config import leaves
+
+    code = "\n".join((root / source.path).read_text(encoding="utf-8") for source in sources if source.module != "everlearn.config")
+    unused = [key for key in leaves() if not re.search(rf"\.{key.rsplit('.', 1)[-1]}\b", code)]
+    assert not unused
