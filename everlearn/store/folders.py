@@ -6,6 +6,7 @@ and its parent fsynced. Whoever sees the final name sees a complete folder. This
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -146,10 +147,29 @@ def _write_file(path: Path, content: Content) -> dict[str, Any]:
 
 
 def _rename_over(temporary: Path, final: Path) -> None:
-    if final.exists():  # the same save, run again after a crash that came before its row was committed
+    if not final.exists():
+        temporary.rename(final)
+        _fsync_folder(final.parent)
+        return
+    # The same save, run again after a crash that came before its row was committed. Swapping the names leaves no moment without
+    # a complete folder; where the system can't, a crash between the two renames loses a folder that the log can make again.
+    if _exchange(temporary, final):
+        _fsync_folder(final.parent)
+        shutil.rmtree(temporary, ignore_errors=True)
+    else:
         remove_folder(final)
-    temporary.rename(final)
-    _fsync_folder(final.parent)
+        temporary.rename(final)
+        _fsync_folder(final.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two names atomically (Linux renameat2); False where there is no such call."""
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(call(here, os.fsencode(one), here, os.fsencode(other), swap) == 0)
 
 
 def _fsync_folder(path: Path) -> None:

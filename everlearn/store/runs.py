@@ -190,16 +190,27 @@ def unload_run(conn: Connection, tenant: str, run_id: str) -> Run:
     """Gives up a run's training state: its log payloads go, its snapshots become garbage, later requests are refused.
     Checkpoints stay. For runs whose client is gone."""
     get_run(conn, tenant, run_id)
+    fail_pending(conn, run_id, f"training run {run_id} was unloaded before this request ran")
     of_run = (tables.requests.c.model_id == run_id) & ~tables.requests.c.is_sample
     ids = sa.select(tables.requests.c.request_id).where(of_run)
     conn.execute(tables.payloads.delete().where(tables.payloads.c.request_id.in_(ids)))
-    gone = {"code": "not_found", "message": f"training run {run_id} was unloaded before this request ran", "param": None}
-    pending = tables.requests.update().where(of_run & (tables.requests.c.status == "pending"))
-    conn.execute(pending.values(status="failed", error=gone, finished_at=time.time()))
     conn.execute(tables.requests.update().where(of_run).values(payload_bytes=0))
     conn.execute(tables.snapshots.update().where(tables.snapshots.c.model_id == run_id).values(state="deleted"))
     conn.execute(tables.runs.update().where(tables.runs.c.run_id == run_id).values(state="unloaded"))
     return get_run(conn, tenant, run_id)
+
+
+def fail_pending(conn: Connection, run_id: str, message: str) -> None:
+    """Answers every waiting request of a run that will never run them. A save's reserved name is given free."""
+    waiting = (tables.requests.c.model_id == run_id) & ~tables.requests.c.is_sample & (tables.requests.c.status == "pending")
+    ids = sa.select(tables.requests.c.request_id).where(waiting)
+    conn.execute(tables.payloads.delete().where(tables.payloads.c.request_id.in_(ids)))
+    reserved = (tables.checkpoints.c.run_id == run_id) & (tables.checkpoints.c.state == "pending")
+    conn.execute(tables.checkpoints.update().where(reserved).values(state="deleted"))
+    unpublished = (tables.versions.c.run_id == run_id) & (tables.versions.c.state == "pending")
+    conn.execute(tables.versions.update().where(unpublished).values(state="deleted"))
+    values = {"status": "failed", "error": {"code": "not_found", "message": message, "param": "model_id"}, "payload_bytes": 0}
+    conn.execute(tables.requests.update().where(waiting).values(**values, finished_at=time.time()))
 
 
 def idle_runs(conn: Connection, before: float) -> list[Run]:

@@ -1,0 +1,267 @@
+"""The request log: the truth of which adapter state is a cache.
+
+`append` makes a request durable before it is acknowledged; `finish` makes its answer durable before the client sees it, together
+with every row that the answer implies. After a crash `pending` says what to send to the engine again. A payload is dropped only
+when its request can never be run again: at once for requests without effect on the adapter, behind a snapshot for the others.
+
+All functions are idempotent and take a connection of `Database.write` or `Database.read`.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from everlearn.errors import Conflict, NotFound
+from everlearn.store import effects, runs, tables
+from everlearn.store.runs import Run
+
+NOTHING = b"\xc0"  # msgpack nil: what an answer without content is stored as
+requests, payloads, results, snapshots = tables.requests, tables.payloads, tables.results, tables.snapshots
+
+
+class Entry(msgspec.Struct, frozen=True):
+    """One request. `seq` orders a run's requests (creation is 0) and a sampler's samples; `fingerprint` is the sha256 of what the
+    client sent. `status`: pending, done, failed, or expired (done, and the answer is no longer kept). `existing`: append found it.
+    What `meta` must hold for each kind stands in effects.py."""
+
+    request_id: str
+    tenant: str
+    kind: str
+    model_id: str
+    seq: int
+    fingerprint: str
+    meta: dict[str, Any]
+    status: str = "pending"
+    created_at: float = 0.0
+    finished_at: float | None = None
+    existing: bool = False
+
+
+class Snapshot(msgspec.Struct, frozen=True):
+    """A folder with the effect of every request of `model_id` up to `seq`."""
+
+    model_id: str
+    seq: int
+    folder: str
+    bytes: int
+    created_at: float
+
+
+class Replay(msgspec.Struct, frozen=True):
+    """How to rebuild one run: restore `snapshot` (None: nothing, the first entry creates it), send the entries with seq <=
+    `finished_seq` in order, then go on from finished_seq + 1 without gaps (an entry beyond a gap waits for its predecessor)."""
+
+    run: Run
+    snapshot: Snapshot | None
+    finished_seq: int
+    entries: list[tuple[Entry, bytes]]
+
+
+class Backlog(msgspec.Struct, frozen=True):
+    """What the engine has to be told after a restart."""
+
+    models: list[Replay]
+    samples: list[tuple[Entry, bytes]]
+
+
+class Usage(msgspec.Struct, frozen=True):
+    payload_bytes: int
+    result_bytes: int
+    requests: int
+    pending: int
+
+
+def append(conn: Connection, entry: Entry, payload: bytes) -> Entry:
+    """Stores a request, with the rows that it implies from now on (a run that is being created, a reserved checkpoint name).
+    The same (model_id, seq) with the same fingerprint gives the entry that is there, marked `existing`; with another it is a
+    Conflict, as is a seq that ran so long ago that its entry is gone. NotFound: no such run, sampler or session of this tenant."""
+    sample = entry.kind == "sample"
+    there = _row(conn, (requests.c.model_id == entry.model_id) & (requests.c.is_sample == sample) & (requests.c.seq == entry.seq))
+    if there is not None:
+        return _same(there, entry)
+    effects.ADMISSIONS[entry.kind](conn, entry)
+    entry = msgspec.structs.replace(entry, status="pending", created_at=entry.created_at or time.time(), finished_at=None, existing=False)
+    values = {name: getattr(entry, name) for name in STORED}
+    values |= {"is_sample": sample, "replays": effects.replays(entry), "payload_bytes": len(payload), "result_bytes": 0}
+    if entry.kind == "load":
+        values["folder"] = entry.meta["folder"]
+    conn.execute(requests.insert().values(**values))
+    conn.execute(payloads.insert().values(request_id=entry.request_id, tenant=entry.tenant, body=payload))
+    return entry
+
+
+def finish(conn: Connection, request_id: str, result: bytes | None, error: dict[str, Any] | None) -> Entry | None:
+    """Stores the answer (`result`: an encoded types.Result; or `error`: code, message, param) and what follows from it. The first
+    answer stays: None means that there was one already (a replay answers again), or no such request."""
+    row = _row(conn, requests.c.request_id == request_id)
+    if row is None or row.status != "pending":
+        return None
+    now = time.time()
+    status, body = ("done", result or NOTHING) if error is None else ("failed", b"")
+    keep_payload = row.replays and error is None
+    values = {"status": status, "error": error, "finished_at": now, "result_bytes": len(body)}
+    conn.execute(
+        requests.update().where(requests.c.request_id == request_id).values(**values, payload_bytes=row.payload_bytes if keep_payload else 0)
+    )
+    if error is None:
+        conn.execute(results.insert().values(request_id=request_id, tenant=row.tenant, body=body))
+    if not keep_payload:
+        conn.execute(payloads.delete().where(payloads.c.request_id == request_id))
+    if not row.is_sample:
+        seq = sa.case((tables.runs.c.last_seq < row.seq, row.seq), else_=tables.runs.c.last_seq)
+        conn.execute(tables.runs.update().where(tables.runs.c.run_id == row.model_id).values(last_seq=seq, last_request_time=now))
+    entry = msgspec.structs.replace(_entry(row), status=status, finished_at=now)
+    if error is None:
+        effects.COMPLETIONS.get(entry.kind, effects.nothing)(conn, entry, body)
+    else:
+        effects.FAILURES.get(entry.kind, effects.nothing)(conn, entry, body)
+    return entry
+
+
+def get(conn: Connection, tenant: str, request_id: str) -> tuple[Entry, bytes | None, dict[str, Any] | None]:
+    """A request of this tenant with its answer or error, both None while it is pending or when it has expired."""
+    row = _row(conn, (requests.c.request_id == request_id) & (requests.c.tenant == tenant))
+    if row is None:
+        raise NotFound(f"no request {request_id!r}", param="request_id")
+    entry = _entry(row)
+    if entry.status != "done":
+        return entry, None, row.error
+    return entry, conn.execute(sa.select(results.c.body).where(results.c.request_id == request_id)).scalar_one(), None
+
+
+def find(conn: Connection, tenant: str, model_id: str, seq: int, sample: bool = False) -> Entry | None:
+    """The entry at one place of a run's or sampler's order."""
+    where = (requests.c.model_id == model_id) & (requests.c.is_sample == sample) & (requests.c.seq == seq)
+    row = _row(conn, where & (requests.c.tenant == tenant))
+    return None if row is None else _entry(row)
+
+
+def payload(conn: Connection, request_id: str) -> bytes | None:
+    """What was appended, while it is still needed."""
+    return conn.execute(sa.select(payloads.c.body).where(payloads.c.request_id == request_id)).scalar()
+
+
+def unfinished(conn: Connection, tenant: str) -> int:
+    """How many requests of the tenant were accepted and have no answer yet."""
+    where = (requests.c.tenant == tenant) & (requests.c.status == sa.literal_column("'pending'"))
+    return conn.execute(sa.select(sa.func.count()).select_from(requests).where(where)).scalar_one()
+
+
+def pending(conn: Connection, with_payloads: bool = True) -> Backlog:
+    """Everything that an engine which knows nothing must be sent. Without payloads the bytes are empty: fetch them one by one with
+    `payload` when the whole would not fit in memory."""
+    live = conn.execute(sa.select(tables.runs).where(tables.runs.c.state.in_(runs.LIVE_STATES)).order_by(tables.runs.c.created_at))
+    models = [_replay(conn, runs.run_of(row), with_payloads) for row in live.all()]
+    where = requests.c.is_sample & (requests.c.status == sa.literal_column("'pending'"))
+    return Backlog(models, _with_payloads(conn, where, (requests.c.created_at, requests.c.request_id), with_payloads))
+
+
+def newest_snapshot(conn: Connection, model_id: str) -> Snapshot | None:
+    where = (snapshots.c.model_id == model_id) & (snapshots.c.state == "complete")
+    row = conn.execute(sa.select(snapshots).where(where).order_by(snapshots.c.seq.desc()).limit(1)).first()
+    return None if row is None else Snapshot(row.model_id, row.seq, row.folder, row.bytes, row.created_at)
+
+
+def add_snapshot(conn: Connection, model_id: str, seq: int, folder: str, size: int) -> bool:
+    """Lists a complete snapshot folder and drops what it replaces: older snapshots, payloads up to its seq. False: it must not be
+    used (a request up to `seq` has no durable answer yet, a newer snapshot is listed, the run is gone); remove the folder."""
+    run = conn.execute(sa.select(tables.runs.c.tenant, tables.runs.c.state, tables.runs.c.last_seq).where(tables.runs.c.run_id == model_id)).first()
+    if run is None or run.state != "live" or run.last_seq < seq:
+        return False
+    open_before = (requests.c.model_id == model_id) & ~requests.c.is_sample & (requests.c.seq <= seq) & (requests.c.status == "pending")
+    if conn.execute(sa.select(requests.c.request_id).where(open_before).limit(1)).first() is not None:
+        return False
+    newest = newest_snapshot(conn, model_id)
+    if newest is not None and newest.seq >= seq:
+        return newest.seq == seq and newest.folder == folder
+    row = {"model_id": model_id, "seq": seq, "tenant": run.tenant, "folder": folder, "bytes": size, "state": "complete", "created_at": time.time()}
+    conn.execute(snapshots.insert().values(**row))
+    conn.execute(snapshots.update().where((snapshots.c.model_id == model_id) & (snapshots.c.seq < seq)).values(state="deleted"))
+    compact(conn, model_id, seq)
+    return True
+
+
+def compact(conn: Connection, model_id: str, seq: int) -> int:
+    """Drops the payloads of answered requests up to `seq`, as far as a snapshot covers them; how many."""
+    newest = newest_snapshot(conn, model_id)
+    if newest is None:
+        return 0
+    covered = (requests.c.model_id == model_id) & ~requests.c.is_sample & (requests.c.seq <= min(seq, newest.seq))
+    covered &= (requests.c.status != "pending") & (requests.c.payload_bytes > 0)
+    ids = sa.select(requests.c.request_id).where(covered)
+    dropped = conn.execute(payloads.delete().where(payloads.c.request_id.in_(ids))).rowcount
+    conn.execute(requests.update().where(covered).values(payload_bytes=0))
+    return dropped
+
+
+def expire(conn: Connection, now: float, retention: float) -> tuple[int, int]:
+    """Forgets answers older than `retention` seconds, and entries that are needed neither for an answer nor for a rebuild. Returns
+    how many answers and entries went."""
+    old = requests.c.finished_at <= now - retention
+    stale = sa.select(requests.c.request_id).where(old & (requests.c.result_bytes > 0))
+    gone = conn.execute(results.delete().where(results.c.request_id.in_(stale))).rowcount
+    conn.execute(requests.update().where(old & (requests.c.result_bytes > 0)).values(result_bytes=0))
+    entries = conn.execute(requests.delete().where(old & (requests.c.payload_bytes == 0) & (requests.c.status != "pending"))).rowcount
+    if conn.dialect.name == "sqlite":
+        conn.exec_driver_sql("PRAGMA incremental_vacuum(4096)").all()  # gives at most 16 MiB back a call: it blocks the writer
+    return gone, entries
+
+
+def usage(conn: Connection) -> Usage:
+    """Size of the log, all tenants together."""
+    totals = [sa.func.coalesce(sa.func.sum(column), 0) for column in (requests.c.payload_bytes, requests.c.result_bytes)]
+    open_ones = sa.func.coalesce(sa.func.sum(sa.case((requests.c.status == "pending", 1), else_=0)), 0)
+    return Usage(*(int(value) for value in conn.execute(sa.select(*totals, sa.func.count(), open_ones)).one()))
+
+
+def heaviest(conn: Connection, limit: int = 8) -> list[tuple[str, int]]:
+    """Runs by the bytes that a snapshot would free, most first."""
+    total = sa.func.sum(requests.c.payload_bytes).label("total")
+    droppable = ~requests.c.is_sample & (requests.c.payload_bytes > 0) & (requests.c.status != "pending")
+    query = sa.select(requests.c.model_id, total).where(droppable).group_by(requests.c.model_id).order_by(total.desc()).limit(limit)
+    return [(row.model_id, int(row.total)) for row in conn.execute(query)]
+
+
+STORED = [name for name in Entry.__struct_fields__ if name != "existing"]
+
+
+def _row(conn: Connection, where: sa.ColumnElement[bool]) -> Any:
+    return conn.execute(sa.select(requests).where(where)).first()
+
+
+def _entry(row: Any) -> Entry:
+    values = {name: getattr(row, name) for name in STORED}
+    if row.status == "done" and row.result_bytes == 0:
+        values["status"] = "expired"
+    return Entry(**values)
+
+
+def _same(row: Any, entry: Entry) -> Entry:
+    if row.tenant != entry.tenant:
+        raise NotFound(f"no model {entry.model_id!r}", param="model_id")
+    if (row.fingerprint, row.kind) != (entry.fingerprint, entry.kind):
+        raise Conflict(
+            f"seq_id {entry.seq} of {entry.model_id} was used before for another request ({row.kind}); use the next number", param="seq_id"
+        )
+    return msgspec.structs.replace(_entry(row), existing=True)
+
+
+def _replay(conn: Connection, run: Run, with_payloads: bool) -> Replay:
+    snapshot = newest_snapshot(conn, run.run_id)
+    after = -1 if snapshot is None else snapshot.seq
+    to_run = (requests.c.status == "pending") | (requests.c.replays & (requests.c.status == "done"))
+    where = (requests.c.model_id == run.run_id) & ~requests.c.is_sample & (requests.c.seq > after) & to_run
+    entries = _with_payloads(conn, where, (requests.c.seq,), with_payloads)
+    return Replay(run, snapshot, max(after, run.last_seq), entries)
+
+
+def _with_payloads(conn: Connection, where: sa.ColumnElement[bool], order: tuple[Any, ...], bodies: bool) -> list[tuple[Entry, bytes]]:
+    if not bodies:
+        return [(_entry(row), b"") for row in conn.execute(sa.select(requests).where(where).order_by(*order))]
+    query = sa.select(requests, payloads.c.body).join(payloads, payloads.c.request_id == requests.c.request_id)
+    return [(_entry(row), row.body) for row in conn.execute(query.where(where).order_by(*order))]
