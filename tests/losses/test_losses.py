@@ -227,7 +227,7 @@ def test_a_datum_sent_twice_counts_twice_and_alone_as_in_company(name: str) -> N
 def test_per_token_losses_may_be_taken_in_chunks(name: str) -> None:
     logprobs, inputs = example(4)
     inputs["weights"] = inputs["advantages"]
-    whole_D, whole_grad = run(name, logprobs, inputs, config_of(name))
+    _, whole_grad = run(name, logprobs, inputs, config_of(name))
     chunks = [run(name, logprobs[a : a + 5], {k: v[a : a + 5] for k, v in inputs.items()}, config_of(name), [(0, 5)]) for a in (0, 5)]
     np.testing.assert_allclose(np.concatenate([grad for _, grad in chunks]), whole_grad[:10], rtol=1e-12)
 

@@ -51,9 +51,9 @@ def test_bounds_that_only_some_datums_bring_are_filled_with_the_configured_ones(
     assert "clip_low_threshold" not in inputs
 
 
-def metrics_of(name: str, logprobs: list[float], **inputs: list[float]) -> dict[str, float]:
+def metrics_of(name: str, trained: list[float], **inputs: list[float]) -> dict[str, float]:
     tensors = {key: torch.tensor(value) for key, value in inputs.items()}
-    return policy_metrics(SPECS[name], torch.tensor(logprobs), tensors, SPECS[name].defaults, [(0, len(logprobs))])
+    return policy_metrics(SPECS[name], torch.tensor(trained), tensors, SPECS[name].defaults, [(0, len(trained))])
 
 
 def test_metrics_count_only_tokens_that_are_trained() -> None:
