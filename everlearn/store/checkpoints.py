@@ -75,7 +75,8 @@ class Checkpoint(msgspec.Struct, frozen=True):
 def check_name(name: str) -> str:
     """The name, if it can be one part of a path; InvalidRequest otherwise."""
     if not NAME.fullmatch(name) or name in (".", ".."):
-        raise InvalidRequest(f"checkpoint name {name[:140]!r} must be 1 to 128 letters, digits, '.', '_' or '-', and not '.' or '..'", param="path")
+        rule = "must be 1 to 128 letters, digits, '.', '_' or '-', and not '.' or '..'"
+        raise InvalidRequest(f"checkpoint name {name[:140]!r} {rule}", param="path")
     return name
 
 
@@ -151,7 +152,8 @@ def reserve(conn: Connection, checkpoint: Checkpoint, overwrite: bool) -> Checkp
     check_name(checkpoint.name)
     if checkpoint.kind not in KINDS:
         raise InvalidRequest(f"checkpoint kind {checkpoint.kind!r} must be one of {', '.join(KINDS)}", param="path")
-    taken = sa.select(table.c.uid).where(_at(checkpoint.run_id, checkpoint.kind, checkpoint.name) & table.c.state.in_(("pending", "complete")))
+    same = _at(checkpoint.run_id, checkpoint.kind, checkpoint.name)
+    taken = sa.select(table.c.uid).where(same & table.c.state.in_(("pending", "complete")) & ~_expired(time.time()))
     uids = set(conn.execute(taken).scalars())
     if checkpoint.uid in uids:
         return checkpoint

@@ -155,7 +155,8 @@ def make_engine(url: str) -> Engine:
     if dialect == "postgresql":
         return sa.create_engine(parsed.set(drivername="postgresql+psycopg"), pool_size=8, max_overflow=24, pool_pre_ping=True)
     if dialect != "sqlite" or parsed.database in (None, "", ":memory:"):
-        raise InvalidRequest(f"store.url {url!r} names no durable database; use sqlite:////path/file.db or postgresql+psycopg://", param="store.url")
+        way_out = "use sqlite:////path/file.db or postgresql+psycopg://..."
+        raise InvalidRequest(f"store.url {url!r} names no durable database; {way_out}", param="store.url")
     Path(parsed.database).expanduser().parent.mkdir(parents=True, exist_ok=True)
     engine = sa.create_engine(parsed, connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False}, pool_size=8, max_overflow=24)
     sa.event.listen(engine, "connect", _sqlite_connect)

@@ -82,7 +82,8 @@ def _admit_training(conn: Connection, entry: Entry) -> Any:
         why = "its creation failed" if run.state == "failed" else "it was unloaded; load one of its checkpoints into a new run"
         raise Conflict(f"training run {entry.model_id} takes no requests: {why}", param="model_id")
     if entry.seq <= run.last_seq:
-        raise Conflict(f"seq_id {entry.seq} of {entry.model_id} ran before and its answer is no longer kept; the next is {run.last_seq + 1}", param="seq_id")
+        gone = f"seq_id {entry.seq} of {entry.model_id} ran before and its answer is no longer kept"
+        raise Conflict(f"{gone}; the next is {run.last_seq + 1}", param="seq_id")
     return run
 
 

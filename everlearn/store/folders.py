@@ -21,6 +21,7 @@ from everlearn.errors import InternalError, NotFound
 MANIFEST = "manifest.json"
 UNFINISHED = ".tmp-"  # no checkpoint, run or version name can end in it with an id: names are put into folders as name@seq
 CHUNK = 1 << 20
+WAY_OUT = "restore the folder from a backup, or delete the checkpoint"
 
 Content = bytes | Callable[[BinaryIO], None] | Path
 
@@ -47,7 +48,7 @@ def write_folder(final: Path, files: Mapping[str, Content], manifest: Mapping[st
     temporary = final.parent / f"{final.name}{UNFINISHED}{secrets.token_hex(4)}"
     temporary.mkdir()
     try:
-        listed = {name: _write_file(temporary / name, content) for name, content in files.items()}
+        listed = {name: _write_file(temporary / _plain(name), content) for name, content in files.items()}
         body = json.dumps({**manifest, "files": listed}, indent=1, sort_keys=True).encode()
         _write_file(temporary / MANIFEST, body)
         _fsync_folder(temporary)
@@ -65,7 +66,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise NotFound(f"folder {folder} has no {MANIFEST}: it is not a complete checkpoint") from error
     except ValueError as error:
-        raise InternalError(f"{folder / MANIFEST} is damaged ({error}); restore the folder from a backup or delete the checkpoint") from error
+        raise InternalError(f"{folder / MANIFEST} is damaged ({error}); {WAY_OUT}") from error
 
 
 def verify_folder(folder: Path) -> dict[str, Any]:
@@ -74,13 +75,13 @@ def verify_folder(folder: Path) -> dict[str, Any]:
     listed = manifest.get("files", {})
     found = {path.name for path in folder.iterdir()} - {MANIFEST}
     if found != set(listed):
-        raise InternalError(f"folder {folder} holds {sorted(found)} but its manifest lists {sorted(listed)}; delete it or restore it from a backup")
+        raise InternalError(f"folder {folder} holds {sorted(found)} but its manifest lists {sorted(listed)}; {WAY_OUT}")
     for name, entry in listed.items():
         size, digest = hash_file(folder / name)
         if size != entry["size"] or digest != entry["sha256"]:
             raise InternalError(
                 f"{folder / name} has {size} bytes with sha256 {digest[:12]}..., its manifest says {entry['size']} bytes with "
-                f"{entry['sha256'][:12]}...; the file is damaged: restore it from a backup or delete the checkpoint"
+                f"{entry['sha256'][:12]}...: the file is damaged; {WAY_OUT}"
             )
     return manifest
 
@@ -128,9 +129,13 @@ def _folders(root: Path) -> Iterator[Path]:
                 yield Path(parent) / name
 
 
+def _plain(name: str) -> str:
+    if Path(name).name != name or name == MANIFEST:
+        raise InternalError(f"file name {name!r} must be a plain name other than {MANIFEST}")
+    return name
+
+
 def _write_file(path: Path, content: Content) -> dict[str, Any]:
-    if path.parent != path.parent.parent / path.parent.name or "/" in path.name:
-        raise InternalError(f"file name {path.name!r} must be a plain name")
     with path.open("xb") as file:
         sink = _Hashing(file)
         if isinstance(content, bytes):

@@ -105,9 +105,8 @@ def finish(conn: Connection, request_id: str, result: bytes | None, error: dict[
     status, body = ("done", result or NOTHING) if error is None else ("failed", b"")
     keep_payload = row.replays and error is None
     values = {"status": status, "error": error, "finished_at": now, "result_bytes": len(body)}
-    conn.execute(
-        requests.update().where(requests.c.request_id == request_id).values(**values, payload_bytes=row.payload_bytes if keep_payload else 0)
-    )
+    values["payload_bytes"] = row.payload_bytes if keep_payload else 0
+    conn.execute(requests.update().where(requests.c.request_id == request_id).values(**values))
     if error is None:
         conn.execute(results.insert().values(request_id=request_id, tenant=row.tenant, body=body))
     if not keep_payload:
@@ -170,7 +169,7 @@ def newest_snapshot(conn: Connection, model_id: str) -> Snapshot | None:
 def add_snapshot(conn: Connection, model_id: str, seq: int, folder: str, size: int) -> bool:
     """Lists a complete snapshot folder and drops what it replaces: older snapshots, payloads up to its seq. False: it must not be
     used (a request up to `seq` has no durable answer yet, a newer snapshot is listed, the run is gone); remove the folder."""
-    run = conn.execute(sa.select(tables.runs.c.tenant, tables.runs.c.state, tables.runs.c.last_seq).where(tables.runs.c.run_id == model_id)).first()
+    run = conn.execute(sa.select(tables.runs).where(tables.runs.c.run_id == model_id)).first()
     if run is None or run.state != "live" or run.last_seq < seq:
         return False
     open_before = (requests.c.model_id == model_id) & ~requests.c.is_sample & (requests.c.seq <= seq) & (requests.c.status == "pending")
@@ -179,8 +178,8 @@ def add_snapshot(conn: Connection, model_id: str, seq: int, folder: str, size: i
     newest = newest_snapshot(conn, model_id)
     if newest is not None and newest.seq >= seq:
         return newest.seq == seq and newest.folder == folder
-    row = {"model_id": model_id, "seq": seq, "tenant": run.tenant, "folder": folder, "bytes": size, "state": "complete", "created_at": time.time()}
-    conn.execute(snapshots.insert().values(**row))
+    row = {"model_id": model_id, "seq": seq, "tenant": run.tenant, "folder": folder, "bytes": size}
+    conn.execute(snapshots.insert().values(**row, state="complete", created_at=time.time()))
     conn.execute(snapshots.update().where((snapshots.c.model_id == model_id) & (snapshots.c.seq < seq)).values(state="deleted"))
     compact(conn, model_id, seq)
     return True

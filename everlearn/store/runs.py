@@ -241,7 +241,8 @@ def create_sampler(
     """A sampler, or the one that (session, seq) made before; another target under the same seq is a conflict."""
     get_session(conn, tenant, session_id)
     now = time.time()
-    wanted = Sampler(sampler_id(session_id, seq), tenant, session_id, seq, base_model, model_path, model_id, version, folder, kind, 0, now, now)
+    target = (base_model, model_path, model_id, version, folder, kind)
+    wanted = Sampler(sampler_id(session_id, seq), tenant, session_id, seq, *target, 0, now, now)
     row = conn.execute(sa.select(tables.samplers).where(tables.samplers.c.sampler_id == wanted.sampler_id)).first()
     if row is None:
         conn.execute(tables.samplers.insert().values(**msgspec.structs.asdict(wanted)))
@@ -249,7 +250,8 @@ def create_sampler(
     there = Sampler(**row._mapping)
     if (there.base_model, there.model_path, there.kind) != (base_model, model_path, kind):
         raise Conflict(
-            f"sampling_session_seq_id {seq} of session {session_id} already made a sampler of {there.model_path or there.base_model}; use the next number",
+            f"sampling_session_seq_id {seq} of session {session_id} already made a sampler of "
+            f"{there.model_path or there.base_model}; use the next number",
             param="sampling_session_seq_id",
         )
     return there
