@@ -73,7 +73,7 @@ def truncate(weights_NV: torch.Tensor, top_ks: list[int], top_ps: list[float]) -
     top_NJ, order_NJ = weights_NV.topk(num)
     total_N = weights_NV.sum(dim=1)
     p_N1 = torch.tensor(top_ps, device=weights_NV.device).unsqueeze(1)
-    if num < vocab and any(limit > num and p < 1.0 for limit, p in zip(limits, top_ps, strict=True)):
+    if any(limit > num for limit in limits):
         open_rows = torch.tensor([limit > num for limit in limits], device=weights_NV.device)
         if bool((open_rows & (top_NJ.sum(dim=1) < p_N1[:, 0] * total_N)).any()):
             top_NJ, order_NJ = weights_NV.sort(dim=1, descending=True)

@@ -1,0 +1,49 @@
+"""Can this sampling request be honoured? Asked once, before any work is done for it."""
+
+from __future__ import annotations
+
+from everlearn.engine.protocol import Sample
+from everlearn.errors import InvalidRequest, TooLarge, Unsupported
+from everlearn.models.load import BaseModel
+
+
+def admit(command: Sample, base: BaseModel, cache_tokens: int) -> int:
+    """How many tokens may be drawn: max_tokens, or what the context leaves. Raises a UserError where a rule is broken."""
+    params, context, name = command.params, base.info.max_context, base.info.name
+    prompt = command.prompt.numpy()
+    if not len(prompt):
+        raise InvalidRequest("the prompt is empty; send at least one token", param="prompt")
+    for token in (int(prompt.min()), int(prompt.max())):
+        if not 0 <= token < base.vocab_size:
+            raise InvalidRequest(f"the prompt holds token {token}; tokens of {name} are 0 to {base.vocab_size - 1}", param="prompt")
+    if command.num_samples < 1:
+        raise InvalidRequest(f"num_samples is {command.num_samples}; it must be at least 1", param="num_samples")
+    if len(prompt) > context:
+        raise TooLarge(f"the prompt has {len(prompt)} tokens; {name} takes {context}; shorten it", param="prompt")
+    max_new = max(min(params.max_tokens, max(context - len(prompt), 1)), 0)
+    if len(prompt) + max_new - 1 > cache_tokens:
+        raise TooLarge(
+            f"prompt and max_tokens need {len(prompt) + max_new - 1} tokens of KV cache; it holds {cache_tokens}; "
+            "lower max_tokens or raise engine.kv_tokens",
+            param="max_tokens",
+        )
+    if any(params.stop_strings) and base.tokenizer is None:
+        raise Unsupported(f"{name} has no tokenizer, so stop strings can't be found; send stop tokens", param="stop")
+    _check_targets(command, len(prompt) - 1, base.vocab_size)
+    return max_new
+
+
+def _check_targets(command: Sample, num_rows: int, vocab: int) -> None:
+    if command.target_prompt_logprobs is None:
+        return
+    targets = command.target_prompt_logprobs.numpy()
+    if targets.ndim != 2 or targets.shape[0] != num_rows:
+        raise InvalidRequest(
+            f"target_prompt_logprobs has shape {list(targets.shape)}; it must be [{num_rows}, K], one row for each prompt token after the first",
+            param="target_prompt_logprobs",
+        )
+    if targets.size and not -1 <= targets.min() <= targets.max() < vocab:
+        raise InvalidRequest(
+            f"target_prompt_logprobs holds {targets.min()} to {targets.max()}; token ids are 0 to {vocab - 1}, and -1 asks for nothing",
+            param="target_prompt_logprobs",
+        )

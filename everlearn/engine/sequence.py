@@ -1,0 +1,113 @@
+"""A sampling request and its sequences: all state of sampling lives here.
+
+A request begins as one sequence. When its prompt is computed the other samples fork from it: they share its blocks and copy the
+partly filled last one before they write. A sequence that loses its blocks keeps its tokens and computes them again.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from everlearn.engine.kvcache import next_digest, root_digest
+from everlearn.engine.protocol import Sample
+from everlearn.engine.scoring import PromptScores
+from everlearn.engine.stops import StopStrings
+from everlearn.models.lora import AdapterWeights
+from everlearn.types import Array, SampledSequence, SampleResult, TopK
+
+
+class Request:
+    """One Sample command while the engine works on it."""
+
+    def __init__(self, command: Sample, max_new: int):
+        self.command, self.params, self.max_new = command, command.params, max_new
+        self.prompt = prompt = command.prompt.numpy().astype(np.int32, copy=False)
+        self.root = root_digest(command.cache_salt, command.base, command.version)
+        self.stop_tokens = frozenset(command.params.stop_tokens)
+        self.stop_strings = [s for s in command.params.stop_strings if s]
+        self.scores = PromptScores(command, prompt)
+        self.adapter: AdapterWeights | None = None
+        self.admitted = self.prompt_counted = False
+        self.hit_tokens = 0
+        self.sequences = [Sequence(self, 0)]
+
+    @property
+    def done(self) -> bool:
+        return len(self.sequences) == self.command.num_samples and all(s.stop_reason for s in self.sequences)
+
+    def result(self) -> SampleResult:
+        scores = self.scores
+        return SampleResult(
+            sequences=[s.result() for s in self.sequences],
+            prompt_logprobs=scores.prompt_logprobs(),
+            topk_prompt_logprobs=scores.topk(),
+            target_prompt_logprobs=scores.target_logprobs(),
+            prompt_alt_tokens=Array.of(scores.alt_tokens) if scores.alt_tokens is not None else None,
+            prompt_alt_logprobs=Array.of(scores.alt_logprobs) if scores.alt_logprobs is not None else None,
+            prompt_cache_hit_tokens=self.hit_tokens,
+        )
+
+
+class Sequence:
+    """One sample: its tokens, how many of them are computed, and the blocks that hold them."""
+
+    __slots__ = ("blocks", "computed", "digests", "generated", "index", "logprobs", "request", "stop_reason", "stops", "topk_ids", "topk_logprobs")
+
+    def __init__(self, request: Request, index: int):
+        self.request, self.index = request, index
+        self.generated: list[int] = []
+        self.logprobs: list[float] = []
+        self.topk_ids: list[np.ndarray] = []
+        self.topk_logprobs: list[np.ndarray] = []
+        self.blocks: list[int] = []
+        self.computed = 0
+        self.digests: list[bytes] = []
+        self.stops: StopStrings | None = None
+        self.stop_reason = ""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.request.prompt) + len(self.generated)
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """int32 tokens [start, stop) of prompt and continuation."""
+        prompt = self.request.prompt
+        if stop <= len(prompt):
+            return prompt[start:stop]
+        split = len(prompt)
+        fresh = np.array(self.generated[max(start - split, 0) : stop - split], dtype=np.int32)
+        return fresh if start >= split else np.concatenate([prompt[start:], fresh])
+
+    def block_digests(self, num: int, block_size: int) -> list[bytes]:
+        """Digests of the first `num` blocks, which must be full."""
+        while len(self.digests) < num:
+            start = len(self.digests) * block_size
+            parent = self.digests[-1] if self.digests else self.request.root
+            self.digests.append(next_digest(parent, self.tokens(start, start + block_size).tobytes()))
+        return self.digests[:num]
+
+    def fork(self, index: int) -> Sequence:
+        """Another sample of the same computed prompt. The caller takes a reference on every block."""
+        other = Sequence(self.request, index)
+        other.blocks, other.computed, other.digests = list(self.blocks), self.computed, list(self.digests)
+        return other
+
+    def append(self, token: int, logprob: float) -> None:
+        """Takes a drawn token and decides whether it was the last one."""
+        request = self.request
+        self.generated.append(token)
+        self.logprobs.append(logprob)
+        if token in request.stop_tokens or (self.stops is not None and self.stops.add(token)):
+            self.stop_reason = "stop"
+        elif len(self.generated) >= request.max_new:
+            self.stop_reason = "length"
+
+    def result(self) -> SampledSequence:
+        topk = None
+        if self.request.command.topk_sample_logprobs:
+            k = self.request.command.topk_sample_logprobs
+            ids = np.stack(self.topk_ids) if self.topk_ids else np.zeros((0, k), np.int32)
+            logprobs = np.stack(self.topk_logprobs) if self.topk_logprobs else np.zeros((0, k), np.float32)
+            topk = TopK(Array.of(ids), Array.of(logprobs))
+        tokens, logprobs_N = np.array(self.generated, dtype=np.int32), np.array(self.logprobs, dtype=np.float32)
+        return SampledSequence(self.stop_reason, Array.of(tokens), Array.of(logprobs_N), topk)
