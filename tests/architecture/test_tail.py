@@ -28,7 +28,13 @@ def test_files_are_short(sources):
 
 
 def test_functions_are_short(sources):
-    functions = [(f"{source.path}:{node.name}", length(node)) for source in sources for node in ast.walk(source.tree) if isinstance(node, FUNCTION)]
+    functions = [
+        (f"{source.path}:{node.name}", length(node))
+        for source in sources
+        if "migrations" not in source.path.parts  # a migration is a record of tables, written once
+        for node in ast.walk(source.tree)
+        if isinstance(node, FUNCTION)
+    ]
     long = {name: lines for name, lines in functions if lines > 60}
     assert all(lines <= 80 for lines in long.values()), long
     assert len(long) <= 0.01 * len(functions), f"60 lines is the rule, 80 the exception: {long}"
@@ -83,17 +89,27 @@ def test_no_error_is_swallowed(sources):
     assert not swallowed
 
 
+def ours(source) -> set[str]:
+    """Names in this file that stand for classes of the package."""
+    defined = {node.name for node in ast.walk(source.tree) if isinstance(node, ast.ClassDef)}
+    imported = {
+        alias.asname or alias.name
+        for node in ast.walk(source.tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("everlearn")
+        for alias in node.names
+    }
+    return defined | imported
+
+
 def test_inheritance_is_one_step_deep(sources):
     """Tables over towers: a class of ours may have a base of ours, but that base has none (errors form the one drawn hierarchy)."""
-    bases = {
-        node.name: {ast.unparse(base).split(".")[-1] for base in node.bases}
-        for source in sources
-        if source.module != "everlearn.errors"
-        for node in ast.walk(source.tree)
-        if isinstance(node, ast.ClassDef)
-    }
-    towers = [name for name, own in bases.items() for base in own for above in bases.get(base, ()) if above in bases and above != base]
-    assert not towers
+    bases: dict[str, set[str]] = {}
+    for source in sources:
+        if source.module != "everlearn.errors":
+            for node in ast.walk(source.tree):
+                if isinstance(node, ast.ClassDef):
+                    bases.setdefault(node.name, set()).update({ast.unparse(base) for base in node.bases} & ours(source))
+    assert not [name for name, own in bases.items() if any(bases.get(base) for base in own)]
 
 
 def test_the_tour_is_short(root: Path):
