@@ -1,4 +1,4 @@
-"""What every test shares: a tiny model with a real tokenizer, real servers in their own processes, one CPU thread for tensor work, an environment without settings, and the repository's root."""
+"""What every test shares: a tiny model, real servers in their own processes, one CPU thread, an environment without settings."""
 
 from __future__ import annotations
 

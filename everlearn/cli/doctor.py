@@ -121,12 +121,14 @@ def _port(host: str, port: int) -> Check:
     return Check("port", "ok", f"{host}:{port} is free")
 
 
-def _guarded(name: str, probe: Callable[[], str]) -> Check:
+def _guarded(name: str, probe: Callable[[], str], usual_fix: str) -> Check:
     try:
         return Check(name, "ok", probe())
     except EverlearnError as error:
         what, _, fix = error.message.rpartition("; ")
-        return Check(name, "fail", what or fix, fix if what else "")
+        return Check(name, "fail", what or fix, fix if what else usual_fix)
+    except OSError as error:
+        return Check(name, "fail", str(error), usual_fix)
 
 
 def _store(url: str) -> Check:
@@ -139,20 +141,23 @@ def _store(url: str) -> Check:
         finally:
             database.close()
 
-    return _guarded("store", probe)
+    return _guarded("store", probe, "see that the home folder, or the database of store.url, can be written")
 
 
 def _model(settings: Settings) -> Check:
-    from everlearn.models import embedded
+    from everlearn.models.catalog import Catalog
 
-    name = settings.models.default
-    if name in embedded.MODELS and not embedded.is_ready(name, settings.home):
-        return Check("model", "note", f"{name} is not converted yet", f"the first start does it; or now: everlearn model add {name}")
+    waiting = ""
 
     def probe() -> str:
-        from everlearn.models.catalog import Catalog
-
-        info = Catalog(settings).resolve(name)
+        nonlocal waiting
+        catalog = Catalog(settings)
+        info = catalog.default
+        if not catalog.is_ready(info.name):
+            waiting = info.name
         return f"{info.name}: {info.architecture}, context {info.max_context}"
 
-    return _guarded("model", probe)
+    check = _guarded("model", probe, "name a usable one as models.default, or leave it out")
+    if waiting:
+        return Check("model", "note", f"{waiting} is not converted yet", f"the first start does it; or now: everlearn model add {waiting}")
+    return check

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from everlearn.cli.console import Console, Verb, pass_console
+
+if TYPE_CHECKING:
+    from everlearn.config import Settings
 
 
 @click.command("serve", cls=Verb)
@@ -22,18 +27,18 @@ def command(console: Console, model: str | None, host: str | None, port: int | N
     """
     flags = {"models.default": model, "api.host": host, "api.port": port, "api.log_format": log_format}
     settings = console.settings(flags)
-    prepare(console, settings.models.default)
+    prepare(console, settings)
     from everlearn.api.server import run
 
     run(settings)
 
 
-def prepare(console: Console, model: str) -> None:
-    """Converts the embedded model on its first use; anything else is read where it lies."""
-    from everlearn.models import embedded
+def prepare(console: Console, settings: Settings) -> None:
+    """Looks the default base model up, and converts an embedded one on its first use."""
+    from everlearn.models.catalog import Catalog
 
-    home = console.settings().home
-    if model not in embedded.MODELS or embedded.is_ready(model, home):
-        return
-    with console.progress(f"preparing {model}", 1.0) as progress:
-        embedded.ensure(model, home, lambda text, share: progress.update(share, text))
+    catalog = Catalog(settings)
+    name = catalog.default.name
+    if not catalog.is_ready(name):
+        with console.progress(f"preparing {name}", 1.0) as progress:
+            catalog.prepare(name, lambda text, share: progress.update(share, text))

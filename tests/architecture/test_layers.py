@@ -72,13 +72,29 @@ def loaded_after(statement: str) -> set[str]:
 
 
 def test_the_api_process_loads_no_tensor_library():
-    modules = loaded_after("import everlearn.api.app, everlearn.api.server, everlearn.store.db, everlearn.models.catalog, everlearn.models.embedded")
+    modules = loaded_after(
+        "import everlearn.api.app, everlearn.api.server, everlearn.store.db, everlearn.models.catalog, everlearn.models.embedded"
+    )
     assert not {name for name in modules if heavy(name)}
 
 
 def test_help_loads_nothing_that_takes_time():
     modules = loaded_after("from everlearn.cli.main import run\nassert run(['--help']) == 0")
-    slow = {"torch", "transformers", "pydantic", "httpx", "rich", "numpy", "sqlalchemy", "fastapi", "tinker", "zmq", "asyncio", "msgspec", "typer"}
+    slow = {
+        "torch",
+        "transformers",
+        "pydantic",
+        "httpx",
+        "rich",
+        "numpy",
+        "sqlalchemy",
+        "fastapi",
+        "tinker",
+        "zmq",
+        "asyncio",
+        "msgspec",
+        "typer",
+    }
     assert not modules & slow
     assert not {name for name in modules if name.startswith("everlearn.")} - {
         "everlearn.cli",

@@ -1,0 +1,116 @@
+"""What every command shares: two output formats, two lines for an error, five exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from everlearn.cli.main import ACTS, NOUNS, run
+
+NOBODY = "http://127.0.0.1:9"  # the discard port: nothing listens there
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch, tmp_path: Path) -> None:
+    """Neither a settings file nor a home of the machine plays a part."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+@pytest.mark.parametrize("path", [[], *([name] for name in (*ACTS, *NOUNS))])
+def test_help_of_everything(path, capsys):
+    assert run([*path, "--help"]) == 0
+    assert "Usage: everlearn" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "what"),
+    [
+        (["nonsense"], 2, "No such command 'nonsense'"),
+        (["run", "show"], 2, "Missing argument 'RUN_ID'"),
+        (["run", "list", "--limit", "0"], 2, "0 is not in the range"),
+        (["-f", "xml", "ps"], 2, "'xml' is not one of"),
+        (["run", "list", "--url", NOBODY], 3, f"no server answers at {NOBODY}"),
+        (["ps", "--url", "nonsense://x"], 3, "no server answers"),
+        (["config", "check", "absent.toml"], 4, "absent.toml does not exist"),
+        (["serve", "--port", "70000"], 2, "api.port = 70000"),
+        (["checkpoint", "delete", "--yes", "weights/x"], 2, "is no checkpoint path"),
+        (["checkpoint", "delete", "tinker://r/weights/x"], 2, "add --yes"),
+        (["checkpoint", "set-ttl", "tinker://r/weights/x"], 2, "either --ttl DURATION or --remove"),
+        (["checkpoint", "set-ttl", "tinker://r/weights/x", "--ttl", "soon"], 2, "is no duration"),
+    ],
+)
+def test_an_error_is_two_lines_and_an_exit_code(argv, code, what, capsys):
+    assert run(argv) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    assert len(lines) == 2, err
+    assert lines[0].startswith("error: ")
+    assert what in lines[0]
+    assert lines[1].strip()
+
+
+def test_debug_shows_the_traceback():
+    from everlearn.errors import NotFound
+
+    with pytest.raises(NotFound):
+        run(["--debug", "config", "check", "absent.toml"])
+
+
+def test_results_are_tables_or_json(capsys):
+    assert run(["config", "show", "--home", "/x", "--changed"]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split() == ["setting", "value", "origin"]
+    assert table[1].split() == ["home", "/x", "flag"]
+    assert run(["-f", "json", "config", "show", "--home", "/x", "--changed"]) == 0
+    assert json.loads(capsys.readouterr().out) == [{"setting": "home", "value": "/x", "origin": "flag"}]
+
+
+def test_config_schema_and_check(capsys, tmp_path: Path):
+    assert run(["config", "schema"]) == 0
+    assert "EngineSettings" in json.loads(capsys.readouterr().out)["$defs"]
+    (tmp_path / "everlearn.toml").write_text("[engine]\nthreads = 1\n")
+    assert run(["config", "check"]) == 0
+    assert "everlearn.toml: ok" in capsys.readouterr().err
+    (tmp_path / "everlearn.toml").write_text("[engine]\nthread = 1\n")
+    assert run(["config", "check"]) == 2
+    assert "did you mean engine.threads?" in capsys.readouterr().err
+
+
+def test_keys_from_making_to_revoking(capsys, tmp_path: Path):
+    home = ["--home", str(tmp_path / "home"), "-f", "json"]
+    assert run(["key", "create", "laptop", "--tenant", "research", "--scope", "sample", *home]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["key"].startswith("tml-")
+    assert (made["tenant"], made["scopes"]) == ("research", "sample")
+    assert run(["key", "list", *home]) == 0
+    listed = capsys.readouterr().out
+    assert made["key"] not in listed
+    assert json.loads(listed)[0]["revoked"] is None
+    assert run(["key", "revoke", made["key_id"], *home]) == 2  # nobody is there to confirm
+    assert run(["key", "revoke", made["key_id"], "--yes", *home]) == 0
+    capsys.readouterr()
+    assert run(["key", "list", *home]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["revoked"] is not None
+    assert run(["key", "revoke", "key-unknown", "--yes", *home]) == 4
+
+
+def test_names_from_clients_can_not_steer_the_terminal(capsys):
+    from everlearn.cli.console import Console
+
+    Console().table([{"name": "a\x1b[2Jb\n"}], ["name"])
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_doctor_finds_a_home_that_can_not_be_written(capsys, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    assert run(["doctor", "--home", str(tmp_path / "file" / "home"), "-f", "json"]) == 1
+    out, err = capsys.readouterr()
+    checks = {check["check"]: check for check in json.loads(out)}
+    assert checks["home"]["state"] == "fail"
+    assert "--home" in checks["home"]["fix"]
+    assert checks["torch"]["state"] == "ok"
+    assert "checks failed" in err
