@@ -1,0 +1,266 @@
+"""The JSON requests of the Tinker protocol, and how they are read.
+
+SDKs of many ages send many fields. A field that we don't know is harmless while it is off (null, false, 0, "" or empty) and
+refused by name otherwise: what we can't honour is never accepted and ignored.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import msgspec
+from fastapi import Request
+
+from everlearn.api.tinker.codec_json import ModelInput, TensorData
+from everlearn.errors import InvalidRequest, Unsupported
+
+F = TypeVar("F", bound=msgspec.Struct)
+
+
+class Form(msgspec.Struct):
+    pass
+
+
+class LoraConfig(Form):
+    rank: int
+    seed: int | None = None
+    train_unembed: bool = True
+    train_mlp: bool = True
+    train_attn: bool = True
+
+
+class CreateModel(Form):
+    session_id: str
+    model_seq_id: int
+    base_model: str
+    user_metadata: dict[str, Any] | None = None
+    lora_config: LoraConfig | None = None
+    optimizer_config: dict[str, Any] | None = None
+
+
+class ModelOnly(Form):
+    model_id: str
+
+
+class AdamForm(Form):
+    learning_rate: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-12
+    weight_decay: float = 0.0
+    grad_clip_norm: float = 0.0
+
+
+class OptimStep(Form):
+    model_id: str
+    seq_id: int | None = None
+    adam_params: AdamForm | None = None
+    optimizer_params: dict[str, Any] | None = None
+
+
+class SaveWeights(Form):
+    model_id: str
+    path: str | None = None
+    seq_id: int | None = None
+    ttl_seconds: int | None = None
+    overwrite: bool = False
+    user_metadata: dict[str, str] | None = None
+
+
+class SaveForSampler(Form):
+    model_id: str
+    path: str | None = None
+    sampling_session_seq_id: int | None = None
+    kind: str = "snapshot"
+    seq_id: int | None = None
+    ttl_seconds: int | None = None
+    user_metadata: dict[str, str] | None = None
+
+
+class SaveExternal(Form):
+    model_id: str
+    path: str
+    seq_id: int | None = None
+    ttl_seconds: int | None = None
+    age_encryption_recipients: list[str] | None = None
+
+
+class LoadWeights(Form):
+    path: str
+    optimizer: bool = False
+    model_id: str | None = None
+    seq_id: int | None = None
+    session_id: str | None = None
+    model_seq_id: int | None = None
+    base_model: str | None = None
+    user_metadata: dict[str, Any] | None = None
+    optimizer_config: dict[str, Any] | None = None
+    weights_access_token: str | None = None
+
+
+class CopyWeights(Form):
+    source_path: str
+    session_id: str | None = None
+    model_seq_id: int | None = None
+    destination_project_id: str | None = None
+    ttl_seconds: int | None = None
+    weights_access_token: str | None = None
+
+
+class SamplingParamsForm(Form):
+    max_tokens: int | None = None
+    seed: int | None = None
+    stop: str | list[str | int] | None = None
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+
+
+class SampleForm(Form):
+    prompt: ModelInput
+    sampling_params: SamplingParamsForm
+    num_samples: int = 1
+    base_model: str | None = None
+    model_path: str | None = None
+    sampling_session_id: str | None = None
+    seq_id: int | None = None
+    prompt_logprobs: bool | None = None
+    topk_prompt_logprobs: int = 0
+    topk_sample_logprobs: int = 0
+    target_prompt_logprobs: TensorData | None = None
+    prompt_alt_tokens_k: int = 0
+    prompt_logprobs_last_n: int | None = None
+    record_stability_info: bool | None = None
+
+
+class CreateSession(Form):
+    sdk_version: str
+    tags: list[str] = []
+    user_metadata: dict[str, Any] | None = None
+    project_id: str | None = None
+    display_name: str | None = None
+
+
+class SessionOnly(Form):
+    session_id: str
+
+
+class CreateSamplingSession(Form):
+    session_id: str
+    sampling_session_seq_id: int
+    base_model: str | None = None
+    model_path: str | None = None
+
+
+class SamplingSessionOnly(Form):
+    sampling_session_id: str
+
+
+class FinishReason(Form):
+    type: str
+
+
+class FinishSession(Form):
+    reason: FinishReason
+    detail: str | None = None
+
+
+class RetrieveFuture(Form):
+    request_id: str
+    allow_metadata_only: bool = False
+    model_id: str | None = None
+
+
+class FuturesTarget(Form):
+    sampling_session_id: str
+    type: str = "sampling_session"
+    cloned_sampler_id: int = 0
+
+
+class RetrieveFutures(Form):
+    target: FuturesTarget
+    prev_cursor: int = 0
+    timeout: float | None = None
+    retrieved_request_ids: list[str] = []
+
+
+class CancelFuture(Form):
+    request_id: str
+
+
+class WeightsInfo(Form):
+    tinker_path: str
+
+
+class Ttl(Form):
+    ttl_seconds: int | None = None
+
+
+class Project(Form):
+    project_id: str
+
+
+class Telemetry(Form):
+    events: list[dict[str, Any]]
+    session_id: str
+    platform: str = ""
+    sdk_version: str = ""
+    process_uuid: str = ""
+
+
+class SearchOwner(Form):
+    type: str = "own"
+    owner_urns: list[str] = []
+
+
+class SearchStatus(Form):
+    type: str
+    reasons: list[str] | None = None
+
+
+class SearchCursor(Form):
+    last_created_at: str
+    last_session_id: str
+
+
+class SearchSessions(Form):
+    session_id: str | None = None
+    project_ids: list[str] | None = None
+    user_metadata: dict[str, str] = {}
+    display_name: str | None = None
+    owner: SearchOwner | None = None
+    statuses: list[SearchStatus] | None = None
+    limit: int = 50
+    cursor: SearchCursor | None = None
+
+
+async def read(request: Request, form: type[F], *, strict: bool = True) -> F:
+    """The request's JSON body as `form`. `strict` refuses unknown fields that are on."""
+    return parse(await request.body(), form, strict=strict)
+
+
+def parse(body: bytes, form: type[F], *, strict: bool = True) -> F:
+    try:
+        value = msgspec.json.decode(body or b"{}")
+        if strict and isinstance(value, dict):
+            _refuse_unknown(value, form)
+        return msgspec.convert(value, form)
+    except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InvalidRequest(f"the body doesn't read as {form.__name__}: {error}") from None
+
+
+def _refuse_unknown(value: dict[str, Any], form: type[msgspec.Struct], prefix: str = "") -> None:
+    known = {field.encode_name: field.type for field in msgspec.structs.fields(form)}
+    for key, item in value.items():
+        if key not in known and key != "type" and item not in (None, False, 0, "", [], {}):
+            raise Unsupported(f"{prefix}{key} is not known to this server and can't be honoured; leave it out", param=f"{prefix}{key}")
+        inner = _struct_of(known.get(key))
+        if inner is not None and isinstance(item, dict):
+            _refuse_unknown(item, inner, f"{prefix}{key}.")
+
+
+def _struct_of(annotation: Any) -> type[msgspec.Struct] | None:
+    for candidate in (annotation, *getattr(annotation, "__args__", ())):
+        if isinstance(candidate, type) and issubclass(candidate, msgspec.Struct):
+            return candidate
+    return None

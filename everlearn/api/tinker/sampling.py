@@ -1,0 +1,125 @@
+"""Samplers and sampling requests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from everlearn.api.auth import tenant
+from everlearn.api.services import Services, services
+from everlearn.api.tinker import checks, forms
+from everlearn.api.tinker.paths import base_model_of, parse_source
+from everlearn.api.tinker.recordings import pack_prompt, sequence_ids
+from everlearn.engine import protocol
+from everlearn.errors import InvalidRequest
+from everlearn.store import checkpoints, runs
+from everlearn.types import Array, BaseModelInfo
+
+router = APIRouter(prefix="/api/v1", tags=["tinker: sampling"])
+
+
+@router.post("/create_sampling_session")
+async def create_sampling_session(request: Request) -> dict[str, Any]:
+    form = await forms.read(request, forms.CreateSamplingSession)
+    svc, owner = services(request), tenant(request)
+    checks.whole(form.sampling_session_seq_id, "sampling_session_seq_id")
+    if form.model_path is not None:
+        target = await of_checkpoint(svc, owner, form.model_path, form.base_model)
+    elif form.base_model is not None:
+        svc.catalog.resolve(form.base_model)
+        target = {"base_model": form.base_model, "kind": "base"}
+    else:
+        raise InvalidRequest("neither base_model nor model_path is given; a sampler needs one of them", param="base_model")
+    sampler = await svc.write(
+        lambda conn: runs.create_sampler(conn, owner, session_id=form.session_id, seq=form.sampling_session_seq_id, **target)
+    )
+    return {"type": "create_sampling_session", "sampling_session_id": sampler.sampler_id}
+
+
+async def of_checkpoint(svc: Services, owner: str, model_path: str, base_model: str | None) -> dict[str, Any]:
+    path = parse_source(model_path)
+    if path.kind == "external_weights":
+        raise InvalidRequest(f"{path} is an export; sample from weights of kind sampler_weights or weights", param="model_path")
+    checkpoint = await svc.read(lambda conn: checkpoints.get(conn, owner, path, public=True))
+    base = await base_model_of(svc, checkpoint)
+    if base_model is not None and svc.catalog.resolve(base_model).name != svc.catalog.resolve(base).name:
+        raise InvalidRequest(f"{path} belongs to base model {base!r}, not to {base_model!r}; leave base_model out", param="base_model")
+    return {
+        "base_model": base,
+        "model_path": str(path),
+        "model_id": checkpoint.run_id,
+        "version": checkpoint.version,
+        "folder": checkpoint.folder,
+        "kind": "persistent",
+    }
+
+
+@router.post("/join_sampling_session")
+async def join_sampling_session(request: Request) -> dict[str, Any]:
+    form = await forms.read(request, forms.SamplingSessionOnly, strict=False)
+    owner = tenant(request)
+    counter = await services(request).write(lambda conn: runs.join_sampler(conn, owner, form.sampling_session_id))
+    return {"type": "join_sampling_session", "client_counter": counter}
+
+
+@router.get("/samplers/{sampler_id}")
+async def get_sampler(request: Request, sampler_id: str) -> dict[str, Any]:
+    owner = tenant(request)
+    sampler = await services(request).read(lambda conn: runs.get_sampler(conn, owner, sampler_id))
+    return {"sampler_id": sampler.sampler_id, "base_model": sampler.base_model, "model_path": sampler.model_path}
+
+
+@router.post("/asample")
+async def asample(request: Request) -> dict[str, Any]:
+    form = await forms.read(request, forms.SampleForm)
+    svc, owner = services(request), tenant(request)
+    if form.sampling_session_id is None or form.seq_id is None:
+        raise InvalidRequest(
+            "sampling_session_id and seq_id are required; create_sampling_session gives the first", param="sampling_session_id"
+        )
+    if form.base_model is not None or form.model_path is not None:
+        raise InvalidRequest("base_model and model_path belong to create_sampling_session; leave them out here", param="base_model")
+    sampler_id, seq = form.sampling_session_id, checks.whole(form.seq_id, "seq_id")
+    sampler = await svc.read(lambda conn: runs.get_sampler(conn, owner, sampler_id))
+    request_id = f"{sampler_id}:{seq}"
+    command, meta = build(svc, owner, sampler, form, request_id)
+    entry = await svc.dispatcher.submit(owner, command, model_id=sampler_id, seq=seq, fingerprint=checks.fingerprint(form), meta=meta)
+    return {
+        "request_id": entry.request_id,
+        "model_id": sampler_id,
+        "sample_sequence_ids": sequence_ids(entry.request_id, form.num_samples),
+    }
+
+
+def build(
+    svc: Services, owner: str, sampler: runs.Sampler, form: forms.SampleForm, request_id: str
+) -> tuple[protocol.Sample, dict[str, Any]]:
+    """The command, and what its log entry keeps beside it: the counts, the layout of its targets, the prompt if it is recorded."""
+    info: BaseModelInfo = svc.catalog.resolve(sampler.base_model)
+    tokens = checks.prompt(form, info)
+    params = checks.sampling_params(form.sampling_params, tokens.size, info)
+    checks.sample_extras(form, tokens.size, info, svc.settings.engine.queue_limit)
+    targets, layout = checks.targets(form.target_prompt_logprobs, tokens.size, info, svc.settings.api.max_body_bytes)
+    command = protocol.Sample(
+        request_id=request_id,
+        base=info.name,
+        version=sampler.version,
+        folder=sampler.folder,
+        cache_salt=owner,
+        prompt=Array("int32", [tokens.size], tokens.tobytes()),
+        num_samples=form.num_samples,
+        params=params,
+        prompt_logprobs=bool(form.prompt_logprobs),
+        prompt_logprobs_last_n=form.prompt_logprobs_last_n,
+        topk_prompt_logprobs=form.topk_prompt_logprobs,
+        topk_sample_logprobs=form.topk_sample_logprobs,
+        target_prompt_logprobs=targets,
+        prompt_alt_tokens_k=form.prompt_alt_tokens_k,
+    )
+    meta: dict[str, Any] = {"num_samples": form.num_samples, "tokens": int(tokens.size)}
+    if layout is not None:
+        meta["layout"] = layout
+    if form.record_stability_info:
+        meta |= {"prompt": pack_prompt(tokens), "version": sampler.version}
+    return command, meta

@@ -1,0 +1,61 @@
+"""The place of a training request in its run's order.
+
+A client numbers its requests before it sends them, and goes on with the next number when one is refused. So a refusal takes its
+place in the log like a result does; otherwise everything after it would wait for it forever.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from everlearn.api.dispatch import Loggable
+from everlearn.api.services import Services
+from everlearn.api.tinker import checks
+from everlearn.errors import InvalidRequest, TooLarge, Unsupported, UserError
+from everlearn.store import runs
+from everlearn.store.log import Entry
+
+REFUSALS = (InvalidRequest, Unsupported, TooLarge)
+
+
+@dataclass
+class Ticket:
+    """`async with Ticket(...) as ticket`: a UserError raised inside is logged under the request's number, and then answered."""
+
+    svc: Services
+    tenant: str
+    kind: str
+    model_id: str
+    seq_id: int | None
+    fingerprint: str
+
+    async def __aenter__(self) -> Ticket:
+        self.seq = checks.seq(self.seq_id)
+        self.request_id = f"{self.model_id}:{self.seq}"
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if isinstance(error, UserError) and type(error) in REFUSALS:
+            await self.svc.dispatcher.refuse(
+                self.tenant,
+                request_id=self.request_id,
+                kind=self.kind,
+                model_id=self.model_id,
+                seq=self.seq,
+                fingerprint=self.fingerprint,
+                error=error,
+            )
+
+    async def run(self) -> runs.Run:
+        """The training run, which must be the tenant's."""
+        return await self.svc.read(lambda conn: runs.get_run(conn, self.tenant, self.model_id))
+
+    async def submit(self, command: Loggable, meta: dict[str, Any]) -> dict[str, Any]:
+        """Logs the command durably and answers with a future."""
+        return future(await self.svc.dispatcher.submit(self.tenant, command, fingerprint=self.fingerprint, meta=meta))
+
+
+def future(entry: Entry) -> dict[str, Any]:
+    return {"request_id": entry.request_id, "model_id": entry.model_id}

@@ -1,0 +1,156 @@
+"""Training runs: creation, forward_backward, optim_step. Each request is checked, logged, acknowledged; the engine comes later."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request
+
+from everlearn.api.auth import is_loopback, tenant
+from everlearn.api.services import Services, services
+from everlearn.api.tinker import checks, codec, codec_json, forms
+from everlearn.api.tinker.codec import ForwardBackwardCall
+from everlearn.api.tinker.recordings import attach_recordings
+from everlearn.api.tinker.ticket import Ticket, future
+from everlearn.engine import protocol
+from everlearn.errors import InvalidRequest
+from everlearn.losses import spec
+from everlearn.store import runs
+from everlearn.types import BaseModelInfo
+
+router = APIRouter(prefix="/api/v1", tags=["tinker: training"])
+
+BIG_BODY = 256 * 1024  # bytes; decoding more than this would hold up the event loop
+UNLOADED = "unload:"
+
+
+@router.post("/create_model")
+async def create_model(request: Request) -> dict[str, Any]:
+    form = await forms.read(request, forms.CreateModel)
+    svc, owner = services(request), tenant(request)
+    checks.whole(form.model_seq_id, "model_seq_id")
+    checks.optimizer_config(form.optimizer_config)
+    info = svc.catalog.resolve(form.base_model)
+    lora = checks.lora(form.lora_config, svc.settings.engine.max_rank)
+    await svc.read(lambda conn: runs.get_session(conn, owner, form.session_id))
+    run_id = runs.run_id(form.session_id, form.model_seq_id)
+    command = protocol.Create(request_id=f"{run_id}:0", model_id=run_id, tenant=owner, base=info.name, lora=lora)
+    meta = {
+        "session_id": form.session_id,
+        "model_seq_id": form.model_seq_id,
+        "base_model": form.base_model,
+        "lora": msgspec.to_builtins(lora),
+        "user_metadata": checks.metadata(form.user_metadata),
+    }
+    return future(await svc.dispatcher.submit(owner, command, fingerprint=checks.fingerprint(form), meta=meta))
+
+
+@router.post("/get_info")
+async def get_info(request: Request) -> dict[str, Any]:
+    form = await forms.read(request, forms.ModelOnly, strict=False)
+    svc, owner = services(request), tenant(request)
+    run = await svc.read(lambda conn: runs.get_run(conn, owner, form.model_id))
+    info = svc.catalog.resolve(run.base_model)
+    return {
+        "type": "get_info",
+        "model_id": run.run_id,
+        "model_data": {"arch": info.architecture, "model_name": run.base_model, "tokenizer_id": tokenizer_id(request, info)},
+        "optimizer_config": {"type": "adamw"},
+        "is_lora": True,
+        "lora_rank": run.lora.rank,
+        "model_name": run.base_model,
+    }
+
+
+def tokenizer_id(request: Request, info: BaseModelInfo) -> str | None:
+    """A client on this machine can read the model's folder; one elsewhere goes by the model's name. (The SDK cuts at ':'.)"""
+    local = is_loopback(request.client.host if request.client else None)
+    return info.path if local and ":" not in info.path and Path(info.path).is_dir() else None
+
+
+@router.post("/forward_backward")
+async def forward_backward(request: Request) -> dict[str, Any]:
+    """Protobuf since SDK 0.25 (`forward_only` inside), JSON before."""
+    body = await request.body()
+    max_bytes = services(request).settings.api.max_body_bytes
+    if request.headers.get("content-type", "").startswith(codec.CONTENT_TYPE):
+        message = await aside(body, codec.parse_forward_backward, body)
+        ticket = open_ticket(request, message.model_id, message.seq_id, message.SerializeToString(deterministic=True))
+        return await submit_batch(ticket, body, lambda: codec.forward_backward_call(message, max_bytes))
+    return await forward_backward_json(request, body, forward_only=False)
+
+
+@router.post("/forward")
+async def forward(request: Request) -> dict[str, Any]:
+    """Before SDK 0.25: the loss without a gradient."""
+    return await forward_backward_json(request, await request.body(), forward_only=True)
+
+
+async def forward_backward_json(request: Request, body: bytes, *, forward_only: bool) -> dict[str, Any]:
+    form = await aside(body, forms.parse, body, codec_json.ForwardBackwardForm)
+    max_bytes = services(request).settings.api.max_body_bytes
+    ticket = open_ticket(request, form.model_id, form.seq_id, body + (b"\0forward" if forward_only else b""))
+    return await submit_batch(ticket, body, lambda: codec_json.forward_backward_call(form, forward_only=forward_only, max_bytes=max_bytes))
+
+
+def open_ticket(request: Request, model_id: str, seq_id: int | None, content: bytes) -> Ticket:
+    return Ticket(services(request), tenant(request), "forward_backward", model_id, seq_id, checks.fingerprint(content))
+
+
+async def submit_batch(ticket: Ticket, body: bytes, decode: Callable[[], ForwardBackwardCall]) -> dict[str, Any]:
+    async with ticket:
+        run = await ticket.run()
+        info = ticket.svc.catalog.resolve(run.base_model)
+
+        def checked() -> tuple[ForwardBackwardCall, dict[str, float]]:
+            call = decode()
+            return call, checks.data(call, info)
+
+        call, config = await aside(body, checked)
+        if spec.spec_of(call.loss_fn).spans:
+            call = msgspec.structs.replace(call, data=await attach_recordings(ticket.svc, ticket.tenant, call.data))
+        command = protocol.ForwardBackward(
+            request_id=ticket.request_id,
+            model_id=ticket.model_id,
+            seq=ticket.seq,
+            data=call.data,
+            loss_fn=call.loss_fn,
+            config=dict(config),
+            forward_only=call.forward_only,
+        )
+        tokens = sum(datum.tokens.shape[0] for datum in call.data)
+        return await ticket.submit(command, {"forward_only": call.forward_only, "tokens": tokens})
+
+
+async def aside(body: bytes, function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)`, in a thread where the request is large."""
+    return await asyncio.to_thread(function, *args) if len(body) > BIG_BODY else function(*args)
+
+
+@router.post("/optim_step")
+async def optim_step(request: Request) -> dict[str, Any]:
+    form = await forms.read(request, forms.OptimStep)
+    ticket = Ticket(services(request), tenant(request), "optim_step", form.model_id, form.seq_id, checks.fingerprint(form))
+    async with ticket:
+        adam = checks.adam(form)
+        await ticket.run()
+        return await ticket.submit(protocol.OptimStep(ticket.request_id, ticket.model_id, ticket.seq, adam), {})
+
+
+@router.post("/unload_model")
+async def unload_model(request: Request) -> dict[str, Any]:
+    """Before SDK 0.26: ends a run at once; its checkpoints stay."""
+    form = await forms.read(request, forms.ModelOnly, strict=False)
+    await unload(services(request), tenant(request), form.model_id)
+    return {"request_id": f"{UNLOADED}{form.model_id}", "model_id": form.model_id}
+
+
+async def unload(svc: Services, owner: str, model_id: str) -> None:
+    if not model_id:
+        raise InvalidRequest("model_id is empty; name the training run", param="model_id")
+    await svc.write(lambda conn: runs.unload_run(conn, owner, model_id))
+    await svc.dispatcher.forget(model_id)
