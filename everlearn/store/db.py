@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection, Engine
+from sqlalchemy.engine import Connection, Engine, NestedTransaction
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from everlearn.errors import InvalidRequest, Unavailable
@@ -108,7 +108,7 @@ class Database:
                     time.sleep(0.2 * 4**attempt)
                     continue
                 return _fail(batch, error)
-            except SQLAlchemyError as error:
+            except Exception as error:  # noqa: BLE001  # a dead writer thread would leave every caller waiting for ever
                 return _fail(batch, error)
         for (_, future), (value, raised) in zip(batch, outcomes, strict=True):
             if raised is None:
@@ -125,10 +125,11 @@ class Database:
                     value = fn(conn)
                     savepoint.commit()
                     outcomes.append((value, None))
-                except Exception as error:  # it belongs to whoever waits on the future, not to this thread
-                    if isinstance(error, DBAPIError) and error.connection_invalidated:
-                        raise
-                    savepoint.rollback()
+                except Exception as error:  # noqa: BLE001  # it belongs to whoever waits on the future, not to this thread
+                    if isinstance(error, DBAPIError):
+                        _undo_or_raise(savepoint, error)
+                    else:
+                        savepoint.rollback()
                     outcomes.append((None, error))
         return outcomes
 
@@ -164,8 +165,9 @@ def make_engine(url: str) -> Engine:
     return engine
 
 
-def migrate(engine: Engine, revision: str = "head") -> None:
-    """Alembic to `revision`, in one transaction that other processes wait for."""
+def migrate(engine: Engine, down_to: str | None = None) -> None:
+    """Brings the schema to the newest revision (or down to an older one: `base` is nothing), in one transaction that other
+    processes wait for."""
     from alembic import command
     from alembic.config import Config
 
@@ -175,13 +177,17 @@ def migrate(engine: Engine, revision: str = "head") -> None:
         if engine.dialect.name == "postgresql":
             conn.execute(sa.text("SELECT pg_advisory_xact_lock(:id)"), {"id": MIGRATION_LOCK})
         config.attributes["connection"] = conn
-        command.upgrade(config, revision)
+        if down_to is None:
+            command.upgrade(config, "head")
+        else:
+            command.downgrade(config, down_to)
 
 
 def _sqlite_connect(connection: Any, _: Any) -> None:
     connection.isolation_level = None  # transactions are begun below, not guessed by the driver
     cursor = connection.cursor()
-    cursor.execute("PRAGMA auto_vacuum = INCREMENTAL")  # only counts for a new file; lets the log give space back
+    if cursor.execute("PRAGMA page_count").fetchone()[0] == 0:  # only counts for a new file, and would wait for a writer on any other
+        cursor.execute("PRAGMA auto_vacuum = INCREMENTAL")  # lets the log give space back
     cursor.execute("PRAGMA journal_mode = WAL")
     cursor.execute("PRAGMA synchronous = FULL")
     cursor.execute("PRAGMA foreign_keys = ON")
@@ -195,7 +201,17 @@ def _sqlite_begin(conn: Connection) -> None:
     conn.exec_driver_sql("BEGIN IMMEDIATE" if conn.get_execution_options().get("everlearn_writes") else "BEGIN")
 
 
-def _fail(batch: list[Job], error: SQLAlchemyError) -> None:
+def _undo_or_raise(savepoint: NestedTransaction, error: DBAPIError) -> None:
+    """Some failures (a full disk, a lost connection) take the whole transaction with them: then the batch failed, by that error."""
+    if error.connection_invalidated:
+        raise error
+    try:
+        savepoint.rollback()
+    except DBAPIError:
+        raise error from None
+
+
+def _fail(batch: list[Job], error: Exception) -> None:
     reason = getattr(error, "orig", None) or error
     for _, future in batch:
         future.set_exception(Unavailable(f"the store can't be written ({reason}); nothing was accepted, try again"))
