@@ -1,53 +1,75 @@
-"""Requests on their way through the log to the engine, and their answers on the way back.  (signatures first; the body follows)"""
+"""Requests on their way through the log to the engine, and their answers on the way back.
+
+Accepting: into the log first, durable, then towards the engine; a training run's commands through its feed (everlearn/api/feed.py)
+in seq order, samples at once. Answering: into the log first, durable, then to whoever waits. The dispatcher keeps only what is
+unfinished; a finished result is read from the log. Everything here runs on the event loop; the store is asked in threads.
+
+After a death of the engine (or of this whole process) nothing is lost and nothing counts twice: commands are sent again from the
+log, answers to requests that were finished before are ignored.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from everlearn.api.feed import Feed, PayloadBudget
+from everlearn.api.ledger import Done, Failed, Ledger, Outcome, Pending, Waiting, outcome
+from everlearn.api.quarantine import Quarantine
+from everlearn.config import Settings
 from everlearn.engine import protocol
+from everlearn.errors import EverlearnError, Overloaded, Unavailable
+from everlearn.store import checkpoints, rebuild, runs
+from everlearn.store import log as request_log
+from everlearn.store.db import Database
+from everlearn.store.log import Entry
 from everlearn.types import Result
 
 if TYPE_CHECKING:
-    from everlearn.store.log import Entry
+    from everlearn.api.ops import Metrics
+    from everlearn.api.supervise import EngineProcess
 
-QueueState = Literal["active", "paused_capacity", "paused_rate_limit"]
-TrainingCommand = (
-    protocol.Create | protocol.ForwardBackward | protocol.OptimStep | protocol.Save | protocol.Publish | protocol.Load
-)
+log = logging.getLogger(__name__)
+
+TrainingCommand = protocol.Create | protocol.ForwardBackward | protocol.OptimStep | protocol.Save | protocol.Publish | protocol.Load
 Loggable = TrainingCommand | protocol.Sample
 
+UNSENT_BYTES = 256 * 2**20  # unsent commands kept in memory, over all runs
 
-@dataclass(frozen=True)
-class Done:
-    """The request succeeded; `result` is the engine's answer, `entry.meta` what the submitter gave along."""
-
-    entry: Entry
-    result: Result
-
-
-@dataclass(frozen=True)
-class Failed:
-    """The request failed for good. `error`: {"code", "message", "param"}; code is that of a class in everlearn/errors.py or
-    "cancelled"."""
-
-    entry: Entry
-    error: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Waiting:
-    """No answer yet: why not, in the client's terms. `reason` is one sentence for people, or None when it simply runs."""
-
-    entry: Entry
-    queue_state: QueueState
-    reason: str | None
-
-
-Outcome = Done | Failed | Waiting
+__all__ = ["Dispatcher", "Done", "Failed", "Loggable", "Outcome", "TrainingCommand", "Waiting"]
 
 
 class Dispatcher:
+    """See the module. `start` once at boot, then `submit`, `wait`, `cancel` from any number of requests."""
+
+    def __init__(self, settings: Settings, db: Database, engine: EngineProcess, metrics: Metrics):
+        self.settings, self.db, self.engine, self.metrics = settings, db, engine, metrics
+        self.budget = PayloadBudget(UNSENT_BYTES)
+        self.quarantine = Quarantine()
+        self.ledger = Ledger(db, metrics)
+        self.feeds: dict[str, Feed] = {}
+        self.draining = False
+        self.on_snapshot: Callable[[], None] = lambda: None
+        self._sent: dict[str, Feed | None] = {}  # in the engine, unanswered; the feed if it is a training command
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._stopped = asyncio.Event()
+        engine.on_event, engine.on_up, engine.on_down = self._on_event, self._on_up, self._on_down
+
+    async def start(self) -> None:
+        """Takes up what the log holds unfinished. Runs without unfinished requests are rebuilt when their next one comes."""
+        for entry in await self.ledger.read(rebuild.unfinished):
+            self.ledger.track(entry)
+            if entry.kind != "sample":
+                self._feed(entry).add(entry.seq, entry.request_id, entry.kind, None)
+        if len(self.ledger):
+            log.info("%d accepted requests of %d runs are unfinished; they go on", len(self.ledger), len(self.feeds))
+
+    # -- accepting ---------------------------------------------------------------------------------------------------------
+
     async def submit(
         self, tenant: str, command: Loggable, *, model_id: str | None = None, seq: int | None = None, fingerprint: str, meta: dict[str, Any]
     ) -> Entry:
@@ -56,24 +78,324 @@ class Dispatcher:
 
         Training commands carry model_id and seq themselves (Create, and Load with create=True, are seq 0). For a Sample pass
         `model_id` = sampling session id and `seq` = the client's seq_id. `command.request_id` is the id the client will poll.
-        Raises Conflict (same seq, another payload), Overloaded (too many unfinished requests), Unavailable (store can't write,
-        or the engine has given up).
+        Raises Conflict (same seq, another payload), Overloaded (too many unfinished requests), Unavailable (the store can't be
+        written, the engine has given up, the server is shutting down).
         """
-        raise NotImplementedError
+        sequences = command.num_samples if isinstance(command, protocol.Sample) else 0
+        self._admit(tenant, command.request_id, sequences)
+        if model_id is None:
+            assert not isinstance(command, protocol.Sample), "a Sample is submitted with model_id= and seq="
+            model_id = command.model_id
+        if seq is None:
+            seq = getattr(command, "seq", 0)
+        if sequences:
+            meta = {**meta, "num_samples": sequences}
+        kind = command.__struct_config__.tag
+        assert isinstance(kind, str)
+        entry = Entry(command.request_id, tenant, kind, model_id, seq, fingerprint, meta, created_at=time.time())
+        return await self._uncancelled(self._accept(entry, protocol.encode(command)))
+
+    async def refuse(
+        self,
+        tenant: str,
+        *,
+        model_id: str,
+        seq: int,
+        request_id: str,
+        kind: str = "forward_backward",
+        fingerprint: str,
+        error: EverlearnError,
+    ) -> None:
+        """A training request that was refused at the door has used up its seq all the same: the client goes on with the next.
+        So its place is logged, and passes without effect when its turn comes. Never raises for what the log refuses."""
+        cause = {"code": error.code, "message": error.message, "param": error.param}
+        entry = Entry(
+            request_id,
+            tenant,
+            "forward_backward",
+            model_id,
+            seq,
+            fingerprint,
+            {"forward_only": True, "refused": cause},
+            created_at=time.time(),
+        )
+        try:
+            await self._uncancelled(self._accept(entry, b""))
+        except EverlearnError as problem:
+            log.debug("refused %s request has no place in the log: %s", kind, problem.message)
+
+    async def _uncancelled(self, work: Any) -> Any:
+        """Once a request may be in the log it must be forwarded too, even if its client has gone."""
+        return await asyncio.shield(self._spawn(work))
+
+    def _admit(self, tenant: str, request_id: str, sequences: int) -> None:
+        if self.draining:
+            raise Unavailable("the server is shutting down; send this again in a moment")
+        if self.engine.state == "failed":
+            raise Unavailable(self.engine.reason)
+        if self.ledger.get(request_id) is not None:
+            return
+        limit = self.settings.api.max_pending_requests
+        if self.ledger.per_tenant[tenant] >= limit:
+            raise Overloaded(
+                f"{self.ledger.per_tenant[tenant]} requests are unfinished (limit {limit}, api.max_pending_requests); wait for some of them"
+            )
+        limit = self.settings.engine.queue_limit
+        if sequences and self.ledger.sequences and self.ledger.sequences + sequences > limit:
+            raise Overloaded(
+                f"{self.ledger.sequences} sequences are being sampled or wait (limit {limit}, engine.queue_limit); send this again later"
+            )
+
+    async def _accept(self, entry: Entry, payload: bytes) -> Entry:
+        entry = await self.ledger.write(lambda conn: request_log.append(conn, entry, payload))
+        # `existing` alone doesn't tell: the store may have had to run the append twice. What is pending and unknown goes on.
+        if entry.status != "pending" or self.ledger.known(entry.request_id):
+            return entry
+        pending = self.ledger.track(entry)
+        if entry.kind == "sample":
+            self._send_sample(pending, payload)
+        else:
+            self._feed(entry).add(entry.seq, entry.request_id, entry.kind, payload)
+        return entry
+
+    def _feed(self, entry: Entry) -> Feed:
+        feed = self.feeds.get(entry.model_id)
+        if feed is None:
+            feed = self.feeds[entry.model_id] = Feed(self, entry.model_id, entry.tenant)
+            feed.start()
+        return feed
+
+    # -- asking ------------------------------------------------------------------------------------------------------------
 
     async def wait(self, tenant: str, request_id: str, timeout: float) -> Outcome:
         """The request's outcome, or `Waiting` after `timeout` seconds (0: at once). Raises NotFound for an id that this
         tenant has not got, Expired for one whose result was dropped after the retention time."""
-        raise NotImplementedError
+        deadline = time.monotonic() + timeout
+        while True:
+            pending = self.ledger.get(request_id)
+            if pending is not None and pending.entry.tenant == tenant:
+                await self._first(pending.future, deadline)
+                return pending.future.result() if pending.future.done() else self._waiting(pending)
+            entry, result, error = await self.ledger.read(lambda conn: request_log.get(conn, tenant, request_id))
+            if entry.status != "pending":
+                return outcome(entry, result, error)
+            if self.ledger.get(request_id) is None:  # logged this very moment, and not yet on its way
+                if time.monotonic() >= deadline:
+                    return Waiting(entry, "active", None)
+                await asyncio.sleep(0.02)
 
-    async def wait_any(self, tenant: str, model_id: str, seen: set[str], timeout: float) -> list[Outcome]:
-        """All finished requests of a sampling session that aren't in `seen`, as soon as there is one (retrieve_futures)."""
-        raise NotImplementedError
+    async def _first(self, future: asyncio.Future[Any], deadline: float) -> None:
+        """Returns at the deadline, when `future` is done, or when the server stops, without cancelling anything."""
+        timeout = max(0.0, deadline - time.monotonic())
+        if future.done() or self._stopped.is_set() or timeout == 0.0:
+            return
+        stopped = asyncio.ensure_future(self._stopped.wait())
+        try:
+            await asyncio.wait({future, stopped}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopped.cancel()
+
+    async def wait_any(self, tenant: str, sampler_id: str, after: float, timeout: float) -> list[rebuild.Finished]:
+        """Samples of a sampler that finished later than unix time `after` (its own newest `finished_at` is the cursor), oldest
+        first; waits up to `timeout` seconds for the first."""
+        deadline = time.monotonic() + timeout
+        while True:
+            event = self.ledger.finished_event(sampler_id)
+            event.clear()
+            found = await self.ledger.read(lambda conn: rebuild.finished_samples(conn, tenant, sampler_id, after))
+            if found or time.monotonic() >= deadline or self._stopped.is_set():
+                return found
+            waiter = asyncio.ensure_future(event.wait())
+            await self._first(waiter, deadline)
+            waiter.cancel()
+
+    def _waiting(self, pending: Pending) -> Waiting:
+        entry = pending.entry
+        ready, reason = self.engine.readiness()
+        if self.draining:
+            return Waiting(entry, "paused_capacity", "the server is shutting down; this request goes on at its next start")
+        if not ready:
+            return Waiting(entry, "paused_capacity", reason)
+        if entry.kind == "sample":
+            beat = self.engine.heartbeat
+            busy = f"{beat.sampling_running} sequences run, {beat.sampling_waiting} wait" if beat and beat.sampling_waiting else None
+            return Waiting(entry, "paused_capacity" if busy else "active", busy)
+        feed = self.feeds.get(entry.model_id)
+        return Waiting(entry, "active", feed.why_waiting(entry.seq) if feed else None)
 
     async def cancel(self, tenant: str, request_id: str) -> bool:
-        """Cancels an unfinished Sample: its future fails with code "cancelled". False if it had finished already."""
-        raise NotImplementedError
+        """Cancels an unfinished Sample: its future fails with code "cancelled". False if it had finished already, or trains.
+        Raises NotFound for an id that this tenant has not got."""
+        pending = self.ledger.get(request_id)
+        if pending is None or pending.entry.tenant != tenant:
+            await self.ledger.read(lambda conn: request_log.get(conn, tenant, request_id))
+            return False
+        if pending.entry.kind != "sample":
+            return False
+        if self.engine.up and pending.generation == self.engine.generation:
+            self.engine.send(protocol.Cancel(request_id))
+        await asyncio.shield(
+            self.ledger.finish(pending.entry, None, {"code": "cancelled", "message": "cancelled by the client", "param": None})
+        )
+        return True
 
     async def forget(self, model_id: str) -> None:
-        """Drops a run's adapter from the engine (the run was closed or deleted)."""
-        raise NotImplementedError
+        """Drops a run's adapter from the engine (it is idle, closed or deleted). A later command brings it back."""
+        feed = self.feeds.pop(model_id, None)
+        if feed is None:
+            return
+        if feed.task is not None:
+            feed.task.cancel()
+        feed.clear()
+        if self.engine.up and feed.generation == self.engine.generation:
+            self.engine.send(protocol.Unload(model_id))
+
+    # -- towards the engine ------------------------------------------------------------------------------------------------
+
+    def may_send(self, request_id: str) -> bool:
+        return self.quarantine.may_send(request_id, len(self._sent))
+
+    def passed(self, request_id: str) -> None:
+        """The turn of a request that has no command: it was refused at the door, or its payload is missing."""
+        pending = self.ledger.get(request_id)
+        if pending is not None:
+            missing = {"code": "internal", "message": "its payload is missing in the log", "param": None}
+            self.ledger.finish(pending.entry, None, pending.entry.meta.get("refused", missing))
+
+    def sent(self, request_id: str, feed: Feed | None) -> None:
+        self._sent[request_id] = feed
+
+    def _send_sample(self, pending: Pending, payload: bytes | None) -> None:
+        request_id = pending.entry.request_id
+        if not payload or not self.engine.up or pending.generation == self.engine.generation or pending.future.done():
+            return
+        if self.may_send(request_id):
+            pending.generation = self.engine.generation
+            self.engine.send(payload)
+            self.sent(request_id, None)
+
+    async def _send_samples(self) -> None:
+        """All samples that this engine hasn't got, oldest first: after a start, and after a quarantine."""
+        generation = self.engine.generation
+        for pending in self.ledger:
+            if generation != self.engine.generation or not self.engine.up:
+                return
+            if pending.entry.kind == "sample" and pending.generation != generation:
+                request_id = pending.entry.request_id
+                payload = await self.ledger.read(lambda conn, request_id=request_id: request_log.payload(conn, request_id))
+                self._send_sample(pending, payload)
+
+    def _on_up(self) -> None:
+        for feed in self.feeds.values():
+            feed.wake.set()
+        self._spawn(self._send_samples())
+
+    def _on_down(self) -> None:
+        in_flight, self._sent = self._sent, {}
+        culprit = self.quarantine.died(in_flight)
+        if culprit is None:
+            return
+        message = f"the engine process died again and again while it ran this request ({self.engine.reason}), so it is given up"
+        error = {"code": "internal", "message": message, "param": None}
+        pending, feed = self.ledger.get(culprit), in_flight.get(culprit)
+        if pending is not None:
+            log.error("request %s is given up: the engine died %d times with it", culprit, self.quarantine.deaths[culprit] + 2)
+            self.ledger.finish(pending.entry, None, error)
+        elif feed is not None:
+            self._spawn(self.give_up_run(feed, f"request {culprit} can't be run again: {message}"))
+        self.quarantine.answered(culprit)
+
+    async def give_up_run(self, feed: Feed, problem: str) -> None:
+        """The run can't be rebuilt; its requests fail and it is marked, everything else goes on."""
+        log.error("run %s is lost: %s", feed.model_id, problem)
+        await self.ledger.write(lambda conn: runs.mark_corrupted(conn, feed.tenant, feed.model_id))
+        error = {
+            "code": "internal",
+            "message": f"run {feed.model_id} can't be restored ({problem}); load one of its checkpoints",
+            "param": None,
+        }
+        for pending in [p for p in self.ledger if p.entry.model_id == feed.model_id and p.entry.kind != "sample"]:
+            await self.ledger.finish(pending.entry, None, error)
+        feed.clear()
+
+    # -- from the engine ---------------------------------------------------------------------------------------------------
+
+    def _on_event(self, event: protocol.AnyEvent) -> None:
+        if isinstance(event, protocol.Completed):
+            self._answered(event.request_id, event.result, None)
+        elif isinstance(event, protocol.Failed):
+            self._answered(event.request_id, None, {"code": event.code, "message": event.message, "param": event.param})
+        elif isinstance(event, protocol.Snapshotted):
+            self._spawn(self._snapshotted(event))
+
+    def _answered(self, request_id: str, result: Result | None, error: dict[str, Any] | None) -> None:
+        feed = self._sent.pop(request_id, None)
+        quarantined = self.quarantine.active
+        self.quarantine.answered(request_id)
+        if feed is not None:
+            feed.answered(request_id)
+        if quarantined:
+            self._on_up()  # whoever was held back may go now
+        pending = self.ledger.get(request_id)
+        if pending is not None and not pending.future.done():
+            self.ledger.finish(pending.entry, result, error)
+
+    async def _snapshotted(self, event: protocol.Snapshotted) -> None:
+        """Lists a snapshot once every answer that came before it is durable: a snapshot must not hide an unanswered request."""
+        await self.ledger.settled(event.model_id)
+        added = await self.ledger.write(lambda conn: request_log.add_snapshot(conn, event.model_id, event.seq, event.folder, event.bytes))
+        if not added:
+            await asyncio.to_thread(checkpoints.remove_folder, Path(event.folder))
+            return
+        self.metrics.snapshots_total.inc()
+        if feed := self.feeds.get(event.model_id):
+            feed.snapshot_seq = max(feed.snapshot_seq, event.seq)
+        self.on_snapshot()
+
+    # -- the whole ---------------------------------------------------------------------------------------------------------
+
+    def lost(self, request_ids: dict[str, int]) -> None:
+        """A feed starts anew: what it had sent to the engine before is not in the new one."""
+        for request_id in request_ids:
+            self._sent.pop(request_id, None)
+
+    def readiness(self) -> tuple[bool, str]:
+        return (False, "the server is shutting down") if self.draining else self.engine.readiness()
+
+    def stats(self) -> dict[str, float]:
+        samples = sum(1 for pending in self.ledger if pending.entry.kind == "sample")
+        return {
+            "training_requests_pending": len(self.ledger) - samples,
+            "sample_requests_pending": samples,
+            "sample_sequences_pending": self.ledger.sequences,
+            "commands_in_engine": len(self._sent),
+            "runs_in_engine": sum(1 for feed in self.feeds.values() if feed.generation == self.engine.generation),
+            "runs_rebuilding": sum(1 for feed in self.feeds.values() if feed.backlog),
+            "unsent_bytes": self.budget.used,
+        }
+
+    async def drain(self, grace: float) -> int:
+        """Accepts nothing more, waits up to `grace` seconds for what was accepted; returns how much is left for the next start."""
+        self.draining = True
+        deadline = time.monotonic() + grace
+        while len(self.ledger) and time.monotonic() < deadline and self.engine.state != "failed":
+            await asyncio.sleep(0.05)
+        self._stopped.set()
+        return len(self.ledger)
+
+    async def stop(self) -> None:
+        self.draining = True
+        self._stopped.set()
+        for feed in self.feeds.values():
+            if feed.task is not None:
+                feed.task.cancel()
+        for task in list(self._tasks):
+            task.cancel()
+        await self.ledger.stop()
+        await asyncio.gather(*self._tasks, *(f.task for f in self.feeds.values() if f.task is not None), return_exceptions=True)
+
+    def _spawn(self, work: Any) -> asyncio.Task[Any]:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task

@@ -1,0 +1,187 @@
+"""Who is calling. One dependency on every route; only the four health routes are open.
+
+Without any key in the store, callers on this machine are the tenant "default" (and may send any key or none), and callers from
+elsewhere are refused. With the first key, everybody needs one. A key arrives as `X-API-Key` or `Authorization: Bearer`.
+Nothing here looks at `request.url`, which a Host header can forge.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import ipaddress
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote, urlsplit
+
+from fastapi import Request
+
+from everlearn.api.services import Services, services
+from everlearn.errors import Forbidden, Unauthenticated
+from everlearn.store import keys
+
+DEFAULT_TENANT = "default"
+OPEN_ROUTES = frozenset({"/livez", "/readyz", "/health", "/metrics", "/api/v1/healthz"})
+SIGNED_PREFIX = "/api/v1/files/"
+ALL_SCOPES = frozenset({"train", "sample", "admin"})
+CACHE_SECONDS = 1.0  # a revoked key works for this long at most
+CACHE_SIZE = 4096
+
+
+@dataclass(frozen=True)
+class Caller:
+    tenant: str
+    key_id: str | None
+    scopes: frozenset[str]
+
+
+LOCAL = Caller(DEFAULT_TENANT, None, ALL_SCOPES)
+ANYONE = Caller("", None, frozenset())
+
+
+class KeyCache:
+    """Answers of the key table, kept for a second. Holds digests, not keys."""
+
+    def __init__(self) -> None:
+        self._callers: OrderedDict[bytes, tuple[float, Caller | None]] = OrderedDict()
+        self._any: tuple[float, bool] = (0.0, False)
+
+    async def required(self, svc: Services) -> bool:
+        expires, value = self._any
+        if time.monotonic() > expires:
+            value = await svc.read(keys.any_keys)
+            self._any = (time.monotonic() + CACHE_SECONDS, value)
+        return value
+
+    async def find(self, svc: Services, secret: str) -> Caller | None:
+        digest = hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
+        expires, caller = self._callers.get(digest, (0.0, None))
+        if time.monotonic() > expires:
+            key = await svc.read(lambda conn: keys.find(conn, secret))
+            caller = Caller(key.tenant, key.key_id, frozenset(key.scopes)) if key else None
+            self._callers[digest] = (time.monotonic() + CACHE_SECONDS, caller)
+            if len(self._callers) > CACHE_SIZE:
+                self._callers.popitem(last=False)
+        return caller
+
+
+async def authenticate(request: Request) -> None:
+    """The dependency of the whole app; sets `request.state.caller` or raises Unauthenticated."""
+    route = getattr(request.scope.get("route"), "path", "")
+    svc = services(request)
+    cache: KeyCache = request.app.state.key_cache
+    required = await cache.required(svc)
+    local = is_loopback(request.client.host if request.client else None)
+    if route in OPEN_ROUTES and (route != "/metrics" or local or not required):
+        request.state.caller = ANYONE
+        return
+    if request.scope["path"].startswith(SIGNED_PREFIX) and "signature" in request.query_params:
+        request.state.caller = verify_signed(svc, request)
+        return
+    if required:
+        request.state.caller = await by_key(svc, cache, request)
+        return
+    if not local:
+        raise Unauthenticated("this server has no keys yet and answers its own machine only; make one with: everlearn key create")
+    check_origin(request)
+    request.state.caller = LOCAL
+
+
+async def by_key(svc: Services, cache: KeyCache, request: Request) -> Caller:
+    secret = secret_of(request)
+    if not secret:
+        raise Unauthenticated("no key; send it as X-API-Key or as Authorization: Bearer (everlearn key create makes one)")
+    caller = await cache.find(svc, secret)
+    if caller is None:
+        raise Unauthenticated("this key is unknown or revoked; everlearn key list shows the keys of this server")
+    return caller
+
+
+def secret_of(request: Request) -> str:
+    if secret := request.headers.get("x-api-key", ""):
+        return secret
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
+
+
+def check_origin(request: Request) -> None:
+    """Without keys, a page in the user's browser could talk to this server in their name (or by a name that resolves to
+    127.0.0.1); so Origin and Host must name this machine."""
+    origin = request.headers.get("origin")
+    if origin and not is_loopback(urlsplit(origin).hostname):
+        raise Forbidden(
+            "a page from another origin may not use a server without keys; make a key with: everlearn key create", param="origin"
+        )
+    host = urlsplit("//" + request.headers.get("host", "localhost")).hostname
+    if not is_loopback(host) and host != "testserver":
+        raise Forbidden("without keys this server answers to localhost only; make a key with: everlearn key create", param="host")
+
+
+def is_loopback(host: str | None) -> bool:
+    """No host at all is a unix socket or a test client: this machine."""
+    if host is None or host in ("localhost", "testclient", ""):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.endswith(".localhost")
+
+
+def caller(request: Request) -> Caller:
+    return request.state.caller
+
+
+def tenant(request: Request) -> str:
+    """The tenant that every row this request reads or writes belongs to."""
+    return request.state.caller.tenant
+
+
+def scope(name: str) -> Callable[[Request], Awaitable[None]]:
+    """A dependency for routers: the key must have scope `name` (or admin)."""
+
+    async def check(request: Request) -> None:
+        scopes = request.state.caller.scopes
+        if name not in scopes and "admin" not in scopes:
+            raise Forbidden(f"this key has no scope {name!r} (it has: {', '.join(sorted(scopes)) or 'none'})")
+
+    return check
+
+
+# -- links that work without a key, for a while ---------------------------------------------------------------------------
+
+
+def signed_url(svc: Services, path: str, tenant: str, ttl: float) -> str:
+    """`path` (under /api/v1/files/) with a signature that stands for `tenant` until it expires."""
+    expires = int(time.time() + ttl)
+    signature = sign(svc, path, tenant, expires)
+    return f"{quote(path)}?tenant={quote(tenant, safe='')}&expires={expires}&signature={signature}"
+
+
+def verify_signed(svc: Services, request: Request) -> Caller:
+    query = request.query_params
+    expires = int(query["expires"]) if query.get("expires", "").isdigit() else 0
+    expected = sign(svc, request.scope["path"], query.get("tenant", ""), expires)
+    if request.method not in ("GET", "HEAD") or expires < time.time() or not hmac.compare_digest(expected, query["signature"]):
+        raise Unauthenticated("this link has expired or was changed; ask for a new one")
+    return Caller(query.get("tenant", ""), None, frozenset())
+
+
+def sign(svc: Services, path: str, tenant: str, expires: int) -> str:
+    message = f"{path}\n{tenant}\n{expires}".encode("utf-8", "surrogatepass")
+    return hmac.new(signing_secret(svc.settings.home), message, hashlib.sha256).hexdigest()
+
+
+def signing_secret(home: Path) -> bytes:
+    path = home / "signing.secret"
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        home.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+        path.write_bytes(secrets.token_bytes(32))
+        return path.read_bytes()

@@ -1,0 +1,125 @@
+"""One table from error codes to HTTP statuses, and one envelope that the OpenAI and the Tinker clients both read.
+
+The Tinker SDK sends a request again on 408, 409, 429 and 5xx; so nothing permanent is answered with one of these, except 409,
+which carries `x-should-retry: false`.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from everlearn import errors
+from everlearn.telemetry import request_id_var
+
+log = logging.getLogger(__name__)
+
+STATUS = {
+    "error": 500,
+    "user_error": 400,
+    "invalid_request": 400,
+    "unsupported": 400,
+    "unauthenticated": 401,
+    "forbidden": 403,
+    "not_found": 404,
+    "conflict": 409,
+    "expired": 410,
+    "too_large": 413,
+    "overloaded": 429,
+    "internal": 500,
+    "unavailable": 503,
+    "cancelled": 400,
+}
+
+# OpenAI's `type` by status; everything else is invalid_request_error.
+TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "server_error",
+}
+
+HEADERS = {
+    409: {"x-should-retry": "false"},
+    429: {"retry-after": "1"},
+    503: {"retry-after": "1"},
+    401: {"www-authenticate": "Bearer"},
+}
+
+
+def envelope(status: int, code: str, message: str, param: str | None = None) -> dict[str, Any]:
+    error = {"message": message, "type": TYPES.get(status, "invalid_request_error"), "param": param, "code": code}
+    return {"error": error, "detail": message}
+
+
+def error_response(status: int, code: str, message: str, param: str | None = None, headers: dict[str, str] | None = None) -> Response:
+    """The answer to a request that failed; the request's id is in the header (and in our log) for both sides to name it."""
+    # Lone surrogates may come back from a client's own text; JSON with ASCII escapes can always be sent.
+    body = msgspec.json.encode(envelope(status, code, message.encode("utf-8", "backslashreplace").decode(), param))
+    merged = {**HEADERS.get(status, {}), **(headers or {})}
+    if request_id := request_id_var.get():
+        merged["x-request-id"] = request_id
+    return Response(body, status, media_type="application/json", headers=merged)
+
+
+def category(code: str) -> str:
+    """Tinker's word for whose fault a failed request is: user, server or unknown."""
+    return "user" if STATUS.get(code, 500) < 500 and code != "overloaded" else "server"
+
+
+def on_everlearn_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, errors.EverlearnError)
+    status = STATUS.get(error.code, 500)
+    if status >= 500:
+        log.warning("%s %s -> %d: %s", request.method, route_path(request.scope), status, error.message)
+    return error_response(status, error.code, error.message, error.param)
+
+
+def on_validation_error(request: Request, error: Exception) -> Response:
+    """FastAPI's finding, as a 400 that names the first offending field; the input itself is not echoed."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    param = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
+    return error_response(400, "invalid_request", f"{param or 'body'}: {first['msg']}", param or None)
+
+
+def on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = {404: "not_found", 405: "method_not_allowed"}.get(
+        error.status_code, "invalid_request" if error.status_code < 500 else "internal"
+    )
+    message = str(error.detail)
+    if error.status_code == 404 and message == "Not Found":
+        message = f"no route {request.method} {request.scope['path'][:200]}; the routes are listed at /openapi.json"
+    if error.status_code == 405:
+        message = f"{request.scope['path'][:200]} doesn't answer {request.method}"
+    return error_response(error.status_code, code, message, headers=dict(error.headers or {}))
+
+
+def on_unexpected(request: Request, error: Exception) -> Response:
+    log.error("%s %s failed", request.method, route_path(request.scope), exc_info=error)
+    return error_response(500, "internal", f"a fault of the server ({type(error).__name__}); its log has the details under this request id")
+
+
+def route_path(scope: Any) -> str:
+    """The route's template ("/api/v1/runs/{id}"), never the path as sent: bounded, and free of what clients put into it."""
+    route = scope.get("route")
+    return getattr(route, "path", "(none)")
+
+
+def install(app: FastAPI) -> None:
+    app.add_exception_handler(errors.EverlearnError, on_everlearn_error)
+    app.add_exception_handler(RequestValidationError, on_validation_error)
+    app.add_exception_handler(HTTPException, on_http_exception)
+    app.add_exception_handler(Exception, on_unexpected)
+
+
+__all__ = ["STATUS", "category", "envelope", "error_response", "install", "route_path"]

@@ -1,0 +1,222 @@
+"""One training run's road from the log into the engine.
+
+A feed sends a run's commands in seq order, holds what comes before its turn, and after an engine start brings the adapter back
+first: newest snapshot, then the logged commands after it, then what is new. The log is the truth; a feed holds only what hasn't
+been sent yet, and payloads only as far as a common budget allows (the rest is read again when its turn comes).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from everlearn.engine import protocol
+from everlearn.errors import EverlearnError, Unavailable
+from everlearn.store import checkpoints, rebuild
+from everlearn.store import log as request_log
+
+if TYPE_CHECKING:
+    from everlearn.api.dispatch import Dispatcher
+
+log = logging.getLogger(__name__)
+
+WINDOW_COMMANDS = 64  # commands of one run that the engine may hold unanswered
+EFFECTS = ("create", "load", "forward_backward", "optim_step")
+
+
+class PayloadBudget:
+    """How many bytes of unsent commands may stay in memory, over all feeds."""
+
+    def __init__(self, limit: int):
+        self.limit, self.used = limit, 0
+
+    def keep(self, payload: bytes) -> bytes | None:
+        if self.used + len(payload) > self.limit:
+            return None
+        self.used += len(payload)
+        return payload
+
+    def drop(self, payload: bytes | None) -> None:
+        if payload is not None:
+            self.used -= len(payload)
+
+
+@dataclass
+class Item:
+    """A durable command that waits for its turn; `payload` None: read it from the log."""
+
+    seq: int
+    request_id: str
+    kind: str
+    payload: bytes | None = None
+
+
+@dataclass
+class Feed:
+    """State of one run on its way. `generation`: the engine process that holds the adapter, 0 for none. `next_seq`: what is
+    sent next. `backlog`: replayed commands that go out first, regardless of gaps, because they ran in this order before."""
+
+    dispatcher: Dispatcher
+    model_id: str
+    tenant: str
+    generation: int = 0
+    next_seq: int = 0
+    backlog: deque[Item] = field(default_factory=deque)
+    backlog_size: int = 0
+    queued: dict[int, Item] = field(default_factory=dict)
+    sent: dict[str, int] = field(default_factory=dict)
+    effect_seq: int = -1  # the last command sent that changes the adapter, and the newest snapshot
+    snapshot_seq: int = -1
+    active_at: float = field(default_factory=time.monotonic)
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self.task = asyncio.create_task(self._run(), name=f"feed {self.model_id}")
+
+    def add(self, seq: int, request_id: str, kind: str, payload: bytes | None) -> None:
+        """A command is durable. Adding it twice, or after it was sent, does nothing."""
+        self.active_at = time.monotonic()
+        if seq in self.queued or (self.generation == self.dispatcher.engine.generation and seq < self.next_seq):
+            return
+        kept = self.dispatcher.budget.keep(payload) if payload is not None else None
+        self.queued[seq] = Item(seq, request_id, kind, kept)
+        self.wake.set()
+
+    def answered(self, request_id: str) -> None:
+        self.active_at = time.monotonic()
+        if self.sent.pop(request_id, None) is not None and (self.backlog or self.queued):
+            self.wake.set()
+
+    @property
+    def idle(self) -> bool:
+        return not (self.queued or self.backlog or self.sent or self.wake.is_set())
+
+    def why_waiting(self, seq: int) -> str | None:
+        """One sentence for the client of request `seq`, None when it is simply its turn."""
+        if self.backlog:
+            done = self.backlog_size - len(self.backlog)
+            return f"the adapter is being rebuilt from the log after a restart ({done} of {self.backlog_size} requests sent again)"
+        if seq > self.next_seq and self.next_seq not in self.queued and self.generation:
+            return f"request {seq} waits for request {self.next_seq} of the same run, which has not arrived"
+        ahead = sum(1 for other in self.sent.values() if other < seq) + sum(1 for other in self.queued if other < seq)
+        return f"{ahead} requests of the same run are ahead of it" if ahead else None
+
+    # -- the task ----------------------------------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        while True:
+            await self.wake.wait()
+            self.wake.clear()
+            try:
+                await self._advance()
+            except Unavailable as error:  # the engine went away: its start wakes us. Or the store did: look again soon
+                if self.dispatcher.engine.up:
+                    log.warning("run %s waits: %s", self.model_id, error.message)
+                    self._wake_later()
+            except Exception as error:  # a fault in one run's rebuild must neither end its feed nor touch other runs
+                log.error("run %s can't go on, trying again", self.model_id, exc_info=error)
+                self._wake_later()
+
+    def _wake_later(self) -> None:
+        asyncio.get_running_loop().call_later(1.0, self.wake.set)
+
+    async def _advance(self) -> None:
+        engine = self.dispatcher.engine
+        if not engine.up or not (self.queued or self.backlog or self.sent):
+            return
+        if self.generation != engine.generation:
+            await self._rebuild(engine.generation)
+        while self.generation == engine.generation and engine.up and len(self.sent) < WINDOW_COMMANDS:
+            if self.backlog:
+                item = self.backlog[0]
+            elif self.next_seq in self.queued:
+                item = self.queued[self.next_seq]
+            else:
+                return
+            payload = (
+                item.payload
+                if item.payload is not None
+                else await self.dispatcher.ledger.read(lambda conn, item=item: request_log.payload(conn, item.request_id))
+            )
+            if self.generation != engine.generation or not self.dispatcher.may_send(item.request_id):
+                return
+            self._send(item, payload)
+
+    def _send(self, item: Item, payload: bytes | None) -> None:
+        """Sends one command and takes it off its queue: no await in between, so it is sent once per engine."""
+        if payload:
+            self.dispatcher.engine.send(payload)
+            self.sent[item.request_id] = item.seq
+            self.dispatcher.sent(item.request_id, self)
+            if item.kind in EFFECTS:
+                self.effect_seq = item.seq
+        else:
+            self.dispatcher.passed(item.request_id)
+        if self.backlog and self.backlog[0] is item:
+            self.backlog.popleft()
+            self.dispatcher.metrics.replayed_total.inc()
+        else:
+            self.dispatcher.budget.drop(item.payload)
+            del self.queued[item.seq]
+            self.next_seq = item.seq + 1
+
+    async def _rebuild(self, generation: int) -> None:
+        """Restore and the commands after it become the backlog. Until this has run, nothing of the run is sent."""
+        replay = await self.dispatcher.ledger.read(lambda conn: rebuild.rebuild(conn, self.model_id))
+        self.dispatcher.lost(self.sent)
+        self.sent.clear()
+        self.backlog.clear()
+        if replay is None:  # the run failed or was closed meanwhile; its requests have their errors
+            return self.clear()
+        if replay.snapshot is not None:
+            problem = await asyncio.to_thread(verify, Path(replay.snapshot.folder))
+            if problem:
+                return await self.dispatcher.give_up_run(self, problem)
+        if generation != self.dispatcher.engine.generation:
+            return self.wake.set()
+        run, base_seq = replay.run, -1
+        if replay.snapshot is not None:
+            base_seq = replay.snapshot.seq
+            self.dispatcher.engine.send(protocol.Restore(run.run_id, run.tenant, run.base_model, run.lora, replay.snapshot.folder))
+        self.generation = generation
+        self.next_seq = max(replay.finished_seq, base_seq) + 1
+        self.effect_seq = self.snapshot_seq = base_seq
+        for entry in replay.entries:
+            if entry.seq < self.next_seq:
+                self.backlog.append(Item(entry.seq, entry.request_id, entry.kind))
+            else:
+                self.queued.setdefault(entry.seq, Item(entry.seq, entry.request_id, entry.kind))
+        for seq in [seq for seq in self.queued if seq < self.next_seq]:
+            self.dispatcher.budget.drop(self.queued.pop(seq).payload)
+        self.backlog_size = len(self.backlog)
+        if self.backlog_size or base_seq >= 0:
+            log.info(
+                "run %s is rebuilt: snapshot at %d, %d requests again, then from %d",
+                self.model_id,
+                base_seq,
+                self.backlog_size,
+                self.next_seq,
+            )
+        return None
+
+    def clear(self) -> None:
+        for item in self.queued.values():
+            self.dispatcher.budget.drop(item.payload)
+        self.queued.clear()
+        self.backlog.clear()
+        self.sent.clear()
+
+
+def verify(folder: Path) -> str | None:
+    """What is wrong with a snapshot folder, or None."""
+    try:
+        checkpoints.verify_folder(folder)
+    except (EverlearnError, OSError, ValueError) as error:
+        return str(error)
+    return None
