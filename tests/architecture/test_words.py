@@ -26,6 +26,7 @@ def test_each_noun_has_one_name(root: Path):
         f"{path}: {word!r} is called {name!r} here"
         for path, text in texts(root).items()
         if path.parts[0] in ("everlearn", "docs", "README.md") and path != Path("docs/glossary.md")
+        if "migrations" not in path.parts  # there the words are those of the migration library
         for word, name in banned.items()
         if re.search(rf"\b{re.escape(word)}s?\b", text, flags=re.I)
     ]
