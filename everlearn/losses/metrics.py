@@ -6,7 +6,7 @@ its datums packed, because means don't add.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,16 @@ from everlearn.losses.logprobs import MAX_LOG_RATIO, Segments
 from everlearn.losses.policy import clip_bounds
 from everlearn.losses.spec import SAMPLED_MASK, LossSpec
 from everlearn.losses.stable_reinforce import band_mask
+from everlearn.losses.table import Loss, pack_inputs
+from everlearn.types import Datum
+
+
+def request_metrics(loss: Loss, data: Sequence[Datum], logprobs: Sequence[Tensor], config: Mapping[str, float]) -> dict[str, float]:
+    """`policy_metrics` of a whole request: `logprobs[i]` are the trained policy's for datum i's targets."""
+    if not loss.spec.behaviour:
+        return {}
+    inputs, segments = pack_inputs(loss, data, config)
+    return policy_metrics(loss.spec, torch.cat([own.cpu() for own in logprobs]), inputs, config, segments)
 
 
 def policy_metrics(

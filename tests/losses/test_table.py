@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from everlearn.losses.metrics import policy_metrics
+from everlearn.losses.metrics import policy_metrics, request_metrics
 from everlearn.losses.spec import SPECS
 from everlearn.losses.table import LOSSES, loss_and_grad, pack_inputs
 from everlearn.types import Array, Datum
@@ -91,3 +91,11 @@ def test_keys_name_a_reduction_and_nothing_is_reported_where_nothing_is_known() 
     assert all(key.count(":") == 1 and key.split(":")[1] in ("sum", "mean", "max", "min") for key in got)
     assert metrics_of("ppo", [-1.0], logprobs=[-1.0], advantages=[0.0]) == {"trained_tokens:sum": 0.0}
     assert metrics_of("cross_entropy", [-1.0], weights=[1.0]) == {}
+
+
+def test_metrics_of_a_request_are_those_of_its_datums_together() -> None:
+    data = [datum(2, logprobs=[-1, -1], advantages=[1, 0]), datum(1, logprobs=[-2], advantages=[1])]
+    got = request_metrics(LOSSES["ppo"], data, [torch.tensor([-1.0, -7.0]), torch.tensor([-3.0])], SPECS["ppo"].defaults)
+    assert got["trained_tokens:sum"] == 2
+    assert got["kl_sample_train_v1:mean"] == 0.5
+    assert request_metrics(LOSSES["cross_entropy"], [datum(1, weights=[1])], [torch.tensor([-1.0])], {}) == {}
