@@ -48,7 +48,7 @@ def test_configured_folder_by_name_alias_public_alias_and_path(tmp_path: Path) -
 @pytest.mark.parametrize("name", ["", "nope", "/", "..", "../weights", "weights/../weights", "smollm2/", "a" * 5000, "tiny\n"])
 def test_unknown_names_are_refused_and_name_the_known_ones(tmp_path: Path, name: str) -> None:
     write_model(tmp_path / "weights")
-    with pytest.raises(NotFound, match="known are .*smollm2") as error:
+    with pytest.raises(NotFound, match=r"known are .*smollm2") as error:
         Catalog(settings(tmp_path)).resolve(name)
     assert len(error.value.message) < 600
 
