@@ -6,10 +6,9 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from google.protobuf.message import DecodeError
 
 from everlearn.api.tinker import tensors
-from everlearn.api.tinker.schema import pb
+from everlearn.api.tinker.schema import DecodeError, pb
 from everlearn.errors import InvalidRequest, Unsupported
 from everlearn.types import Array, Datum, ForwardBackwardResult, ProvenanceSpan, SampleResult, TopK
 

@@ -125,7 +125,7 @@ class Told:
                 continue
             self.cursor += 1
             item: dict[str, Any] = {"state": "failed", "request_id": outcome.entry.request_id}
-            if isinstance(outcome, Done):
+            if outcome.entry.status != "failed":
                 item["state"] = "finished"
             self.recent.append((self.cursor, item))
 

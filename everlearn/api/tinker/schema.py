@@ -11,7 +11,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from google.protobuf.message import DecodeError
+
 from everlearn.errors import InternalError
+
+__all__ = ["DecodeError", "pb"]
 
 MODULE = "tinker.proto.tinker_public_pb2"
 

@@ -15,7 +15,12 @@ import numpy as np
 from everlearn.errors import InvalidRequest, TooLarge
 from everlearn.types import Array
 
-NUMPY = {"float32": np.dtype("<f4"), "int64": np.dtype("<i8"), "int32": np.dtype("<i4"), "bfloat16": np.dtype("<u2")}
+NUMPY: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype("<f4"),
+    "int64": np.dtype("<i8"),
+    "int32": np.dtype("<i4"),
+    "bfloat16": np.dtype("<u2"),
+}
 WIDE = {"float32": "float32", "bfloat16": "float32", "int64": "int64", "int32": "int64"}
 
 
