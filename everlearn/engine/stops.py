@@ -36,7 +36,7 @@ class StopStrings:
         if any(s in seen for s in self.strings):
             return True
         if not fresh.endswith(BROKEN) or self.num_pending >= MAX_PENDING:
-            self.tail = seen[len(seen) - self.keep :] if self.keep else ""
+            self.tail = seen[-self.keep :] if self.keep else ""
             self.window = self.window[-self.num_pending :]
             self.known_text = self._decode(self.window)
             self.num_pending = 0
