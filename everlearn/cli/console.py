@@ -42,16 +42,19 @@ class Console:
         return self.load(flags).settings
 
     def client(self) -> Client:
-        """A client of the running server: --url and --key, else the environment, else the configured address."""
+        """A client of the running server: --url and --key, else the environment, else where the home's server says it listens."""
         from everlearn.cli.client import Client
         from everlearn.config import client_environ
 
         environ = client_environ()
-        url = self.url or environ.url
-        if not url:
-            api = self.settings().api
-            url = f"http://{api.host}:{api.port}"
-        return Client(url, self.key or environ.key)
+        return Client(self.url or environ.url or self._own_server(), self.key or environ.key)
+
+    def _own_server(self) -> str:
+        settings = self.settings()
+        try:
+            return str(json.loads((settings.home / "server.json").read_text())["url"])
+        except (OSError, ValueError, KeyError):  # none has started here, or it has stopped: the error then names the usual address
+            return f"http://{settings.api.host}:{settings.api.port}"
 
     # --- results, on stdout -------------------------------------------------------------------------------------------------
 
@@ -165,7 +168,7 @@ def global_options() -> list[click.Parameter]:
         option("-f", "--format", keeps="format", type=click.Choice(["table", "json"]), help="how results are printed"),
         option("-q", "--quiet", keeps="quiet", is_flag=True, help="no progress and no notes on stderr"),
         option("-y", "--yes", keeps="yes", is_flag=True, help="do not ask before something is lost"),
-        option("--url", keeps="url", metavar="URL", help="the server (else EVERLEARN_URL, else the configured address)"),
+        option("--url", keeps="url", metavar="URL", help="the server (else EVERLEARN_URL, else this home's server)"),
         option("--key", keeps="key", metavar="KEY", help="the API key (else EVERLEARN_API_KEY)"),
         option("--home", keeps="home", type=folder, metavar="DIR", help="folder of all data (else EVERLEARN_HOME, else ~/.everlearn)"),
         option("--config", keeps="config", type=folder, metavar="FILE", help="settings file (else ./everlearn.toml)"),

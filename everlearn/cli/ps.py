@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from everlearn.cli.console import Console, Verb, pass_console
@@ -12,7 +14,16 @@ from everlearn.cli.console import Console, Verb, pass_console
 def command(console: Console) -> None:
     """Show the state of the server, of its engine and of its queues."""
     client = console.client()
-    health = client.document("/health")
-    engine = health.pop("engine", None)
-    rows = {"url": client.url, **health, **(engine if isinstance(engine, dict) else {})}
-    console.result({"url": client.url, **health, "engine": engine} if console.format == "json" else rows)
+    state = {"url": client.url, **client.document("/health")}
+    console.result(state if console.format == "json" else flat(state))
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as dotted names; a list of names as one line."""
+    lines: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            lines |= flat(value, f"{prefix}{name}.")
+        else:
+            lines[prefix + name] = ", ".join(map(str, value)) if isinstance(value, list) else value
+    return lines
