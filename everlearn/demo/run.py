@@ -78,4 +78,4 @@ def _questions(handbook: Handbook) -> list[Question]:
 
 
 def _ask(sampler: Any, tokenizer: Tokenizer, questions: Sequence[str], bar: Bar) -> list[str]:
-    return [tokenizer.decode(answer).strip() for answer in teach.ask(sampler, tokenizer, questions, bar.advance)]
+    return [tokenizer.decode(list(answer.tokens)).strip() for answer in teach.ask(sampler, tokenizer, questions, bar.advance)]

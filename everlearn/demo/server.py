@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import socket
+import json
 import subprocess
 import sys
 import time
@@ -23,45 +23,46 @@ OnWait = Callable[[float, str], None]  # (seconds so far, what the server says o
 @contextmanager
 def serving(home: Path, log: Path, config: Path | None, on_wait: OnWait) -> Iterator[str]:
     """The base URL of a ready server on `home`. Its output goes to `log`; it ends with the block, however the block ends."""
-    port = _free_port()
-    url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "everlearn.cli.main", "serve", "--home", str(home), "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-m", "everlearn.cli.main", "serve", "--home", str(home), "--host", "127.0.0.1", "--port", "0"]
     if config is not None:
         command += ["--config", str(config)]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
     try:
-        _await_ready(process, url, log, on_wait)
-        yield url
+        yield _await_ready(process, home / "server.json", log, on_wait)
     finally:
         _stop(process)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def _await_ready(process: subprocess.Popen[bytes], url: str, log: Path, on_wait: OnWait) -> None:
+def _await_ready(process: subprocess.Popen[bytes], whereabouts: Path, log: Path, on_wait: OnWait) -> str:
+    """The URL, once the server there says that it is ready. The server writes the file `whereabouts` as soon as it listens."""
     started = time.monotonic()
     state = "starting"
-    with httpx.Client(base_url=url, timeout=5.0, trust_env=False) as client:
+    with httpx.Client(timeout=5.0, trust_env=False) as client:
         while (waited := time.monotonic() - started) < START_SECONDS:
             if process.poll() is not None:
                 raise Unavailable(f"the demo's server ended (exit {process.returncode}): {_last_line(log)}; its whole output is in {log}")
-            try:
-                response = client.get("/readyz")
-                if response.is_success:
-                    return
-                state = response.text.strip()[:200]
-            except httpx.TransportError:
-                pass  # not listening yet
+            if url := _address(whereabouts, process.pid):
+                try:
+                    response = client.get(f"{url}/readyz")
+                    if response.is_success:
+                        return url
+                    state = response.text.strip()[:200]
+                except httpx.TransportError as error:
+                    state = f"no answer ({error})"
             on_wait(waited, state)
             time.sleep(0.2)
     raise Unavailable(f"the demo's server wasn't ready after {START_SECONDS:.0f} s (it says: {state}); its output is in {log}")
+
+
+def _address(whereabouts: Path, pid: int) -> str | None:
+    """The URL of server `pid`. A file of another process is one that was killed, or a server that already runs on this home."""
+    try:
+        known = json.loads(whereabouts.read_bytes())
+    except FileNotFoundError:
+        return None
+    return str(known["url"]) if known["pid"] == pid else None
 
 
 def _last_line(log: Path) -> str:

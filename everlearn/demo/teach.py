@@ -7,11 +7,13 @@ doesn't know where the server came from, nor how answers are graded.
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import numpy as np
 import tinker
 
 from everlearn.demo.handbook import Handbook
@@ -21,30 +23,34 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 ANSWER_TOKENS = 24  # enough for one sentence; the model is wordy, and what it says after the first sentence isn't graded
+ALTERNATIVES = 16  # likely next tokens that a rehearsal example remembers of each position
 END = "<|im_end|>"
 
 
 class Recipe(msgspec.Struct, frozen=True):
     """What was found to teach 20 facts to 135 M parameters in two minutes of CPU.
 
-    The output head stays frozen: a LoRA on 49,152 rows costs more than it gives here. `rehearsed` examples of the model's own
-    answers to general questions ride in every batch: they hold its other knowledge in place.
+    The output head stays frozen: a LoRA on 49,152 rows costs more than it gives here. `rehearsed` examples of what the untrained
+    model says to general questions ride in every batch: they hold its other knowledge in place.
     """
 
     rank: int = 16
-    learning_rate: float = 1e-3
-    epochs: int = 8
+    learning_rate: float = 2e-3
+    epochs: int = 6
     batch: int = 20
-    rehearsed: int = 4
+    rehearsed: int = 8
     seed: int = 0
 
 
 class Example(msgspec.Struct, frozen=True):
-    """Token ids of a prompt and of the answer to it, the end-of-turn token included where the answer has one."""
+    """Token ids of a prompt and of the answer to it, the end-of-turn token included where the answer has one.
+
+    A rehearsal example has for every answer token the `alternatives` that the untrained model thought likely: (id, log-probability).
+    """
 
     prompt: list[int]
     answer: list[int]
-    rehearsal: bool = False
+    alternatives: list[list[tuple[int, float]]] = []
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -78,21 +84,31 @@ def lesson(handbook: Handbook, tokenizer: Tokenizer) -> list[Example]:
     ]
 
 
-def ask(sampler: Any, tokenizer: Tokenizer, questions: Sequence[str], on_answer: Callable[[], None] = lambda: None) -> list[list[int]]:
-    """The most likely answer to each question, as tokens. All are asked at once: the server batches them."""
+def ask(
+    sampler: Any, tokenizer: Tokenizer, questions: Sequence[str], on_answer: Callable[[], None] = lambda: None, alternatives: int = 0
+) -> list[Any]:
+    """The most likely answer to each question, as sampled sequences. All are asked at once: the server batches them."""
     params = tinker.SamplingParams(max_tokens=ANSWER_TOKENS, temperature=0.0, stop=[end_of_turn(tokenizer)])
-    futures = [sampler.sample(tinker.ModelInput.from_ints(render(tokenizer, question)), 1, params) for question in questions]
+    prompts = [tinker.ModelInput.from_ints(render(tokenizer, question)) for question in questions]
+    futures = [sampler.sample(prompt, 1, params, topk_sample_logprobs=alternatives) for prompt in prompts]
     answers = []
     for future in futures:
-        answers.append(list(future.result().sequences[0].tokens))
+        answers.append(future.result().sequences[0])
         on_answer()
     return answers
 
 
 def rehearse(sampler: Any, tokenizer: Tokenizer, questions: Sequence[str], on_answer: Callable[[], None] = lambda: None) -> list[Example]:
-    """The untrained model's own answers, to be trained on unchanged. They needn't be right: they only have to be its own."""
-    answers = ask(sampler, tokenizer, questions, on_answer)
-    return [Example(render(tokenizer, question), answer, rehearsal=True) for question, answer in zip(questions, answers, strict=True)]
+    """What the untrained model would say, token by token, as distributions. They needn't be right: they only have to be its own.
+
+    Training on distributions leaves an unchanged model unchanged (the gradient is zero where it still agrees); training on the
+    answers themselves would make it surer of them than it was, and that harms its other answers.
+    """
+    answers = ask(sampler, tokenizer, questions, on_answer, ALTERNATIVES)
+    return [
+        Example(render(tokenizer, question), list(answer.tokens), [row or [] for row in answer.topk_logprobs])
+        for question, answer in zip(questions, answers, strict=True)
+    ]
 
 
 def batches(examples: Sequence[Example], rehearsal: Sequence[Example], recipe: Recipe) -> Iterator[list[Example]]:
@@ -107,12 +123,20 @@ def batches(examples: Sequence[Example], rehearsal: Sequence[Example], recipe: R
 
 
 def to_datum(example: Example) -> tinker.Datum:
-    """Position i predicts token i + 1; only the answer's tokens have weight."""
+    """Position i predicts token i + 1; only the answer's tokens have weight. Rehearsal targets are [T, K], weighted by probability."""
     tokens = example.prompt + example.answer
-    weights = [0.0] * (len(example.prompt) - 1) + [1.0] * len(example.answer)
-    return tinker.Datum(
-        model_input=tinker.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs={"target_tokens": tokens[1:], "weights": weights}
-    )
+    first = len(example.prompt) - 1
+    if not example.alternatives:
+        targets = np.array(tokens[1:], dtype=np.int64)
+        weights = np.array([0.0] * first + [1.0] * len(example.answer), dtype=np.float32)
+    else:
+        targets = np.zeros((len(tokens) - 1, ALTERNATIVES), dtype=np.int64)
+        weights = np.zeros((len(tokens) - 1, ALTERNATIVES), dtype=np.float32)
+        for position, row in enumerate(example.alternatives, first):
+            for column, (token, logprob) in enumerate(row):
+                targets[position, column], weights[position, column] = token, math.exp(logprob)
+    inputs = {"target_tokens": tinker.TensorData.from_numpy(targets), "weights": tinker.TensorData.from_numpy(weights)}
+    return tinker.Datum(model_input=tinker.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=inputs)
 
 
 def num_steps(examples: Sequence[Example], recipe: Recipe) -> int:
@@ -152,8 +176,7 @@ def teach(
 def _measure(number: int, batch: Sequence[Example], output: Any) -> Step:
     total, count = 0.0, 0
     for example, result in zip(batch, output.loss_fn_outputs, strict=True):
-        if not example.rehearsal:
-            answer = list(result["logprobs"].data)[-len(example.answer) :]
-            total -= sum(answer)
-            count += len(answer)
+        if not example.alternatives:
+            total -= float(result["logprobs"].to_numpy()[-len(example.answer) :].sum())
+            count += len(example.answer)
     return Step(number, total / count, sum(len(example.prompt) + len(example.answer) - 1 for example in batch))

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+from statistics import mean
+
+import pytest
+
+from tests.recipes.conftest import Metrics, RunRecipe
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+REWARD = "env/all/reward/total"
+DRIFT = "optim/kl_sample_train_v2"  # half the mean squared difference of sampling and training log-probabilities
+
+
+def arithmetic(run_recipe: RunRecipe, **options: object) -> Metrics:
+    return run_recipe(
+        "tinker_cookbook.recipes.math_rl.train",
+        env="arithmetic",
+        group_size=8,
+        groups_per_batch=8,
+        max_tokens=5,
+        max_steps=20,
+        learning_rate=4e-4,
+        lora_rank=16,
+        eval_every=0,
+        save_every=0,
+        **options,
+    )
+
+
+def check_rise(rows: Metrics) -> None:
+    rewards = [row[REWARD] for row in rows if REWARD in row]
+    assert len(rewards) == 20, rewards
+    assert mean(rewards[-5:]) > mean(rewards[:5]) + 0.1, rewards
+    # On policy, sampler and trainer must give the same log-probability to every sampled token.
+    assert max(row[DRIFT] for row in rows if DRIFT in row) < 1e-6
+
+
+def test_arithmetic_reward_rises_with_importance_sampling(run_recipe: RunRecipe) -> None:
+    check_rise(arithmetic(run_recipe, loss_fn="importance_sampling"))
+
+
+def test_arithmetic_reward_rises_with_the_recipes_default_loss(run_recipe: RunRecipe) -> None:
+    check_rise(arithmetic(run_recipe))
+
+
+def test_guess_number_plays_whole_games(run_recipe: RunRecipe) -> None:
+    rows = run_recipe(
+        "tinker_cookbook.recipes.multiplayer_rl.guess_number.train",
+        group_size=4,
+        batch_size=2,
+        max_tokens=8,
+        max_steps=4,
+        learning_rate=4e-4,
+        eval_every=0,
+        save_every=0,
+    )
+    rewards = [row[REWARD] for row in rows if REWARD in row]
+    assert len(rewards) == 4
+    assert all(-10 <= reward <= 1 for reward in rewards), rewards  # ten turns, -1 for each one that is no guess
+    assert max(row[DRIFT] for row in rows if DRIFT in row) < 1e-6
