@@ -59,6 +59,9 @@ class EngineSettings(Section):
         0.1, gt=0, description="a snapshot is taken when its cost is below this share of the work it saves from replay"
     )
     snapshot_min_steps: int = Field(5, ge=1, description="optimizer steps between two snapshots, at least")
+    idle_unload_seconds: float = Field(
+        900.0, gt=0, description="an adapter that nobody trained for this long leaves memory; its next request brings it back from snapshot and log"
+    )
     restart_limit: int = Field(20, ge=1, description="engine restarts within ten minutes before the server gives up and says so")
     queue_limit: int = Field(4096, ge=1, description="sampling sequences that may wait in the engine; more is a 429")
     recompute: bool = Field(False, description="recompute activations in the backward pass: less memory, a third more work")

@@ -65,7 +65,7 @@ def setup(log_format: str, level: int = logging.INFO) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
-    for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
+    for name in ("uvicorn", "uvicorn.error", "uvicorn.access", "alembic", "asyncio"):
         logger = logging.getLogger(name)
         logger.handlers[:] = []
         logger.propagate = True

@@ -7,7 +7,6 @@ Nothing here looks at `request.url`, which a Host header can forge.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import hmac
 import ipaddress

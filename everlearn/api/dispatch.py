@@ -195,16 +195,17 @@ class Dispatcher:
         finally:
             stopped.cancel()
 
-    async def wait_any(self, tenant: str, sampler_id: str, after: float, timeout: float) -> list[rebuild.Finished]:
-        """Samples of a sampler that finished later than unix time `after` (its own newest `finished_at` is the cursor), oldest
-        first; waits up to `timeout` seconds for the first."""
+    async def wait_any(self, tenant: str, sampler_id: str, seen: set[str], timeout: float) -> list[rebuild.Finished]:
+        """The finished samples of a sampler that aren't in `seen`, oldest first, without their results; waits up to `timeout`
+        seconds for the first."""
         deadline = time.monotonic() + timeout
         while True:
             event = self.ledger.finished_event(sampler_id)
             event.clear()
-            found = await self.ledger.read(lambda conn: rebuild.finished_samples(conn, tenant, sampler_id, after))
-            if found or time.monotonic() >= deadline or self._stopped.is_set():
-                return found
+            found = await self.ledger.read(lambda conn: rebuild.finished_samples(conn, tenant, sampler_id))
+            new = [finished for finished in found if finished.entry.request_id not in seen]
+            if new or time.monotonic() >= deadline or self._stopped.is_set():
+                return new
             waiter = asyncio.ensure_future(event.wait())
             await self._first(waiter, deadline)
             waiter.cancel()
@@ -239,6 +240,14 @@ class Dispatcher:
         )
         return True
 
+    async def revive(self, model_id: str) -> None:
+        """Brings a run that isn't in the engine back without a command of its own (its log is to be replaced by a snapshot)."""
+        found = await self.ledger.read(lambda conn: rebuild.rebuild(conn, model_id))
+        if found is not None and model_id not in self.feeds:
+            feed = self.feeds[model_id] = Feed(self, model_id, found.run.tenant, wanted=True)
+            feed.start()
+            feed.wake.set()
+
     async def forget(self, model_id: str) -> None:
         """Drops a run's adapter from the engine (it is idle, closed or deleted). A later command brings it back."""
         feed = self.feeds.pop(model_id, None)
@@ -247,8 +256,13 @@ class Dispatcher:
         if feed.task is not None:
             feed.task.cancel()
         feed.clear()
+        self.lost(feed.sent)
         if self.engine.up and feed.generation == self.engine.generation:
             self.engine.send(protocol.Unload(model_id))
+        for pending in self.ledger:  # none when it was merely idle
+            if pending.entry.model_id == model_id and pending.entry.kind != "sample":
+                message = f"training run {model_id} was unloaded"
+                self.ledger.finish(pending.entry, None, {"code": "conflict", "message": message, "param": None})
 
     # -- towards the engine ------------------------------------------------------------------------------------------------
 
@@ -377,9 +391,9 @@ class Dispatcher:
     async def drain(self, grace: float) -> int:
         """Accepts nothing more, waits up to `grace` seconds for what was accepted; returns how much is left for the next start."""
         self.draining = True
-        deadline = time.monotonic() + grace
-        while len(self.ledger) and time.monotonic() < deadline and self.engine.state != "failed":
-            await asyncio.sleep(0.05)
+        futures = [pending.future for pending in self.ledger]
+        if futures and self.engine.state != "failed":
+            await asyncio.wait(futures, timeout=grace)
         self._stopped.set()
         return len(self.ledger)
 

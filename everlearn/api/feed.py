@@ -72,6 +72,7 @@ class Feed:
     sent: dict[str, int] = field(default_factory=dict)
     effect_seq: int = -1  # the last command sent that changes the adapter, and the newest snapshot
     snapshot_seq: int = -1
+    wanted: bool = False  # to be brought into the engine though nothing waits
     active_at: float = field(default_factory=time.monotonic)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
@@ -128,7 +129,7 @@ class Feed:
 
     async def _advance(self) -> None:
         engine = self.dispatcher.engine
-        if not engine.up or not (self.queued or self.backlog or self.sent):
+        if not engine.up or not (self.queued or self.backlog or self.sent or self.wanted):
             return
         if self.generation != engine.generation:
             await self._rebuild(engine.generation)
@@ -184,7 +185,7 @@ class Feed:
         if replay.snapshot is not None:
             base_seq = replay.snapshot.seq
             self.dispatcher.engine.send(protocol.Restore(run.run_id, run.tenant, run.base_model, run.lora, replay.snapshot.folder))
-        self.generation = generation
+        self.generation, self.wanted = generation, False
         self.next_seq = max(replay.finished_seq, base_seq) + 1
         self.effect_seq = self.snapshot_seq = base_seq
         for entry in replay.entries:
@@ -210,7 +211,6 @@ class Feed:
             self.dispatcher.budget.drop(item.payload)
         self.queued.clear()
         self.backlog.clear()
-        self.sent.clear()
 
 
 def verify(folder: Path) -> str | None:

@@ -52,7 +52,7 @@ class Quarantine:
         """The engine died with these unanswered; returns the request to give up, if that is now certain."""
         alone, self.alone, self.next = self.alone, None, None
         if alone is None:
-            self.deaths.update(in_flight)
+            self.deaths.update(list(in_flight))
             return None
         self.alone_deaths[alone] += 1
         return alone if self.alone_deaths[alone] >= ALONE_DEATHS else None

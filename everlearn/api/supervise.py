@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import zmq
-import zmq.asyncio
+from zmq.asyncio import Context, Socket
 
 from everlearn.config import Settings
 from everlearn.engine import protocol
@@ -69,7 +69,7 @@ class EngineProcess:
         self.on_down: Callable[[], None] = lambda: None
         self.prepare: Callable[[EngineProcess], Awaitable[None]] | None = None
         self._process: asyncio.subprocess.Process | None = None
-        self._socket: zmq.asyncio.Socket | None = None
+        self._socket: Socket | None = None
         self._task: asyncio.Task[None] | None = None
         self._deaths: deque[float] = deque()
         self._heard = 0.0
@@ -156,7 +156,7 @@ class EngineProcess:
         self.generation += 1
         self.ready = self.heartbeat = None
         endpoint = f"ipc://{folder}/engine-{self.generation}"
-        context = zmq.asyncio.Context.instance()
+        context = Context.instance()
         socket = context.socket(zmq.PAIR)
         socket.setsockopt(zmq.LINGER, 0)
         socket.set_hwm(0)
@@ -201,11 +201,11 @@ class EngineProcess:
             process.stdin.close()
         return process
 
-    async def _receive(self, socket: zmq.asyncio.Socket) -> None:
+    async def _receive(self, socket: Socket) -> None:
         while True:
             self._take(await socket.recv())
 
-    async def _receive_rest(self, socket: zmq.asyncio.Socket) -> None:
+    async def _receive_rest(self, socket: Socket) -> None:
         """What a dead engine managed to send still counts: it is work that needn't be done again."""
         with contextlib.suppress(TimeoutError, zmq.ZMQError):
             async with asyncio.timeout(0.5):

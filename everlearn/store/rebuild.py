@@ -27,12 +27,10 @@ class Rebuild(msgspec.Struct, frozen=True):
 
 
 class Finished(msgspec.Struct, frozen=True):
-    """A sample that has its answer; `result_bytes` is the stored size."""
+    """A sample that has its answer: `entry.status` says which kind, `result_bytes` how long it is as stored."""
 
-    request_id: str
-    status: str
+    entry: Entry
     result_bytes: int
-    finished_at: float
 
 
 def rebuild(conn: Connection, model_id: str) -> Rebuild | None:
@@ -55,9 +53,8 @@ def unfinished(conn: Connection) -> list[Entry]:
     return [_entry(row) for row in conn.execute(query)]
 
 
-def finished_samples(conn: Connection, tenant: str, sampler_id: str, after: float, limit: int = 1000) -> list[Finished]:
-    """Samples of a sampler that finished later than `after`, oldest first."""
-    columns = requests.c.request_id, requests.c.status, requests.c.result_bytes, requests.c.finished_at
-    where = (requests.c.tenant == tenant) & (requests.c.model_id == sampler_id) & requests.c.is_sample & (requests.c.finished_at > after)
-    rows = conn.execute(sa.select(*columns).where(where).order_by(requests.c.finished_at).limit(limit))
-    return [Finished(row.request_id, row.status, row.result_bytes, row.finished_at) for row in rows]
+def finished_samples(conn: Connection, tenant: str, sampler_id: str) -> list[Finished]:
+    """Samples of a sampler that have their answer, oldest first."""
+    where = (requests.c.tenant == tenant) & (requests.c.model_id == sampler_id) & requests.c.is_sample & (requests.c.status != "pending")
+    rows = conn.execute(sa.select(requests).where(where).order_by(requests.c.finished_at))
+    return [Finished(_entry(row), row.result_bytes) for row in rows]

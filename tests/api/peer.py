@@ -1,0 +1,110 @@
+"""A process that speaks the engine's protocol without a model, for tests of the API's side of it: it starts in a moment, remembers
+every effect in order, writes down what it was sent, and dies on request. `python -m tests.api.peer ENDPOINT`.
+
+The state of an adapter is the list of seqs whose effect it has; every optim_step answers with it, so a lost, doubled or misplaced
+effect is visible in an answer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import zmq
+
+from everlearn.config import Settings
+from everlearn.engine import protocol as p
+from everlearn.store.folders import write_folder
+from everlearn.types import Array, DoneResult, ForwardBackwardResult, OptimStepResult, SampledSequence, SampleResult, SavedResult
+
+
+def main() -> None:
+    ctypes.CDLL(None).prctl(1, 9)
+    settings = Settings.model_validate_json(sys.stdin.read())
+    socket = zmq.Context().socket(zmq.PAIR)
+    socket.set_hwm(0)
+    socket.connect(sys.argv[1])
+    Peer(socket, settings.home).run()
+
+
+class Peer:
+    def __init__(self, socket: zmq.Socket[bytes], home: Path):
+        self.socket, self.home = socket, home
+        self.states: dict[str, list[int]] = {}
+        self.heard = (home / "heard.jsonl").open("a")
+
+    def emit(self, event: p.AnyEvent) -> None:
+        self.socket.send(p.encode(event))
+
+    def run(self) -> None:
+        (self.home / "peer.pid").write_text(str(os.getpid()))
+        self.emit(p.Ready(os.getpid(), "cpu", "float32", 64, [], 0.0))
+        while True:
+            self.emit(p.Heartbeat(time.time(), 0, 0, 0, 0, 1, 7, 0, 0, 0, 0, "idle", time.time(), 1))
+            if not self.socket.poll(200):
+                continue
+            command = p.decode_command(self.socket.recv())
+            name = type(command).__name__
+            told = {k: getattr(command, k) for k in ("request_id", "model_id", "seq", "folder") if hasattr(command, k)}
+            self.heard.write(json.dumps({"op": name, "pid": os.getpid(), **told}) + "\n")
+            self.heard.flush()
+            if isinstance(command, p.Shutdown):
+                os._exit(0)
+            self.apply(command)
+
+    def apply(self, command: p.AnyCommand) -> None:
+        match command:
+            case p.Create():
+                self.states[command.model_id] = [0]
+                self.emit(p.Completed(command.request_id, DoneResult()))
+            case p.Restore():
+                self.states[command.model_id] = json.loads((Path(command.folder) / "state.json").read_text())
+            case p.Unload():
+                self.states.pop(command.model_id, None)
+            case p.ForwardBackward():
+                self.forward_backward(command)
+            case p.OptimStep():
+                self.states[command.model_id].append(command.seq)
+                metrics = {f"{i}:{seq}": 1.0 for i, seq in enumerate(self.states[command.model_id])}
+                self.emit(p.Completed(command.request_id, OptimStepResult(metrics)))
+            case p.Save():
+                size, digest = self.write(command.model_id, Path(command.folder))
+                self.emit(p.Completed(command.request_id, SavedResult(size, digest)))
+            case p.TakeSnapshot():
+                state = self.states[command.model_id]
+                folder = self.home / "snapshots" / command.model_id.replace(":", "_") / str(state[-1])
+                size, _ = self.write(command.model_id, folder)
+                self.emit(p.Snapshotted(command.model_id, state[-1], str(folder), size))
+            case p.Sample():
+                self.sample(command)
+
+    def write(self, model_id: str, folder: Path) -> tuple[int, str]:
+        return write_folder(folder, {"state.json": json.dumps(self.states[model_id]).encode()}, {"format": "peer"})
+
+    def forward_backward(self, command: p.ForwardBackward) -> None:
+        wish = command.config.get("wish")
+        if wish == "die":
+            os._exit(3)
+        if wish == "fail":
+            return self.emit(p.Failed(command.request_id, "invalid_request", "as you wished"))
+        if wish == "slow":
+            time.sleep(float(command.config["seconds"]))
+        if not command.forward_only:
+            self.states[command.model_id].append(command.seq)
+        self.emit(p.Completed(command.request_id, ForwardBackwardResult([], {"loss:sum": 0.0})))
+        return None
+
+    def sample(self, command: p.Sample) -> None:
+        if command.params.max_tokens == 666:
+            return  # never answers
+        tokens = Array("int32", [1], command.params.seed.to_bytes(4, "little"))
+        sequence = SampledSequence("length", tokens, Array("float32", [1], bytes(4)))
+        self.emit(p.Completed(command.request_id, SampleResult([sequence] * command.num_samples)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+"""Order, idempotence and replay, against a peer that speaks the engine's protocol."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from everlearn import errors
+from everlearn.api.dispatch import Done, Waiting
+from everlearn.engine import protocol as p
+from everlearn.store import log as request_log
+
+from .conftest import rig
+
+
+def test_commands_reach_the_engine_in_seq_order(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with rig(tmp_path) as r:
+            model = await r.create()
+            for seq in (4, 3, 2):
+                await r.forward(model, seq)
+            await r.step(model, 5)
+            waiting = await r.outcome(f"{model}:2", timeout=1.5)
+            assert isinstance(waiting, Waiting) and "waits for request 1" in str(waiting.reason), waiting
+            await r.forward(model, 1)
+            assert await r.effects(model, 5) == [0, 1, 2, 3, 4, 5]
+
+    asyncio.run(go())
+
+
+def test_a_repeated_request_has_one_effect_and_another_payload_is_a_conflict(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with rig(tmp_path) as r:
+            model = await r.create()
+            entries = await asyncio.gather(*(r.forward(model, 1) for _ in range(5)))
+            assert len({entry.request_id for entry in entries}) == 1
+            await r.outcome(f"{model}:1")
+            await r.forward(model, 1)
+            await r.step(model, 2)
+            assert await r.effects(model, 2) == [0, 1, 2]
+            with pytest.raises(errors.Conflict):
+                await r.forward(model, 1, other=1.0)
+
+    asyncio.run(go())
+
+
+def test_nothing_is_lost_or_doubled_over_many_kills(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with rig(tmp_path) as r:
+            model, other = await r.create(0), await r.create(1)
+            seq = 0
+            for round_ in range(6):
+                for _ in range(4):
+                    seq += 1
+                    await r.forward(model, seq)
+                    await r.forward(other, seq)
+                seq += 1
+                await r.step(model, seq)
+                await r.step(other, seq)
+                if round_ == 3:
+                    await r.outcome(f"{model}:{seq}")
+                    r.engine.send(p.TakeSnapshot(model))
+                await r.kill()
+                await r.up()
+            assert await r.effects(model, seq) == list(range(seq + 1))
+            assert await r.effects(other, seq) == list(range(seq + 1))
+
+    asyncio.run(go())
+
+
+def test_a_snapshot_shortens_the_replay(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with rig(tmp_path) as r:
+            model = await r.create()
+            for seq in range(1, 8):
+                await r.step(model, seq)
+            await r.outcome(f"{model}:7")
+            r.engine.send(p.TakeSnapshot(model))
+            await r.until(lambda: r.dispatcher.feeds[model].snapshot_seq == 7)
+            await r.step(model, 8)
+            await r.outcome(f"{model}:8")
+            await r.kill()
+            await r.up()
+            pid = r.engine.pid
+            await r.step(model, 9)
+            assert await r.effects(model, 9) == list(range(10))
+            assert [(h["op"], h.get("seq")) for h in r.heard() if h["pid"] == pid] == [
+                ("Restore", None),
+                ("OptimStep", 8),
+                ("OptimStep", 9),
+            ]
+
+    asyncio.run(go())
+
+
+def test_a_new_server_goes_on_where_the_old_one_died(tmp_path: Path) -> None:
+    async def first() -> tuple[str, str, str]:
+        async with rig(tmp_path) as r:
+            model, idle, sampler = await r.create(0), await r.create(1), await r.sampler()
+            await r.step(idle, 1)
+            await r.outcome(f"{idle}:1")
+            await r.step(model, 1)
+            await r.outcome(f"{model}:1")
+            await r.forward(model, 2, wish="slow", seconds=30)
+            await r.step(model, 3)
+            await r.sample(sampler, 0)
+            return model, idle, sampler
+
+    async def second(model: str, idle: str, sampler: str) -> None:
+        async with rig(tmp_path, session=model.split(":")[0]) as r:
+            await r.up()
+            assert idle not in r.dispatcher.feeds, "a run without pending work is rebuilt when it is needed"
+            assert isinstance(await r.outcome(f"{model}:1"), Done)
+            assert isinstance(await r.outcome(f"{sampler}:0"), Done)
+            await r.step(idle, 2)
+            assert await r.effects(idle, 2) == [0, 1, 2]
+            replayed = [h["seq"] for h in r.heard() if h["pid"] == r.engine.pid and h.get("model_id") == model and h["op"] != "Create"]
+            assert replayed[:2] == [1, 2]
+
+    asyncio.run(second(*asyncio.run(first())))
+
+
+def test_a_refused_request_uses_up_its_seq(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with rig(tmp_path) as r:
+            model = await r.create()
+            error = errors.InvalidRequest("token 9999 is out of range", param="data")
+            refusal = {"model_id": model, "request_id": f"{model}:2", "fingerprint": "f", "error": error}
+            await r.dispatcher.refuse("a", seq=2, **refusal)
+            await r.step(model, 3)
+            await r.step(model, 1)
+            assert await r.effects(model, 3) == [0, 1, 3]
+            assert (await r.failed(f"{model}:2"))["message"] == error.message
+            await r.dispatcher.refuse("a", seq=2, **refusal)
+            await r.kill()
+            await r.up()
+            await r.step(model, 4)
+            assert await r.effects(model, 4) == [0, 1, 3, 4]
+
+    asyncio.run(go())
+
+
+def test_a_failed_request_has_no_effect_after_a_replay(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with rig(tmp_path) as r:
+            model = await r.create()
+            await r.forward(model, 1, wish="fail")
+            await r.forward(model, 2, only=True)
+            await r.step(model, 3)
+            assert (await r.failed(f"{model}:1"))["code"] == "invalid_request"
+            assert await r.effects(model, 3) == [0, 3]
+            await r.kill()
+            await r.up()
+            await r.step(model, 4)
+            assert await r.effects(model, 4) == [0, 3, 4]
+
+    asyncio.run(go())
+
+
+def test_the_request_that_kills_the_engine_is_found_and_the_others_go_on(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with rig(tmp_path) as r:
+            model, other = await r.create(0), await r.create(1)
+            await r.forward(model, 1, wish="die")
+            await r.step(model, 2)
+            for seq in range(1, 20):
+                await r.step(other, seq)
+            error = await r.failed(f"{model}:1")
+            assert error["code"] == "internal" and "died again and again" in error["message"]
+            assert await r.effects(other, 19) == list(range(20))
+            assert await r.effects(model, 2) == [0, 2]
+            assert r.engine.restarts < 8
+
+    asyncio.run(go())
+
+
+def test_waiting_clients_are_told_that_the_engine_is_down(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with rig(tmp_path, restart_limit=1) as r:
+            model = await r.create()
+            await r.outcome(f"{model}:0")
+            await r.forward(model, 1, wish="die")
+            await r.until(lambda: r.engine.state == "failed")
+            ready, reason = r.dispatcher.readiness()
+            assert not ready and "restart_limit" in reason and "exit status 3" in reason
+            waiting = await r.outcome(f"{model}:1", timeout=0)
+            assert isinstance(waiting, Waiting) and waiting.queue_state == "paused_capacity" and waiting.reason == reason
+            with pytest.raises(errors.Unavailable):
+                await r.step(model, 2)
+
+    asyncio.run(go())
+
+
+def test_samples_are_cancelled_limited_and_kept_from_other_tenants(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with rig(tmp_path, queue_limit=3) as r:
+            sampler = await r.sampler()
+            await r.sample(sampler, 0, max_tokens=666, num_samples=2)
+            with pytest.raises(errors.Overloaded):
+                await r.sample(sampler, 1, num_samples=2)
+            with pytest.raises(errors.NotFound):
+                await r.outcome(f"{sampler}:0", tenant="b")
+            with pytest.raises(errors.NotFound):
+                await r.dispatcher.cancel("b", f"{sampler}:0")
+            assert await r.dispatcher.cancel("a", f"{sampler}:0")
+            assert (await r.failed(f"{sampler}:0"))["code"] == "cancelled"
+            await r.sample(sampler, 2, num_samples=2)
+            assert isinstance(await r.outcome(f"{sampler}:2"), Done)
+            assert not await r.dispatcher.cancel("a", f"{sampler}:2")
+            found = await r.dispatcher.wait_any("a", sampler, {f"{sampler}:0"}, 5.0)
+            assert [finished.entry.request_id for finished in found] == [f"{sampler}:2"]
+
+    asyncio.run(go())
+
+
+def test_pending_samples_are_sent_again(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with rig(tmp_path) as r:
+            sampler = await r.sampler()
+            model = await r.create()
+            await r.forward(model, 1, wish="slow", seconds=3)
+            await r.sample(sampler, 7)
+            await r.kill()
+            done = await r.outcome(f"{sampler}:7")
+            assert isinstance(done, Done) and done.result.sequences[0].tokens.data[0] == 47
+
+    asyncio.run(go())
+
+
+def test_memory_holds_what_is_unfinished_only(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with rig(tmp_path) as r:
+            model = await r.create()
+            for seq in range(1, 30):
+                await r.step(model, seq)
+            await r.outcome(f"{model}:29")
+            assert len(r.dispatcher.ledger) == 0 and r.dispatcher.budget.used == 0
+            assert not r.dispatcher.ledger.per_tenant and not r.dispatcher.stats()["commands_in_engine"]
+            assert r.db.read(lambda conn: request_log.unfinished(conn, "a")) == 0
+
+    asyncio.run(go())
+
+
+def test_an_idle_adapter_leaves_memory_and_comes_back(tmp_path: Path) -> None:
+    from everlearn.api.housekeeping import Housekeeping
+    from everlearn.api.services import Services
+
+    async def go() -> None:
+        async with rig(tmp_path, idle_unload_seconds=0.3) as r:
+            model = await r.create()
+            await r.step(model, 1)
+            await r.outcome(f"{model}:1")
+            svc = Services(r.settings, r.db, None, r.engine, r.dispatcher, r.dispatcher.metrics)  # type: ignore[arg-type]
+            housekeeping = Housekeeping(svc)
+            housekeeping.start()
+            await r.until(lambda: model not in r.dispatcher.feeds)
+            await housekeeping.stop()
+            assert [h["op"] for h in r.heard()][-2:] == ["TakeSnapshot", "Unload"]
+            await r.step(model, 2)
+            assert await r.effects(model, 2) == [0, 1, 2]
+            assert [h["op"] for h in r.heard()][-2:] == ["Restore", "OptimStep"]
+
+    asyncio.run(go())
+
+
+def test_draining_waits_for_what_was_accepted(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with rig(tmp_path) as r:
+            model = await r.create()
+            await r.forward(model, 1, wish="slow", seconds=0.5)
+            assert await r.dispatcher.drain(10) == 0
+            with pytest.raises(errors.Unavailable):
+                await r.step(model, 2)
+            assert isinstance(await r.outcome(f"{model}:1"), Done)
+
+    asyncio.run(go())
