@@ -56,9 +56,9 @@ class PagedBatch:
             num = chunk.stop - chunk.start
             first = last - num
             if num == 1:
-                sequence, position = chunk.sequence, chunk.start
-                tokens[first] = sequence.generated[-1] if position == sequence.num_tokens - 1 and sequence.generated else sequence.tokens(position, position + 1)[0]
-                positions[first], slots[first] = position, sequence.blocks[position // size] * size + position % size
+                position = chunk.start
+                tokens[first], positions[first] = chunk.sequence.token(position), position
+                slots[first] = chunk.sequence.blocks[position // size] * size + position % size
                 decoding.append(chunk)
                 decoding_rows.append(first)
                 continue

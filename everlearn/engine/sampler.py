@@ -43,7 +43,8 @@ class Sampler:
         most = engine.max_batch * base.info.max_context
         num_blocks = num_blocks_for(engine.kv_tokens, engine.block_size, token_bytes, base.device, most)
         self.pool = BlockPool(num_blocks, engine.block_size)
-        self.cache = KVCache(base.num_layers, num_blocks, engine.block_size, base.num_kv_heads, base.head_dim, base.device, base.dtype)
+        heads_GD = (base.num_kv_heads, base.head_dim)
+        self.cache = KVCache(base.num_layers, num_blocks, engine.block_size, heads_GD, base.device, base.dtype)
         self.requests: dict[str, Request] = {}
         self.running: list[Sequence] = []
         self.waiting: deque[Sequence] = deque()
@@ -355,9 +356,10 @@ class Sampler:
 
     def _fail_diverged(self, request: Request) -> None:
         version = request.command.version or "the base model"
-        self._fail(request, InvalidRequest(f"{version} gives logits that are not finite: its weights have diverged; sample an earlier version"))
+        self._fail(request, InvalidRequest(f"{version}: the logits are not finite, its weights have diverged; sample an earlier version"))
 
     def _fail_largest(self, chunks: list[Chunk], error: Exception) -> None:
         """Out of memory: the largest chunk is given up, the others run again in the next step."""
         largest = max(chunks, key=lambda c: c.stop - c.start).sequence.request
-        self._fail(largest, TooLarge(f"the device ran out of memory on this request: {error}; shorten the prompt or lower engine.prefill_tokens"))
+        message = f"the device ran out of memory on this request: {error}; shorten the prompt or lower engine.prefill_tokens"
+        self._fail(largest, TooLarge(message))

@@ -51,8 +51,6 @@ class Request:
 class Sequence:
     """One sample: its tokens, how many of them are computed, and the blocks that hold them."""
 
-    __slots__ = ("blocks", "computed", "digests", "generated", "index", "logprobs", "request", "stop_reason", "stops", "topk_ids", "topk_logprobs")
-
     def __init__(self, request: Request, index: int):
         self.request, self.index = request, index
         self.generated: list[int] = []
@@ -77,6 +75,10 @@ class Sequence:
         split = len(prompt)
         fresh = np.array(self.generated[max(start - split, 0) : stop - split], dtype=np.int32)
         return fresh if start >= split else np.concatenate([prompt[start:], fresh])
+
+    def token(self, position: int) -> int:
+        split = len(self.request.prompt)
+        return self.generated[position - split] if position >= split else int(self.request.prompt[position])
 
     def block_digests(self, num: int, block_size: int) -> list[bytes]:
         """Digests of the first `num` blocks, which must be full."""

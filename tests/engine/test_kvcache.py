@@ -65,7 +65,7 @@ def test_random_use_loses_no_block_and_hands_none_out_twice() -> None:
 
 
 def test_slots_are_written_read_and_copied_in_every_layer() -> None:
-    cache = KVCache(2, 5, 4, 2, 3, torch.device("cpu"), torch.float32)
+    cache = KVCache(2, 5, 4, (2, 3), torch.device("cpu"), torch.float32)
     slots = torch.tensor([5, 6])
     for layer in range(2):
         cache.write(layer, slots, torch.full((2, 2, 3), 1.0 + layer), torch.full((2, 2, 3), 10.0 + layer))
