@@ -23,7 +23,8 @@ from everlearn.engine.adapter import TrainingAdapter
 from everlearn.engine.packing import Piece, choose, cut
 from everlearn.engine.protocol import ForwardBackward
 from everlearn.errors import EverlearnError, InvalidRequest
-from everlearn.losses.table import LOSSES, Loss
+from everlearn.losses.metrics import request_metrics
+from everlearn.losses.table import LOSSES, Loss, pack_inputs
 from everlearn.models.attention import PackedBatch
 from everlearn.models.load import BaseModel
 from everlearn.models.lora import Segment
@@ -128,11 +129,10 @@ class Trainer:
 
     def result(self, job: Job) -> ForwardBackwardResult:
         """Outputs in the order of the request's datums."""
-        outputs = []
-        for logprobs in job.logprobs:
-            assert logprobs is not None
-            outputs.append({"logprobs": Array.of(logprobs.cpu().numpy().astype(np.float32, copy=False))})
-        return ForwardBackwardResult(outputs=outputs, metrics={"loss:sum": float(np.sum(np.asarray(job.loss_sums, dtype=np.float64)))})
+        logprobs = [own.cpu() for own in job.logprobs if own is not None]
+        outputs = [{"logprobs": Array.of(own.numpy().astype(np.float32, copy=False))} for own in logprobs]
+        metrics = {"loss:sum": float(np.sum(np.asarray(job.loss_sums, dtype=np.float64)))}
+        return ForwardBackwardResult(outputs, metrics | request_metrics(job.loss, job.command.data, logprobs, job.config))
 
     # --- one row ---
 
@@ -199,13 +199,10 @@ class Trainer:
         return parts, row, positions, lengths
 
     def _part(self, job: Job, piece: Piece, datums: list[Datum], start: int, stop: int, spans: list[tuple[int, int]]) -> Part:
-        device = self.base.device
-        joined = {
-            name: torch.from_numpy(np.concatenate([d.inputs[name].numpy() for d in datums])).to(device) for name in datums[0].inputs
-        }
-        targets = joined.pop("target_tokens").long()
+        inputs, _ = pack_inputs(job.loss, datums, job.config, self.base.device)
+        targets = inputs.pop("target_tokens")
         flat = targets.ndim == 1
-        return Part(job, piece, start, stop, joined, targets.unsqueeze(1) if flat else targets, flat, spans)
+        return Part(job, piece, start, stop, inputs, targets.unsqueeze(1) if flat else targets, flat, spans)
 
     def _collect(self, parts: list[Part], logprobs: torch.Tensor) -> None:
         for part in parts:

@@ -168,13 +168,13 @@ def test_a_request_that_fails_leaves_the_adapter_as_it_was(base: BaseModel) -> N
     good = random_datums(1, [10, 12])
     forward_backward(trainer, who, good)
     before = who.grad.clone()
-    huge = datum([5, 6, 7], [6, 7, 8], logprobs=[-900.0] * 3, advantages=[1.0] * 3)
+    huge = datum([5, 6, 7], [6, 7, 8], weights=[3e38] * 3)
     with pytest.raises(InvalidRequest, match="nothing was added"):
-        forward_backward(trainer, who, [*[datum([5] * 9, [6] * 9, logprobs=[-6.0] * 9, advantages=[1.0] * 9)], huge], "importance_sampling")
+        forward_backward(trainer, who, [datum([5] * 15, [6] * 15, weights=[1.0] * 15), huge])
     assert torch.equal(before, who.grad) and who.has_grad
     fresh = with_random_b(adapter(base))
     with pytest.raises(InvalidRequest):
-        forward_backward(trainer, fresh, [huge], "importance_sampling")
+        forward_backward(trainer, fresh, [huge])
     assert not fresh.grad.any() and not fresh.has_grad
 
 
