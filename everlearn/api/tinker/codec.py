@@ -180,7 +180,14 @@ def _write_dense(message: Any, array: Array) -> None:
     message.shape.extend(array.shape)
 
 
+def answered_targets(array: Array) -> Array:
+    """The wire has 0 where nothing was asked; the engine says NaN."""
+    values = array.numpy()
+    return Array.of(np.where(np.isnan(values), np.float32(0), values))
+
+
 def _write_target(message: Any, array: Array, layout: str | None) -> None:
+    array = answered_targets(array)
     if layout is None:
         return _write_dense(message, array)
     crow, col = tensors.unpack_layout(layout)

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from everlearn.api.tinker import tensors
-from everlearn.api.tinker.codec import OTHER_INPUTS, SPARSE_INPUTS, ForwardBackwardCall
+from everlearn.api.tinker.codec import OTHER_INPUTS, SPARSE_INPUTS, ForwardBackwardCall, answered_targets
 from everlearn.errors import InvalidRequest, Unsupported
 from everlearn.types import Array, Datum, ForwardBackwardResult, ProvenanceSpan, SampleResult, TopK
 
@@ -160,7 +160,7 @@ def sample_json(result: SampleResult, sequence_ids: list[str]) -> dict[str, Any]
     if result.topk_prompt_logprobs is not None:
         body["topk_prompt_logprobs"] = _topk_lists(result.topk_prompt_logprobs)
     if result.target_prompt_logprobs is not None:
-        body["target_prompt_logprobs"] = tensor_json(result.target_prompt_logprobs)
+        body["target_prompt_logprobs"] = tensor_json(answered_targets(result.target_prompt_logprobs))
     if result.prompt_alt_tokens is not None and result.prompt_alt_logprobs is not None:
         body["prompt_alt_tokens"] = {
             "tokens": tensor_json(result.prompt_alt_tokens),

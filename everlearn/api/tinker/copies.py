@@ -46,6 +46,7 @@ async def copy_weights(request: Request) -> dict[str, str]:
                 display_name="copied weights",
                 idempotency_key=None if key is None else f"copy:{key}",
             )
+            runs.finish_session(conn, owner, session.session_id, "success", "holds a copy of weights")
             session_id, number = session.session_id, 0
         return copies.add_run(conn, owner, source, session_id, checks.whole(number, "model_seq_id"))
 

@@ -7,6 +7,7 @@ from the log entry alone, so it survives restarts of everything.
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -14,7 +15,7 @@ from fastapi import APIRouter, Request, Response
 from everlearn.api.auth import tenant
 from everlearn.api.dispatch import Done, Failed, Waiting
 from everlearn.api.errors import category
-from everlearn.api.services import services
+from everlearn.api.services import Services, services
 from everlearn.api.tinker import codec, codec_json, forms
 from everlearn.api.tinker.recordings import sequence_ids
 from everlearn.api.tinker.training import UNLOADED
@@ -27,6 +28,7 @@ from everlearn.types import ForwardBackwardResult, OptimStepResult, SampleResult
 router = APIRouter(prefix="/api/v1", tags=["tinker: futures"])
 
 INLINE_BYTES = 2**20  # larger results are announced by their size first, where the client allows it
+MAX_TOLD = 4096  # samplers whose cursors are remembered
 CLONE_SIZE = 1_000_000_000  # a cloned sampling client numbers its requests from clone * CLONE_SIZE
 
 
@@ -118,7 +120,7 @@ class Told:
         self.recent: list[tuple[int, dict[str, Any]]] = []
         self.cursor = 0
 
-    async def gather(self, svc: Any, owner: str, sampler_id: str, clone: int, timeout: float) -> None:
+    async def gather(self, svc: Services, owner: str, sampler_id: str, clone: int, timeout: float) -> None:
         for outcome in await svc.dispatcher.wait_any(owner, sampler_id, self.seen, timeout):
             self.seen.add(outcome.entry.request_id)
             if outcome.entry.seq // CLONE_SIZE != clone:
@@ -138,8 +140,15 @@ class Told:
 
 
 def _told(request: Request, owner: str, sampler_id: str, clone: int) -> Told:
-    table: dict[tuple[str, str, int], Told] = request.app.state.__dict__.setdefault("tinker_told", {})
-    return table.setdefault((owner, sampler_id, clone), Told())
+    state = request.app.state
+    if not hasattr(state, "tinker_told"):
+        state.tinker_told = OrderedDict()
+    table: OrderedDict[tuple[str, str, int], Told] = state.tinker_told
+    told = table.setdefault((owner, sampler_id, clone), Told())
+    table.move_to_end((owner, sampler_id, clone))
+    if len(table) > MAX_TOLD:
+        table.popitem(last=False)
+    return told
 
 
 @router.post("/cancel_future", status_code=204)

@@ -13,11 +13,9 @@ from typing import Any
 from everlearn.api.dispatch import Loggable
 from everlearn.api.services import Services
 from everlearn.api.tinker import checks
-from everlearn.errors import InvalidRequest, TooLarge, Unsupported, UserError
+from everlearn.errors import UserError
 from everlearn.store import runs
 from everlearn.store.log import Entry
-
-REFUSALS = (InvalidRequest, Unsupported, TooLarge)
 
 
 @dataclass
@@ -37,7 +35,7 @@ class Ticket:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if isinstance(error, UserError) and type(error) in REFUSALS:
+        if isinstance(error, UserError):
             await self.svc.dispatcher.refuse(
                 self.tenant,
                 request_id=self.request_id,
