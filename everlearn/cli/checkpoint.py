@@ -8,9 +8,12 @@ from urllib.parse import quote
 import click
 
 from everlearn.cli.console import Console, Noun, pass_console
+from everlearn.cli.export import export_command, import_command
 from everlearn.errors import InvalidRequest
 
 command = Noun("checkpoint", help="Saved weights of training runs.")
+command.add_command(export_command)
+command.add_command(import_command)
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 

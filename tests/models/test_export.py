@@ -58,6 +58,22 @@ def test_export_gives_the_same_log_probabilities(form: str, tied: bool, tiny_mod
     assert result.difference < 5e-5 and result.effect > 0.5 and result.ok, result
 
 
+@pytest.mark.parametrize("form", ["peft", "merged"])
+def test_the_check_finds_a_wrong_export(form: str, tiny_model: Path, tmp_path: Path) -> None:
+    adapter = checkpoint(tiny_model, tmp_path / "checkpoint")
+    out = tmp_path / "out"
+    if form == "peft":
+        export.export_peft(adapter, out, tiny_model)
+        config = json.loads((out / "adapter_config.json").read_text())
+        (out / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": config["lora_alpha"] * 1.01}))
+    else:
+        adapter.alpha *= 1.01
+        merge.export_merged(adapter, tiny_model, out)
+        adapter.alpha /= 1.01
+    result = parity.check(form, out, adapter, info_of(tiny_model))
+    assert not result.ok and 0 < result.difference < result.effect
+
+
 def test_untied_head_leaves_the_embeddings_alone(tied_model: Path, tmp_path: Path) -> None:
     adapter = checkpoint(tied_model, tmp_path / "checkpoint", LoraSpec(rank=2, train_attn=False, train_mlp=False))
     merge.export_merged(adapter, tied_model, tmp_path / "out")
