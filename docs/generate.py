@@ -26,7 +26,7 @@ def settings_page() -> str:
         NOTE,
         "One TOML file: `--config FILE`, else `./everlearn.toml`, else `~/.config/everlearn/everlearn.toml`. A value in the environment",
         "(`EVERLEARN_SECTION__FIELD`, lists and tables as JSON) wins over the file, a flag over both. An unknown key is an error that",
-        "names the nearest right one. `everlearn config show` prints every value with its origin, `everlearn config schema` the JSON schema.",
+        "names the nearest right one. `everlearn config show` prints every value with its origin, `everlearn config schema` the schema.",
         "",
         "```toml",
         "[api]",

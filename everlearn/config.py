@@ -60,7 +60,9 @@ class EngineSettings(Section):
     )
     snapshot_min_steps: int = Field(5, ge=1, description="optimizer steps between two snapshots, at least")
     idle_unload_seconds: float = Field(
-        900.0, gt=0, description="an adapter that nobody trained for this long leaves memory; its next request brings it back from snapshot and log"
+        900.0,
+        gt=0,
+        description="an adapter that nobody trained for this long leaves memory; its next request rebuilds it from snapshot and log",
     )
     restart_limit: int = Field(20, ge=1, description="engine restarts within ten minutes before the server gives up and says so")
     queue_limit: int = Field(4096, ge=1, description="sampling sequences that may wait in the engine; more is a 429")

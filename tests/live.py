@@ -9,12 +9,11 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
-
-import tomllib
 
 KEY = "tml-test"
 READY_SECONDS = 180.0

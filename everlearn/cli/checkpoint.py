@@ -8,7 +8,7 @@ from urllib.parse import quote
 import click
 
 from everlearn.cli.console import Console, Noun, pass_console
-from everlearn.cli.export import export_command, import_command
+from everlearn.cli.export import PATH, export_command, import_command
 from everlearn.errors import InvalidRequest
 
 command = Noun("checkpoint", help="Saved weights of training runs.")
@@ -19,7 +19,7 @@ UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 def route(path: str) -> str:
     """tinker://RUN/KIND/NAME -> the REST route of that checkpoint."""
-    match = re.fullmatch(r"tinker://([^/]+)/(weights|sampler_weights|external_weights)/([^/]+)", path)
+    match = PATH.fullmatch(path)
     if match is None:
         raise InvalidRequest(f"{path!r} is no checkpoint path (tinker://RUN/weights/NAME); copy one from `everlearn checkpoint list`")
     run_id, kind, name = match.groups()

@@ -22,6 +22,9 @@ class Client:
         except (httpx.InvalidURL, ValueError) as error:
             raise InvalidRequest(f"--url {url!r} is no URL ({error}); write it like http://127.0.0.1:8000", param="url") from None
 
+    def close(self) -> None:
+        self._http.close()
+
     def get(self, path: str, **params: Any) -> Any:
         return self._send("GET", path, params={name: value for name, value in params.items() if value is not None})
 

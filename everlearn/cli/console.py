@@ -47,7 +47,9 @@ class Console:
         from everlearn.config import client_environ
 
         environ = client_environ()
-        return Client(self.url or environ.url or self._own_server(), self.key or environ.key)
+        client = Client(self.url or environ.url or self._own_server(), self.key or environ.key)
+        click.get_current_context().call_on_close(client.close)
+        return client
 
     def _own_server(self) -> str:
         settings = self.settings()
