@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 import webbrowser
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import click
 
-from everlearn.cli.console import Console, Verb, pass_console
+from everlearn.cli.console import Console, Progress, Verb, pass_console
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,26 +32,54 @@ def command(console: Console, open_report: bool) -> None:
     Starts a server of its own (or uses the one named by --url), trains an adapter through the official Tinker SDK, prints the
     table and writes an HTML report under HOME/demo. About five minutes on two CPU cores.
     """
-    from everlearn.demo import handbook, run, server, teach
+    from everlearn.demo import handbook, run, teach
     from everlearn.models import embedded
 
+    logging.getLogger("tinker").setLevel(logging.ERROR)  # it warns of every answer that takes longer than one poll
     home = console.settings().home
+    stage = _stages(console)
     started = time.monotonic()
-    with console.progress("preparing the model", 1.0) as bar:
+    with stage("preparing the model", 1.0) as bar:
         folder = embedded.ensure(MODEL, home, lambda text, share: bar.update(share, text))
     prepared = time.monotonic() - started
     lesson, recipe = handbook.load(), teach.Recipe()
-    with console.progress("starting the server") as waiting:
-        log = home / "demo" / "server.log"
-        with nullcontext(console.url) if console.url else server.serving(home, log, console.config, waiting.update) as url:
-            waiting.close()
-            ready = time.monotonic() - started - prepared
-            outcome = run.run(lesson, recipe, url, console.key or LOCAL_KEY, MODEL, folder, console.progress)
+    with _server(console, home, stage) as url:
+        ready = time.monotonic() - started - prepared
+        outcome = run.run(lesson, recipe, url, console.key or LOCAL_KEY, MODEL, folder, stage)
     seconds = {"model": round(prepared, 1), "server": round(ready, 1), **outcome.seconds, "total": round(time.monotonic() - started, 1)}
     report = _write(home / "demo", lesson.company, outcome, seconds)
     _show(console, outcome, seconds, report)
     if open_report and sys.stdout.isatty():
         webbrowser.open(report.as_uri())
+
+
+def _stages(console: Console) -> Callable[[str, float], AbstractContextManager[Progress]]:
+    """A bar for each stage on a terminal; elsewhere one line when it is over."""
+
+    @contextmanager
+    def stage(label: str, total: float) -> Iterator[Progress]:
+        started = time.monotonic()
+        with console.progress(label, total) as bar:
+            yield bar
+        if not sys.stderr.isatty():
+            console.note(f"{label}: {time.monotonic() - started:.1f} s")
+
+    return stage
+
+
+@contextmanager
+def _server(console: Console, home: Path, stage: Callable[[str, float], AbstractContextManager[Progress]]) -> Iterator[str]:
+    """The URL of a server: the one that was named, else one of the demo's own."""
+    from everlearn.demo.server import serving
+
+    if console.url:
+        yield console.url
+        return
+    with ExitStack() as stack:
+        with stage("starting the server", 0.0) as bar:
+            log = home / "demo" / "server.log"
+            url = stack.enter_context(serving(home, log, console.config, lambda seconds, state: bar.update(round(seconds), state)))
+        yield url
 
 
 def _write(folder: Path, company: str, outcome: Outcome, seconds: dict[str, float]) -> Path:

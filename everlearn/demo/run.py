@@ -55,18 +55,20 @@ def run(handbook: Handbook, recipe: teach.Recipe, url: str, key: str, model: str
     asked = _questions(handbook)
     texts = [question.text for question in asked]
     with tinker.ServiceClient(base_url=url, api_key=key, user_metadata={"client": "everlearn demo"}) as service:
-        untaught = service.create_sampling_client(base_model=model)
+        untaught = service.create_sampling_client(base_model=model).result()
         with clock("before", "asking before", len(texts)) as bar:
             before = _ask(untaught, tokenizer, texts, bar)
         with clock("rehearsal", "rehearsing", len(handbook.rehearsal)) as bar:
             rehearsal = teach.rehearse(untaught, tokenizer, handbook.rehearsal, bar.advance)
         examples = teach.lesson(handbook, tokenizer)
         with clock("teaching", "teaching", teach.num_steps(examples, recipe)) as bar:
-            trainer = service.create_lora_training_client(base_model=model, rank=recipe.rank, seed=recipe.seed, train_unembed=False)
+            trainer = service.create_lora_training_client(
+                base_model=model, rank=recipe.rank, seed=recipe.seed, train_unembed=False
+            ).result()
             steps = teach.teach(trainer, examples, rehearsal, recipe, lambda step: bar.update(step.step + 1, f"loss {step.loss:.3f}"))
             path = trainer.save_weights_for_sampler(name="handbook").result().path
         with clock("after", "asking after", len(texts)) as bar:
-            after = _ask(service.create_sampling_client(model_path=path), tokenizer, texts, bar)
+            after = _ask(service.create_sampling_client(model_path=path).result(), tokenizer, texts, bar)
     rows = grade(asked, before, after)
     return Outcome(scores(rows), rows, steps, path, clock.seconds)
 

@@ -48,7 +48,7 @@ def _await_ready(process: subprocess.Popen[bytes], whereabouts: Path, log: Path,
                     response = client.get(f"{url}/readyz")
                     if response.is_success:
                         return url
-                    state = response.text.strip()[:200]
+                    state = str(response.json().get("reason", "not ready"))
                 except httpx.TransportError as error:
                     state = f"no answer ({error})"
             on_wait(waited, state)

@@ -28,10 +28,6 @@ Metrics = list[dict[str, Any]]
 RunRecipe = Callable[..., Metrics]
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes minutes; runs when it is named or with -m slow")
-
-
 @pytest.fixture(scope="session")
 def embedded_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for needed in ("tinker_cookbook", "sympy", "pylatexenc", "math_verify"):
