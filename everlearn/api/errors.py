@@ -1,7 +1,7 @@
 """One table from error codes to HTTP statuses, and one envelope that the OpenAI and the Tinker clients both read.
 
-The Tinker SDK sends a request again on 408, 409, 429 and 5xx; so nothing permanent is answered with one of these, except 409,
-which carries `x-should-retry: false`.
+The Tinker SDK sends a request again on 408, 409, 429 and 5xx, for minutes and whatever the headers say; so nothing permanent is
+answered with one of these, and a conflict is a 400 (its `code` says what it is).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ STATUS = {
     "unauthenticated": 401,
     "forbidden": 403,
     "not_found": 404,
-    "conflict": 409,
+    "conflict": 400,
     "expired": 410,
     "too_large": 413,
     "overloaded": 429,
@@ -48,7 +48,6 @@ TYPES = {
 }
 
 HEADERS = {
-    409: {"x-should-retry": "false"},
     429: {"retry-after": "1"},
     503: {"retry-after": "1"},
     401: {"www-authenticate": "Bearer"},
@@ -104,8 +103,9 @@ def on_http_exception(request: Request, error: Exception) -> Response:
     return error_response(error.status_code, code, message, headers=dict(error.headers or {}))
 
 
-def on_unexpected(request: Request, error: Exception) -> Response:
-    log.error("%s %s failed", request.method, route_path(request.scope), exc_info=error)
+def unexpected(scope: Any, error: Exception) -> Response:
+    """A fault of ours, which the outermost middleware caught."""
+    log.error("%s %s failed", scope["method"], route_path(scope), exc_info=error)
     return error_response(500, "internal", f"a fault of the server ({type(error).__name__}); its log has the details under this request id")
 
 
@@ -119,7 +119,6 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(errors.EverlearnError, on_everlearn_error)
     app.add_exception_handler(RequestValidationError, on_validation_error)
     app.add_exception_handler(HTTPException, on_http_exception)
-    app.add_exception_handler(Exception, on_unexpected)
 
 
-__all__ = ["STATUS", "category", "envelope", "error_response", "install", "route_path"]
+__all__ = ["STATUS", "category", "envelope", "error_response", "install", "route_path", "unexpected"]

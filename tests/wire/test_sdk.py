@@ -376,11 +376,15 @@ def test_checkpoints_are_listed_published_aged_and_deleted(rest, training) -> No
         rest.delete_checkpoint(training.model_id, "weights/passing").result()
 
 
-def test_sessions_are_listed_moved_and_searched(rest, training, service) -> None:
+def test_sessions_are_listed_moved_and_searched(rest, training, sampler) -> None:
     session_id = training.model_id.split(":")[0]
     assert session_id in rest.list_sessions(limit=100).result().sessions
     session = rest.get_session(session_id).result()
-    assert training.model_id in session.training_run_ids and session.sampler_ids and session.user_metadata["purpose"] == "tests"
+    assert (
+        training.model_id in session.training_run_ids
+        and sampler._sampling_session_id in session.sampler_ids
+        and session.user_metadata["purpose"] == "tests"
+    )
     rest.assign_session_project(session_id, "moved").result()
     found = rest.search_sessions(types.SessionSearchRequest(session_id=session_id)).result().sessions
     assert [(item.project_id, item.status.type) for item in found] == [("moved", "active")]
@@ -396,7 +400,8 @@ def test_what_is_not_offered_says_so(rest, training) -> None:
         rest.whoami().result()
 
 
-def test_the_admin_client_reads_what_the_store_knows(server, saved) -> None:
+def test_the_admin_client_reads_what_the_store_knows(server, saved, sampler) -> None:
+    scores(sampler)
     admin = tinker.AdminClient(base_url=server.url, api_key=KEY)
     assert any(entry.event_details["tinker_path"] == saved for entry in admin.get_audit_log().result().entries)
     assert admin.get_current_checkpoint_storage_usage().result().data[0].checkpoint_count > 0
