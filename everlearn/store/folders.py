@@ -130,7 +130,7 @@ def _folders(root: Path) -> Iterator[Path]:
 
 
 def _plain(name: str) -> str:
-    if Path(name).name != name or name == MANIFEST:
+    if not name or Path(name).name != name or name == MANIFEST:
         raise InternalError(f"file name {name!r} must be a plain name other than {MANIFEST}")
     return name
 

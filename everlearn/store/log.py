@@ -170,7 +170,7 @@ def add_snapshot(conn: Connection, model_id: str, seq: int, folder: str, size: i
     """Lists a complete snapshot folder and drops what it replaces: older snapshots, payloads up to its seq. False: it must not be
     used (a request up to `seq` has no durable answer yet, a newer snapshot is listed, the run is gone); remove the folder."""
     run = conn.execute(sa.select(tables.runs).where(tables.runs.c.run_id == model_id)).first()
-    if run is None or run.state != "live" or run.last_seq < seq:
+    if run is None or run.state != "live" or not 0 <= seq <= run.last_seq:
         return False
     open_before = (requests.c.model_id == model_id) & ~requests.c.is_sample & (requests.c.seq <= seq) & (requests.c.status == "pending")
     if conn.execute(sa.select(requests.c.request_id).where(open_before).limit(1)).first() is not None:
@@ -207,7 +207,8 @@ def expire(conn: Connection, now: float, retention: float) -> tuple[int, int]:
     conn.execute(requests.update().where(old & (requests.c.result_bytes > 0)).values(result_bytes=0))
     entries = conn.execute(requests.delete().where(old & (requests.c.payload_bytes == 0) & (requests.c.status != "pending"))).rowcount
     if conn.dialect.name == "sqlite":
-        conn.exec_driver_sql("PRAGMA incremental_vacuum(4096)").all()  # gives at most 16 MiB back a call: it blocks the writer
+        # At most 16 MiB a call, because it blocks the writer; page by page, a step each, so the cursor must be run to its end.
+        conn.connection.cursor().execute("PRAGMA incremental_vacuum(4096)").fetchall()
     return gone, entries
 
 

@@ -61,4 +61,5 @@ def save_entry(run: str, seq: int, name: str, **more: Any) -> Entry:
 
 
 def publish_entry(run: str, seq: int, sampler: int, version: str, kind: str = "snapshot") -> Entry:
-    return entry(run, seq, "publish", version=version, folder=f"/home/{version}", kind=kind, sampling_session_seq_id=sampler)
+    meta = {"version": version, "folder": f"/home/{version}", "kind": kind, "sampling_session_seq_id": sampler}
+    return msgspec.structs.replace(entry(run, seq, "publish"), meta=meta)

@@ -37,7 +37,9 @@ def test_migrations_go_down_to_nothing_and_up_again(store_url: str) -> None:
 def test_sqlite_is_durable_by_its_settings(tmp_path: Path) -> None:
     db = open_database(f"sqlite:///{tmp_path / 'new folder' / 'x.db'}")
     with db.engine.connect() as conn:
-        values = [conn.exec_driver_sql(f"PRAGMA {name}").scalar() for name in ("journal_mode", "synchronous", "foreign_keys", "auto_vacuum")]
+        values = [
+            conn.exec_driver_sql(f"PRAGMA {name}").scalar() for name in ("journal_mode", "synchronous", "foreign_keys", "auto_vacuum")
+        ]
     db.close()
     assert values == ["wal", 2, 1, 2]
 

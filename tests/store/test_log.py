@@ -252,7 +252,8 @@ def test_a_publish_makes_a_sampler_and_inflight_ones_follow(db: Database) -> Non
 
 def test_a_persistent_publish_is_a_checkpoint_to_sample_from(db: Database) -> None:
     run = new_run(db)
-    request = entry(run, 1, "publish", version="v-1", folder="/v/1", kind="snapshot", name="final", ttl_seconds=3600)
+    meta = {"version": "v-1", "folder": "/v/1", "kind": "snapshot", "name": "final", "ttl_seconds": 3600}
+    request = msgspec.structs.replace(entry(run, 1, "publish"), meta=meta)
     finish(db, append(db, request), SAVED)
     found = db.read(lambda conn: checkpoints.get(conn, "a", TinkerPath(run, "sampler_weights", "final")))
     assert (found.version, found.folder) == ("v-1", "/v/1")
