@@ -20,7 +20,12 @@ def list_models(console: Console) -> None:
     catalog = Catalog(console.settings())
     rows = []
     for entry in catalog.entries():
-        row: dict[str, Any] = {"name": entry.name, "source": entry.source, "state": entry.problem, "folder": str(entry.folder or entry.given)}
+        row: dict[str, Any] = {
+            "name": entry.name,
+            "source": entry.source,
+            "state": entry.problem,
+            "folder": str(entry.folder or entry.given),
+        }
         if not entry.problem:
             info = catalog.resolve(entry.name)
             row |= {

