@@ -76,5 +76,8 @@ class Bank:
         manifest = json.loads((path / "manifest.json").read_text())
         tensors = load_file(path / WEIGHTS_FILE, device=str(self.device))
         paths = [name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")]
-        pairs = {p: (tensors[f"{p}.lora_A"].to(self.dtype), tensors[f"{p}.lora_B"].to(self.dtype)) for p in paths}
+        # Copies: a tensor in a file's buffer is not aligned as an allocation is, and matrix products then round differently.
+        pairs = {
+            p: (tensors[f"{p}.lora_A"].to(self.dtype, copy=True), tensors[f"{p}.lora_B"].to(self.dtype, copy=True)) for p in paths
+        }
         return AdapterWeights(version, manifest["alpha"] / manifest["rank"], pairs)

@@ -1,0 +1,154 @@
+"""The engine in one process: commands in, events out; snapshots and folders on a real disk."""
+
+from __future__ import annotations
+
+import queue
+from pathlib import Path
+
+import pytest
+import torch
+
+from everlearn.config import BaseModelSettings, EngineSettings, ModelsSettings, Settings
+from everlearn.engine.engine import Engine
+from everlearn.engine.protocol import (
+    AnyEvent,
+    Completed,
+    Create,
+    Failed,
+    ForwardBackward,
+    Load,
+    OptimStep,
+    Publish,
+    Restore,
+    Sample,
+    Save,
+    Snapshotted,
+    TakeSnapshot,
+)
+from everlearn.types import AdamParams, Array, ForwardBackwardResult, LoraSpec, SampleResult, SamplingParams
+from tests.engine.harness import random_datums
+
+LORA = LoraSpec(rank=4, seed=3)
+
+
+class Bench:
+    """An engine and what it said."""
+
+    def __init__(self, model: Path, home: Path):
+        settings = Settings(
+            home=home,
+            engine=EngineSettings(device="cpu", kv_tokens=2048, micro_batch_tokens=64, snapshot_min_steps=10_000),
+            models=ModelsSettings(default="tiny", base=[BaseModelSettings(name="tiny", path=str(model))]),
+        )
+        self.events: queue.SimpleQueue[AnyEvent] = queue.SimpleQueue()
+        self.engine = Engine(settings, self.events.put)
+        self.home = home
+
+    def ask(self, command, wait_for: type = Completed) -> AnyEvent:
+        """Gives a command and works until its answer is there."""
+        self.engine.accept(command)
+        for _ in range(1000):
+            self.engine.step()
+            try:
+                event = self.events.get(timeout=0.02)
+            except queue.Empty:
+                continue
+            if isinstance(event, Failed) and wait_for is not Failed:
+                raise AssertionError(event)
+            if isinstance(event, wait_for):
+                return event
+        raise AssertionError(f"no answer to {command}")
+
+    def train(self, model_id: str, seq: int, steps: int, seed: int = 0) -> list[float]:
+        losses = []
+        for step in range(steps):
+            data = random_datums(seed + step, [10, 17, 10])
+            event = self.ask(ForwardBackward(f"{model_id}:{seq}", model_id, seq, data, "cross_entropy", {}))
+            assert isinstance(event, Completed) and isinstance(event.result, ForwardBackwardResult)
+            losses.append(event.result.metrics["loss:sum"])
+            self.ask(OptimStep(f"{model_id}:{seq + 1}", model_id, seq + 1, AdamParams(learning_rate=1e-2)))
+            seq += 2
+        return losses
+
+    def params(self, model_id: str) -> torch.Tensor:
+        return self.engine.runs[model_id].adapter.params
+
+
+@pytest.fixture
+def bench(tiny_model: Path, tmp_path: Path) -> Bench:
+    made = Bench(tiny_model, tmp_path)
+    made.ask(Create("c", "ses:train:0", "t", "tiny", LORA))
+    return made
+
+
+def test_a_snapshot_with_a_pending_gradient_continues_bit_for_bit(bench: Bench, tiny_model: Path, tmp_path: Path) -> None:
+    run = "ses:train:0"
+    bench.train(run, 1, 3)
+    bench.ask(ForwardBackward("half", run, 7, random_datums(50, [9, 9]), "cross_entropy", {}))
+    snapshot = bench.ask(TakeSnapshot(run), Snapshotted)
+    assert isinstance(snapshot, Snapshotted) and snapshot.seq == 7
+    other = Bench(tiny_model, tmp_path / "other")
+    other.engine.accept(Restore(run, "t", "tiny", LORA, snapshot.folder))
+    assert other.engine.runs[run].adapter.has_grad
+    for one in (bench, other):
+        one.ask(OptimStep("s", run, 8, AdamParams(learning_rate=1e-2)))
+    assert bench.train(run, 9, 3, seed=9) == other.train(run, 9, 3, seed=9)
+    assert torch.equal(bench.params(run), other.params(run))
+
+
+def test_save_and_load_with_and_without_the_optimizer(bench: Bench) -> None:
+    run = "ses:train:0"
+    bench.train(run, 1, 3)
+    folder = str(bench.home / "ck")
+    bench.ask(Save("save", run, 7, folder, optimizer=True))
+    expected = bench.params(run).clone()
+    trace = bench.train(run, 8, 2, seed=5)
+    bench.ask(Load("l", "ses:train:1", 0, "t", "tiny", LORA, folder, optimizer=True, create=True))
+    assert torch.equal(bench.params("ses:train:1"), expected)
+    assert bench.train("ses:train:1", 1, 2, seed=5) == trace
+    bench.ask(Load("m", "ses:train:2", 0, "t", "tiny", LORA, folder, optimizer=False, create=True))
+    assert bench.engine.runs["ses:train:2"].adapter.moments() is None
+    fresh = bench.train("ses:train:2", 1, 2, seed=5)
+    assert fresh[0] == trace[0] and fresh[1] != trace[1]
+
+
+def test_a_checkpoint_of_another_rank_is_refused_and_changes_nothing(bench: Bench) -> None:
+    run = "ses:train:0"
+    bench.train(run, 1, 1)
+    folder = str(bench.home / "ck")
+    bench.ask(Save("save", run, 3, folder, optimizer=True))
+    bench.ask(Create("c2", "ses:train:1", "t", "tiny", LoraSpec(rank=2, seed=1)))
+    before = bench.params("ses:train:1").clone()
+    refusal = bench.ask(Load("l", "ses:train:1", 1, "t", "tiny", LoraSpec(rank=2, seed=1), folder, optimizer=True), Failed)
+    assert isinstance(refusal, Failed) and refusal.code == "invalid_request" and "rank" in refusal.message
+    assert torch.equal(before, bench.params("ses:train:1"))
+
+
+def test_a_published_version_never_changes(bench: Bench) -> None:
+    run = "ses:train:0"
+    bench.train(run, 1, 2)
+    folder = str(bench.home / "v1")
+    bench.ask(Publish("p", run, 5, "v1", folder))
+    prompt = Array.of(random_datums(0, [8])[0].tokens.numpy())
+    request = Sample("s1", "tiny", "v1", folder, "t", prompt, 1, SamplingParams(max_tokens=8, seed=1, temperature=0.0))
+
+    def sampled(name: str) -> bytes:
+        event = bench.ask(Sample(name, *[getattr(request, f) for f in request.__struct_fields__[1:]]))
+        assert isinstance(event, Completed) and isinstance(event.result, SampleResult)
+        return event.result.sequences[0].logprobs.data
+
+    first = sampled("s1")
+    bench.train(run, 6, 3, seed=4)
+    assert sampled("s2") == first
+    bank = bench.engine.served["tiny"].bank
+    bank.versions.clear()
+    bank.on_disk.clear()
+    assert sampled("s3") == first, "read again from its folder"
+
+
+def test_errors_name_the_run_and_leave_the_engine_alive(bench: Bench) -> None:
+    unknown = bench.ask(OptimStep("o", "nobody", 1, AdamParams()), Failed)
+    assert isinstance(unknown, Failed) and unknown.code == "not_found" and "nobody" in unknown.message
+    base = bench.ask(Create("c", "ses:train:9", "t", "nonesuch", LORA), Failed)
+    assert isinstance(base, Failed) and "nonesuch" in base.message
+    assert bench.train("ses:train:0", 1, 1)
