@@ -123,7 +123,7 @@ class Observe:
             return await self.app(scope, receive, send)
         request_id = f"req_{int(time.time() * 1000):011x}{secrets.token_hex(5)}"
         token = request_id_var.set(request_id)
-        started, status = time.perf_counter(), 500
+        started, status = time.perf_counter(), 0
         metrics: Metrics = self.state.services.metrics  # type: ignore[attr-defined]
 
         async def send_with_id(message: Message) -> None:
@@ -137,6 +137,10 @@ class Observe:
         metrics.http_running.inc()
         try:
             await self.app(scope, receive, send_with_id)
+        except Exception as error:
+            if status:
+                raise  # the answer has begun; the connection is cut, so that it can't be taken for a whole one
+            await errors.unexpected(scope, error)(scope, receive, send_with_id)
         finally:
             seconds, route, method = time.perf_counter() - started, errors.route_path(scope), method_of(scope)
             metrics.http_running.dec()

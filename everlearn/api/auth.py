@@ -112,13 +112,21 @@ def check_origin(request: Request) -> None:
     """Without keys, a page in the user's browser could talk to this server in their name (or by a name that resolves to
     127.0.0.1); so Origin and Host must name this machine."""
     origin = request.headers.get("origin")
-    if origin and not is_loopback(urlsplit(origin).hostname):
+    if origin and not is_loopback(host_of(origin)):
         raise Forbidden(
             "a page from another origin may not use a server without keys; make a key with: everlearn key create", param="origin"
         )
-    host = urlsplit("//" + request.headers.get("host", "localhost")).hostname
+    host = host_of("//" + request.headers.get("host", "localhost"))
     if not is_loopback(host) and host != "testserver":
         raise Forbidden("without keys this server answers to localhost only; make a key with: everlearn key create", param="host")
+
+
+def host_of(url: str) -> str:
+    """The host in `url`; what has none, or can't be read, is nobody's."""
+    try:
+        return urlsplit(url).hostname or "(none)"
+    except ValueError:
+        return "(none)"
 
 
 def is_loopback(host: str | None) -> bool:

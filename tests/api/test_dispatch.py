@@ -103,7 +103,7 @@ def test_a_new_server_goes_on_where_the_old_one_died(tmp_path: Path) -> None:
             await r.outcome(f"{idle}:1")
             await r.step(model, 1)
             await r.outcome(f"{model}:1")
-            await r.forward(model, 2, wish="slow", seconds=30)
+            await r.forward(model, 2, wish="slow", seconds=2)
             await r.step(model, 3)
             await r.sample(sampler, 0)
             return model, idle, sampler
