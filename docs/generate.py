@@ -54,7 +54,6 @@ def settings_page() -> str:
         "|---|---|",
         "| `EVERLEARN_URL` | the server that `run`, `checkpoint` and `ps` talk to |",
         "| `EVERLEARN_API_KEY` | the key that they send |",
-        "| `NO_COLOR` | no colours |",
     ]
     return "\n".join(lines) + "\n"
 

@@ -20,7 +20,7 @@ from pydantic_core import ErrorDetails
 from everlearn.errors import InvalidRequest, NotFound
 
 PREFIX = "EVERLEARN_"
-NOT_SETTINGS = ("URL", "API_KEY", "FAULT")  # read below (client_environ) or by fault injection; they are no settings of the server
+NOT_SETTINGS = ("URL", "API_KEY")  # the command line's own (client_environ below), no settings of the server
 
 
 class Section(BaseModel):
@@ -114,13 +114,11 @@ class ClientEnviron(NamedTuple):
 
     url: str
     key: str
-    color: bool
 
 
 def client_environ(environ: Mapping[str, str] | None = None) -> ClientEnviron:
     environ = os.environ if environ is None else environ
-    color = not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
-    return ClientEnviron(environ.get(PREFIX + "URL", ""), environ.get(PREFIX + "API_KEY", ""), color)
+    return ClientEnviron(environ.get(PREFIX + "URL", ""), environ.get(PREFIX + "API_KEY", ""))
 
 
 def load(path: Path | None = None, environ: Mapping[str, str] | None = None, flags: Mapping[str, Any] | None = None) -> Loaded:
