@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from everlearn.store.log import Entry
 
 TOUCH_SECONDS = 60.0
+RUN = sa.select(*tables.runs.c["tenant", "session_id", "state", "last_seq"]).where(tables.runs.c.run_id == sa.bindparam("id"))
 decode_result = msgspec.msgpack.Decoder(Result).decode
 
 
@@ -73,10 +74,8 @@ def _admit_create(conn: Connection, entry: Entry) -> None:
 
 
 def _admit_training(conn: Connection, entry: Entry) -> Any:
-    columns = tables.runs.c
-    query = sa.select(columns.session_id, columns.base_model, columns.state, columns.last_seq)
-    run = conn.execute(query.where((columns.run_id == entry.model_id) & (columns.tenant == entry.tenant))).first()
-    if run is None:
+    run = conn.execute(RUN, {"id": entry.model_id}).first()
+    if run is None or run.tenant != entry.tenant:
         raise NotFound(f"no training run {entry.model_id!r}; create one with create_model", param="model_id")
     if run.state not in runs.LIVE_STATES:
         why = "its creation failed" if run.state == "failed" else "it was unloaded; load one of its checkpoints into a new run"

@@ -21,7 +21,30 @@ from everlearn.store import effects, runs, tables
 from everlearn.store.runs import Run
 
 NOTHING = b"\xc0"  # msgpack nil: what an answer without content is stored as
+VACUUM_PAGES = 512  # 2 MiB a call: giving space back blocks the writer
 requests, payloads, results, snapshots = tables.requests, tables.payloads, tables.results, tables.snapshots
+
+# Statements of the hot path are built once: building one costs ten times as much as running it.
+AT_PLACE = sa.select(requests).where(
+    (requests.c.model_id == sa.bindparam("model_id")) & (requests.c.is_sample == sa.bindparam("sample")) & (requests.c.seq == sa.bindparam("seq"))
+)
+BY_ID = sa.select(requests).where(requests.c.request_id == sa.bindparam("id"))
+INSERT_REQUEST, INSERT_PAYLOAD, INSERT_RESULT = requests.insert(), payloads.insert(), results.insert()
+ANSWER = (
+    requests.update()
+    .where(requests.c.request_id == sa.bindparam("id"))
+    .values({name: sa.bindparam(f"new_{name}") for name in ("status", "error", "finished_at", "result_bytes", "payload_bytes")})
+)
+DROP_PAYLOAD = payloads.delete().where(payloads.c.request_id == sa.bindparam("id"))
+RESULT = sa.select(results.c.body).where(results.c.request_id == sa.bindparam("id"))
+ADVANCE_RUN = (
+    tables.runs.update()
+    .where(tables.runs.c.run_id == sa.bindparam("id"))
+    .values(
+        last_seq=sa.case((tables.runs.c.last_seq < sa.bindparam("seq"), sa.bindparam("seq")), else_=tables.runs.c.last_seq),
+        last_request_time=sa.bindparam("now"),
+    )
+)
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -81,24 +104,23 @@ def append(conn: Connection, entry: Entry, payload: bytes) -> Entry:
     The same (model_id, seq) with the same fingerprint gives the entry that is there, marked `existing`; with another it is a
     Conflict, as is a seq that ran so long ago that its entry is gone. NotFound: no such run, sampler or session of this tenant."""
     sample = entry.kind == "sample"
-    there = _row(conn, (requests.c.model_id == entry.model_id) & (requests.c.is_sample == sample) & (requests.c.seq == entry.seq))
+    there = conn.execute(AT_PLACE, {"model_id": entry.model_id, "sample": sample, "seq": entry.seq}).first()
     if there is not None:
         return _same(there, entry)
     effects.ADMISSIONS[entry.kind](conn, entry)
     entry = msgspec.structs.replace(entry, status="pending", created_at=entry.created_at or time.time(), finished_at=None, existing=False)
     values = {name: getattr(entry, name) for name in STORED}
     values |= {"is_sample": sample, "replays": effects.replays(entry), "payload_bytes": len(payload), "result_bytes": 0}
-    if entry.kind == "load":
-        values["folder"] = entry.meta["folder"]
-    conn.execute(requests.insert().values(**values))
-    conn.execute(payloads.insert().values(request_id=entry.request_id, tenant=entry.tenant, body=payload))
+    values |= {"folder": entry.meta["folder"] if entry.kind == "load" else None, "error": None}
+    conn.execute(INSERT_REQUEST, values)
+    conn.execute(INSERT_PAYLOAD, {"request_id": entry.request_id, "tenant": entry.tenant, "body": payload})
     return entry
 
 
 def finish(conn: Connection, request_id: str, result: bytes | None, error: dict[str, Any] | None) -> Entry | None:
     """Stores the answer (`result`: an encoded types.Result; or `error`: code, message, param) and what follows from it. The first
     answer stays: None means that there was one already (a replay answers again), or no such request."""
-    row = _row(conn, requests.c.request_id == request_id)
+    row = conn.execute(BY_ID, {"id": request_id}).first()
     if row is None or row.status != "pending":
         return None
     now = time.time()
@@ -106,14 +128,13 @@ def finish(conn: Connection, request_id: str, result: bytes | None, error: dict[
     keep_payload = row.replays and error is None
     values = {"status": status, "error": error, "finished_at": now, "result_bytes": len(body)}
     values["payload_bytes"] = row.payload_bytes if keep_payload else 0
-    conn.execute(requests.update().where(requests.c.request_id == request_id).values(**values))
+    conn.execute(ANSWER, {"id": request_id, **{f"new_{name}": value for name, value in values.items()}})
     if error is None:
-        conn.execute(results.insert().values(request_id=request_id, tenant=row.tenant, body=body))
+        conn.execute(INSERT_RESULT, {"request_id": request_id, "tenant": row.tenant, "body": body})
     if not keep_payload:
-        conn.execute(payloads.delete().where(payloads.c.request_id == request_id))
+        conn.execute(DROP_PAYLOAD, {"id": request_id})
     if not row.is_sample:
-        seq = sa.case((tables.runs.c.last_seq < row.seq, row.seq), else_=tables.runs.c.last_seq)
-        conn.execute(tables.runs.update().where(tables.runs.c.run_id == row.model_id).values(last_seq=seq, last_request_time=now))
+        conn.execute(ADVANCE_RUN, {"id": row.model_id, "seq": row.seq, "now": now})
     entry = msgspec.structs.replace(_entry(row), status=status, finished_at=now)
     if error is None:
         effects.COMPLETIONS.get(entry.kind, effects.nothing)(conn, entry, body)
@@ -124,20 +145,19 @@ def finish(conn: Connection, request_id: str, result: bytes | None, error: dict[
 
 def get(conn: Connection, tenant: str, request_id: str) -> tuple[Entry, bytes | None, dict[str, Any] | None]:
     """A request of this tenant with its answer or error, both None while it is pending or when it has expired."""
-    row = _row(conn, (requests.c.request_id == request_id) & (requests.c.tenant == tenant))
-    if row is None:
+    row = conn.execute(BY_ID, {"id": request_id}).first()
+    if row is None or row.tenant != tenant:
         raise NotFound(f"no request {request_id!r}", param="request_id")
     entry = _entry(row)
     if entry.status != "done":
         return entry, None, row.error
-    return entry, conn.execute(sa.select(results.c.body).where(results.c.request_id == request_id)).scalar_one(), None
+    return entry, conn.execute(RESULT, {"id": request_id}).scalar_one(), None
 
 
 def find(conn: Connection, tenant: str, model_id: str, seq: int, sample: bool = False) -> Entry | None:
     """The entry at one place of a run's or sampler's order."""
-    where = (requests.c.model_id == model_id) & (requests.c.is_sample == sample) & (requests.c.seq == seq)
-    row = _row(conn, where & (requests.c.tenant == tenant))
-    return None if row is None else _entry(row)
+    row = conn.execute(AT_PLACE, {"model_id": model_id, "sample": sample, "seq": seq}).first()
+    return None if row is None or row.tenant != tenant else _entry(row)
 
 
 def payload(conn: Connection, request_id: str) -> bytes | None:
@@ -207,8 +227,7 @@ def expire(conn: Connection, now: float, retention: float) -> tuple[int, int]:
     conn.execute(requests.update().where(old & (requests.c.result_bytes > 0)).values(result_bytes=0))
     entries = conn.execute(requests.delete().where(old & (requests.c.payload_bytes == 0) & (requests.c.status != "pending"))).rowcount
     if conn.dialect.name == "sqlite":
-        # At most 16 MiB a call, because it blocks the writer; page by page, a step each, so the cursor must be run to its end.
-        conn.connection.cursor().execute("PRAGMA incremental_vacuum(4096)").fetchall()
+        _give_space_back(conn)
     return gone, entries
 
 
@@ -230,8 +249,13 @@ def heaviest(conn: Connection, limit: int = 8) -> list[tuple[str, int]]:
 STORED = [name for name in Entry.__struct_fields__ if name != "existing"]
 
 
-def _row(conn: Connection, where: sa.ColumnElement[bool]) -> Any:
-    return conn.execute(sa.select(requests).where(where)).first()
+def _give_space_back(conn: Connection) -> None:
+    """Cuts free pages off an SQLite file. The driver runs the pragma for one page only, whatever its argument."""
+    cursor = conn.connection.cursor()
+    free = cursor.execute("PRAGMA freelist_count").fetchone()[0]
+    for _ in range(min(free, VACUUM_PAGES)):
+        cursor.execute("PRAGMA incremental_vacuum(1)")
+    cursor.close()
 
 
 def _entry(row: Any) -> Entry:

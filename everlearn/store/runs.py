@@ -20,6 +20,7 @@ from everlearn.store import tables
 from everlearn.types import LoraSpec
 
 LIVE_STATES = ("creating", "live")
+SAMPLER = sa.select(tables.samplers).where(tables.samplers.c.sampler_id == sa.bindparam("id"))
 
 
 class Session(msgspec.Struct, frozen=True):
@@ -258,9 +259,8 @@ def create_sampler(
 
 
 def get_sampler(conn: Connection, tenant: str, sampler_id: str) -> Sampler:
-    where = (tables.samplers.c.sampler_id == sampler_id) & (tables.samplers.c.tenant == tenant)
-    row = conn.execute(sa.select(tables.samplers).where(where)).first()
-    if row is None:
+    row = conn.execute(SAMPLER, {"id": sampler_id}).first()
+    if row is None or row.tenant != tenant:
         raise NotFound(f"no sampler {sampler_id!r}; create one with create_sampling_session", param="sampling_session_id")
     return Sampler(**row._mapping)
 
