@@ -75,7 +75,9 @@ class BaseModel:
 def load_base(info: BaseModelInfo, device: torch.device, dtype: torch.dtype) -> BaseModel:
     """Loads a Hugging Face folder (safetensors only) and hooks it. Raises Unsupported where transformers has no such architecture."""
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # the engine's log is no terminal; the heartbeat says what is loading
     if not any(Path(info.path).glob("*.safetensors")):
         raise Unsupported(f"base model {info.name!r}: {info.path} holds no .safetensors file; convert its weights to safetensors first")
     try:
