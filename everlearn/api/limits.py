@@ -30,15 +30,24 @@ class BodyLimit:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             return await self.app(scope, receive, send)
         headers = dict(scope["headers"])
+        more = True  # whether the client may still be writing
+
+        async def counted() -> Message:
+            nonlocal more
+            message = await receive()
+            more = bool(message.get("more_body"))
+            return message
+
         try:
-            body = await self.read(headers, receive)
+            body = await self.read(headers, counted)
             if body is None:
                 return None  # the client has gone
             if encoding := headers.get(b"content-encoding", b"").decode("latin-1").strip().lower():
                 body = await self.inflate(encoding, body)
                 scope["headers"] = [(k, v) for k, v in scope["headers"] if k not in (b"content-encoding", b"content-length")]
         except EverlearnError as error:
-            await self.drain(receive)
+            if more:
+                await self.drain(receive)
             status = 413 if isinstance(error, TooLarge) else 400
             return await error_response(status, error.code, error.message, error.param, {"connection": "close"})(scope, receive, send)
         await self.app(scope, replay(body, receive), send)
