@@ -142,6 +142,6 @@ def make_machine(url: str) -> Callable[[], RuleBasedStateMachine]:
 
 def test_the_log_rebuilds_what_was_answered(store_url: str) -> None:
     # No shrinking: each step commits to a disk, and a failing run of 25 steps can be read as it is.
-    quick = settings(max_examples=10, stateful_step_count=25, deadline=None, derandomize=True, phases=[Phase.generate])
+    quick = settings(max_examples=4, stateful_step_count=25, deadline=None, derandomize=True, phases=[Phase.generate])
     quick = settings(quick, suppress_health_check=list(HealthCheck))
     run_state_machine_as_test(make_machine(store_url), settings=quick)  # type: ignore[no-untyped-call]
