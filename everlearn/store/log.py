@@ -26,9 +26,9 @@ requests, payloads, results, snapshots = tables.requests, tables.payloads, table
 
 # Statements of the hot path are built once: building one costs ten times as much as running it.
 AT_PLACE = sa.select(requests).where(
-    (requests.c.model_id == sa.bindparam("model_id"))
-    & (requests.c.is_sample == sa.bindparam("sample"))
-    & (requests.c.seq == sa.bindparam("seq"))
+    requests.c.model_id == sa.bindparam("model_id"),
+    requests.c.is_sample == sa.bindparam("sample"),
+    requests.c.seq == sa.bindparam("seq"),
 )
 BY_ID = sa.select(requests).where(requests.c.request_id == sa.bindparam("id"))
 INSERT_REQUEST, INSERT_PAYLOAD, INSERT_RESULT = requests.insert(), payloads.insert(), results.insert()
