@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from everlearn.api.feed import Feed, PayloadBudget
-from everlearn.api.ledger import Done, Failed, Ledger, Outcome, Pending, Waiting, outcome
+from everlearn.api.ledger import Done, Failed, Ledger, Outcome, Pending, Waiting, first, outcome
 from everlearn.api.quarantine import Quarantine
 from everlearn.config import Settings
 from everlearn.engine import protocol
@@ -76,10 +76,8 @@ class Dispatcher:
         """Logs `command` durably, then forwards it to the engine; returns the log's entry. Idempotent: the same (tenant,
         model_id, seq, sample or not) with the same fingerprint returns the first entry and has no second effect.
 
-        Training commands carry model_id and seq themselves (Create, and Load with create=True, are seq 0). For a Sample pass
-        `model_id` = sampling session id and `seq` = the client's seq_id. `command.request_id` is the id the client will poll.
-        Raises Conflict (same seq, another payload), Overloaded (too many unfinished requests), Unavailable (the store can't be
-        written, the engine has given up, the server is shutting down).
+        Training commands carry model_id and seq (creation is seq 0). For a Sample, `model_id` is the sampler and `seq` the client's
+        seq_id. Raises Conflict (same seq, another payload), Overloaded, Unavailable (store, engine given up, shutdown).
         """
         sequences = command.num_samples if isinstance(command, protocol.Sample) else 0
         self._admit(tenant, command.request_id, sequences)
@@ -174,7 +172,7 @@ class Dispatcher:
         while True:
             pending = self.ledger.get(request_id)
             if pending is not None and pending.entry.tenant == tenant:
-                await self._first(pending.future, deadline)
+                await first(pending.future, self._stopped, deadline)
                 return pending.future.result() if pending.future.done() else self._waiting(pending)
             entry, result, error = await self.ledger.read(lambda conn: request_log.get(conn, tenant, request_id))
             if entry.status != "pending":
@@ -183,17 +181,6 @@ class Dispatcher:
                 if time.monotonic() >= deadline:
                     return Waiting(entry, "active", None)
                 await asyncio.sleep(0.02)
-
-    async def _first(self, future: asyncio.Future[Any], deadline: float) -> None:
-        """Returns at the deadline, when `future` is done, or when the server stops, without cancelling anything."""
-        timeout = max(0.0, deadline - time.monotonic())
-        if future.done() or self._stopped.is_set() or timeout == 0.0:
-            return
-        stopped = asyncio.ensure_future(self._stopped.wait())
-        try:
-            await asyncio.wait({future, stopped}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            stopped.cancel()
 
     async def wait_any(self, tenant: str, sampler_id: str, seen: set[str], timeout: float) -> list[rebuild.Finished]:
         """The finished samples of a sampler that aren't in `seen`, oldest first, without their results; waits up to `timeout`
@@ -207,7 +194,7 @@ class Dispatcher:
             if new or time.monotonic() >= deadline or self._stopped.is_set():
                 return new
             waiter = asyncio.ensure_future(event.wait())
-            await self._first(waiter, deadline)
+            await first(waiter, self._stopped, deadline)
             waiter.cancel()
 
     def _waiting(self, pending: Pending) -> Waiting:

@@ -190,6 +190,18 @@ class Ledger:
         return await asyncio.wrap_future(self.db.write(fn))
 
 
+async def first(future: asyncio.Future[Any], stopped: asyncio.Event, deadline: float) -> None:
+    """Returns at the deadline, when `future` is done, or when the server stops, without cancelling anything."""
+    timeout = max(0.0, deadline - time.monotonic())
+    if future.done() or stopped.is_set() or timeout == 0.0:
+        return
+    stop = asyncio.ensure_future(stopped.wait())
+    try:
+        await asyncio.wait({future, stop}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stop.cancel()
+
+
 def as_error(problem: BaseException) -> dict[str, Any]:
     if isinstance(problem, EverlearnError):
         return {"code": problem.code, "message": problem.message, "param": problem.param}

@@ -124,6 +124,8 @@ class EngineProcess:
                 await asyncio.wait_for(process.wait(), grace if self.up else 0.1)
             except TimeoutError:
                 self._signal(signal.SIGKILL)
+            if self._task is not None:  # it reads what is left, and closes what belongs to the process
+                await asyncio.wait({self._task}, timeout=3.0)
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -175,6 +177,8 @@ class EngineProcess:
             self._died(f"the engine process can't be started: {error}")
         finally:
             self._signal(signal.SIGKILL)
+            if tasks:
+                await asyncio.wait(tasks[2:], timeout=1.0)  # the last lines of its log
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
