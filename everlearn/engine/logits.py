@@ -105,27 +105,28 @@ class Picked:
 
 
 def pick(logits_NV: torch.Tensor, draws: Draws) -> Picked:
-    """One token of each row. Log-probabilities are those of the raw logits: temperature 1, nothing truncated."""
-    peak_N1 = logits_NV.amax(dim=1, keepdim=True)
-    shifted_NV = logits_NV - peak_N1
-    plain = all(t == 1.0 for t in draws.temperatures)
+    """One token of each row. Log-probabilities are those of the raw logits: temperature 1, nothing truncated.
+
+    Shifts `logits_NV` in place so that each row's largest is 0; `log_total_N` belongs to the shifted logits.
+    """
+    shifted_NV = logits_NV.sub_(logits_NV.amax(dim=1, keepdim=True))
     weights_NV = shifted_NV.exp()
-    log_total_N = peak_N1[:, 0] + weights_NV.sum(dim=1).log()
+    log_total_N = weights_NV.sum(dim=1).log_()
     greedy = [t <= 0.0 for t in draws.temperatures]
     if all(greedy):
-        tokens_N = logits_NV.argmax(dim=1)
+        tokens_N = shifted_NV.argmax(dim=1)
     else:
-        if not plain:
+        if any(t != 1.0 for t in draws.temperatures):
             divisors = [1.0 if g else t for g, t in zip(greedy, draws.temperatures, strict=True)]
-            weights_NV = (shifted_NV / torch.tensor(divisors, device=logits_NV.device).unsqueeze(1)).exp_()
+            weights_NV = torch.div(shifted_NV, torch.tensor(divisors, device=logits_NV.device).unsqueeze(1), out=weights_NV).exp_()
         cut = [i for i, (k, p, g) in enumerate(zip(draws.top_ks, draws.top_ps, greedy, strict=True)) if (k > 0 or p < 1.0) and not g]
         if cut:
             rows = torch.tensor(cut, device=logits_NV.device)
             weights_NV[rows] = truncate(weights_NV[rows], [draws.top_ks[i] for i in cut], [draws.top_ps[i] for i in cut])
         tokens_N = draw(weights_NV, draws.keys[:, None])[:, 0]
         if any(greedy):
-            tokens_N = torch.where(torch.tensor(greedy, device=logits_NV.device), logits_NV.argmax(dim=1), tokens_N)
-    logprobs_N = logits_NV.gather(1, tokens_N.unsqueeze(1))[:, 0] - log_total_N
+            tokens_N = torch.where(torch.tensor(greedy, device=logits_NV.device), shifted_NV.argmax(dim=1), tokens_N)
+    logprobs_N = shifted_NV.gather(1, tokens_N.unsqueeze(1))[:, 0] - log_total_N
     return Picked(tokens_N, logprobs_N, log_total_N)
 
 

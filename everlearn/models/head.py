@@ -18,6 +18,7 @@ from everlearn.models.lora import HEAD, Segment, add_low_rank
 
 # dloss/dlogprob [t, K] of some tokens, given their log-probabilities [t, K] and their places in the row [t].
 GradientOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+FEW_ROWS, FEW_ROWS_TILE = 32, 1024
 
 
 class Head:
@@ -31,11 +32,22 @@ class Head:
 
     def logits(self, hidden_ND: torch.Tensor, segments: list[Segment]) -> torch.Tensor:
         """[N, V] float32: for the few rows that are sampled from. Segments count the rows of `hidden_ND`."""
-        logits_NV = hidden_ND @ self.weight.t()
+        logits_NV = self._base_logits(hidden_ND)
         for segment in segments:
             if segment.adapter is not None and HEAD in segment.adapter.pairs:
                 add_low_rank(logits_NV, hidden_ND, segment, *segment.adapter.pairs[HEAD])
         return logits_NV.float() * self.logit_scale if self.logit_scale != 1.0 else logits_NV.float()
+
+    def _base_logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """hidden W^T. For a few rows CPU libraries are quicker with the weight on the left, a tile at a time, so that it is still
+        cached when it is transposed; one row is a matrix-vector product either way."""
+        num_rows = hidden_ND.shape[0]
+        if hidden_ND.device.type != "cpu" or not 1 < num_rows <= FEW_ROWS:
+            return hidden_ND @ self.weight.t()
+        logits_NV = hidden_ND.new_empty(num_rows, self.vocab_size)
+        for start in range(0, self.vocab_size, FEW_ROWS_TILE):
+            logits_NV[:, start : start + FEW_ROWS_TILE] = (self.weight[start : start + FEW_ROWS_TILE] @ hidden_ND.t()).t()
+        return logits_NV
 
     def logprobs(self, hidden_TD: torch.Tensor, targets_TK: torch.Tensor, segments: list[Segment]) -> torch.Tensor:
         """log p(target) float32 [T, K]; no gradient."""

@@ -69,11 +69,11 @@ def test_rows_are_picked_as_each_asks() -> None:
     logits = 2 * torch.randn(5, 600, generator=torch.Generator().manual_seed(2))
     keys = noise_keys([1] * 5, [0] * 5, [0, 1, 2, 3, 4])
     temperatures, ks, ps = [0.0, 1.0, 0.5, 1.0, 1.0], [-1, -1, -1, 1, -1], [1.0, 1.0, 1.0, 1.0, 0.0]
-    mixed = pick(logits, Draws(keys, temperatures, ks, ps))
+    mixed = pick(logits.clone(), Draws(keys, temperatures, ks, ps))
     best = logits.argmax(1)
     assert mixed.tokens_N[[0, 3, 4]].tolist() == best[[0, 3, 4]].tolist()
     for i in range(5):
-        alone = pick(logits[i : i + 1], Draws(keys[i : i + 1], temperatures[i : i + 1], ks[i : i + 1], ps[i : i + 1]))
+        alone = pick(logits[i : i + 1].clone(), Draws(keys[i : i + 1], temperatures[i : i + 1], ks[i : i + 1], ps[i : i + 1]))
         assert alone.tokens_N[0] == mixed.tokens_N[i]
     expected = logits.log_softmax(1)[torch.arange(5), mixed.tokens_N]
     torch.testing.assert_close(mixed.logprobs_N, expected)
