@@ -28,6 +28,8 @@ from everlearn.models.bank import Bank
 from everlearn.models.load import BaseModel
 
 log = logging.getLogger(__name__)
+# A CPU reaches its full speed with a few rows; a longer step would only make decoding and cancellation wait.
+CPU_PREFILL, GPU_PREFILL = 256, 2048
 # Prompt tokens that a stop string's decoder sees before the first drawn token.
 STOP_CONTEXT = 4
 
@@ -38,7 +40,8 @@ class Sampler:
     def __init__(self, base: BaseModel, settings: Settings, bank: Bank):
         engine = settings.engine
         self.base, self.bank, self.block_size = base, bank, engine.block_size
-        self.max_batch, self.prefill_tokens = engine.max_batch, engine.prefill_tokens
+        self.max_batch = engine.max_batch
+        self.prefill_tokens = engine.prefill_tokens or (CPU_PREFILL if base.device.type == "cpu" else GPU_PREFILL)
         token_bytes = 2 * base.num_layers * base.num_kv_heads * base.head_dim * base.dtype.itemsize
         most = engine.max_batch * base.info.max_context
         num_blocks = num_blocks_for(engine.kv_tokens, engine.block_size, token_bytes, base.device, most)
