@@ -36,6 +36,8 @@ def test_help_of_everything(path, capsys):
         (["ps", "--url", "nonsense://x"], 3, "no server answers"),
         (["config", "check", "absent.toml"], 4, "absent.toml does not exist"),
         (["serve", "--port", "70000"], 2, "api.port = 70000"),
+        (["serve", "no/such-model"], 4, "no/such-model"),
+        (["serve", "--host", "0.0.0.0"], 2, "there is no key"),
         (["checkpoint", "delete", "--yes", "weights/x"], 2, "is no checkpoint path"),
         (["checkpoint", "delete", "tinker://r/weights/x"], 2, "add --yes"),
         (["checkpoint", "set-ttl", "tinker://r/weights/x"], 2, "either --ttl DURATION or --remove"),
