@@ -17,7 +17,7 @@ def arithmetic(run_recipe: RunRecipe, **options: object) -> Metrics:
         "tinker_cookbook.recipes.math_rl.train",
         env="arithmetic",
         group_size=8,
-        groups_per_batch=8,
+        groups_per_batch=4,
         max_tokens=5,
         max_steps=20,
         learning_rate=4e-4,
@@ -29,11 +29,15 @@ def arithmetic(run_recipe: RunRecipe, **options: object) -> Metrics:
 
 
 def check_rise(rows: Metrics) -> None:
-    rewards = [row[REWARD] for row in rows if REWARD in row]
+    """The embedded model adds two numbers right about once in a hundred, so what it learns in 20 steps is the other part of the
+    reward: to answer with a number and stop, instead of explaining. The first row is the untrained model."""
+    rows = [row for row in rows if REWARD in row]
+    rewards, formats = [row[REWARD] for row in rows], [row["env/all/format"] for row in rows]
     assert len(rewards) == 20, rewards
-    assert mean(rewards[-5:]) > mean(rewards[:5]) + 0.1, rewards
+    assert mean(rewards[-10:]) > rewards[0] + 0.02, rewards
+    assert formats[0] < 0.8 and mean(formats[-10:]) > 0.95, formats
     # On policy, sampler and trainer must give the same log-probability to every sampled token.
-    assert max(row[DRIFT] for row in rows if DRIFT in row) < 1e-6
+    assert max(row[DRIFT] for row in rows if DRIFT in row) < 1e-9
 
 
 def test_arithmetic_reward_rises_with_importance_sampling(run_recipe: RunRecipe) -> None:
@@ -58,4 +62,4 @@ def test_guess_number_plays_whole_games(run_recipe: RunRecipe) -> None:
     rewards = [row[REWARD] for row in rows if REWARD in row]
     assert len(rewards) == 4
     assert all(-10 <= reward <= 1 for reward in rewards), rewards  # ten turns, -1 for each one that is no guess
-    assert max(row[DRIFT] for row in rows if DRIFT in row) < 1e-6
+    assert max(row[DRIFT] for row in rows if DRIFT in row) < 1e-9
