@@ -100,7 +100,9 @@ class BlockPool:
 class KVCache:
     """Keys and values [L, S, G, D] of every slot; slot = block * block_size + offset."""
 
-    def __init__(self, num_layers: int, num_blocks: int, block_size: int, heads_GD: tuple[int, int], device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self, num_layers: int, num_blocks: int, block_size: int, heads_GD: tuple[int, int], device: torch.device, dtype: torch.dtype
+    ):
         self.num_blocks, self.block_size = num_blocks, block_size
         shape = (num_layers, 2, num_blocks * block_size, *heads_GD)
         self.kv = torch.empty(shape, device=device, dtype=dtype)

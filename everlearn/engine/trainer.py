@@ -25,7 +25,7 @@ from everlearn.engine.protocol import ForwardBackward
 from everlearn.errors import EverlearnError, InvalidRequest
 from everlearn.losses.metrics import request_metrics
 from everlearn.losses.table import LOSSES, Loss, pack_inputs
-from everlearn.models.attention import PackedBatch
+from everlearn.models.attention import PackedBatch, running
 from everlearn.models.load import BaseModel
 from everlearn.models.lora import Segment
 from everlearn.types import Array, Datum, ForwardBackwardResult
@@ -174,7 +174,8 @@ class Trainer:
 
         active = torch.cat([_active(p) for p in parts])
         logprobs, dhidden = self.base.head.backward(detached, targets, batch.segments, active, gradient_of)
-        torch.autograd.backward(hidden, dhidden)
+        with running(batch):  # layers that are computed again look for their batch
+            torch.autograd.backward(hidden, dhidden)
         return logprobs
 
     def _assemble(self, jobs: Iterable[Job]) -> tuple[list[Part], torch.Tensor, torch.Tensor, list[int]]:

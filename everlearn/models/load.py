@@ -53,6 +53,18 @@ class BaseModel:
             out = self.decoder(input_ids=token_ids_T.unsqueeze(0), position_ids=position_ids_T.unsqueeze(0), use_cache=False)
         return out.last_hidden_state[0]
 
+    def enable_recompute(self) -> None:
+        """From now on a backward pass computes each layer's activations again instead of keeping them: a third more work, and memory
+        for one layer instead of all. Only checkpointing layers are set to training mode; dropout stays off."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        renamed = getattr(self.model, "activation_checkpointing_enable", None)  # newer transformers; 5.17 has the old name
+        enable = renamed or self.model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})  # type: ignore[operator]
+        for module in self.decoder.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True
+
     def adapter_shapes(self, lora: LoraSpec) -> dict[str, tuple[int, int]]:
         """(input, output) size of every layer that an adapter with these switches trains, in the model's own order."""
         wanted = {"attn": lora.train_attn, "mlp": lora.train_mlp}

@@ -197,3 +197,14 @@ def test_the_seed_is_honoured_and_a_is_bounded(base: BaseModel) -> None:
 def test_nothing_to_train_is_refused(base: BaseModel) -> None:
     with pytest.raises(InvalidRequest, match="trains nothing"):
         adapter(base, train_attn=False, train_mlp=False, train_unembed=False)
+
+
+def test_recomputed_activations_give_the_same_gradient(tiny_model: Path) -> None:
+    kept, again = load_tiny(tiny_model), load_tiny(tiny_model)
+    again.enable_recompute()
+    data = random_datums(4, [12, 30, 12])
+    one, two = with_random_b(adapter(kept)), with_random_b(adapter(again))
+    first = forward_backward(Trainer(kept, 64), one, data)
+    second = forward_backward(Trainer(again, 64), two, data)
+    assert first.metrics == second.metrics
+    assert torch.equal(one.grad, two.grad)
