@@ -45,7 +45,7 @@ class ForwardBackward(Command, tag="forward_backward"):
     seq: int
     data: list[Datum]
     loss_fn: str
-    config: dict[str, float | str]
+    config: dict[str, float]
     forward_only: bool = False
 
 

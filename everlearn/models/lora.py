@@ -62,9 +62,11 @@ class LoraLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        parts = [(s, *s.adapter.pairs[self.path]) for s in active_segments.current if s.adapter is not None and self.path in s.adapter.pairs]
+        parts = [
+            (s, *s.adapter.pairs[self.path]) for s in active_segments.current if s.adapter is not None and self.path in s.adapter.pairs
+        ]
         if torch.is_grad_enabled():
-            return _LoraFunction.apply(x, active_segments.anchor, self, parts)  # type: ignore[no-any-return]
+            return _LoraFunction.apply(x, active_segments.anchor, self, parts)
         y = F.linear(x, self.weight, self.bias)
         if parts:
             rows_x, rows_y = x.view(-1, self.in_features), y.view(-1, self.out_features)
