@@ -99,8 +99,8 @@ class TopK(msgspec.Struct, frozen=True):
 
 
 class SampledSequence(msgspec.Struct, frozen=True):
-    """`tokens` int32 [N] as drawn (a stop token is included, a stop string's tokens are included), `logprobs` float32 [N] under the model at
-    temperature 1 without truncation, which is what the trainer computes for the same tokens."""
+    """`tokens` int32 [N] as drawn (a stop token is included, a stop string's tokens are included), `logprobs` float32 [N] under the
+    model at temperature 1 without truncation, which is what the trainer computes for the same tokens."""
 
     stop_reason: str  # "stop" or "length"
     tokens: Array

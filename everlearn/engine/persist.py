@@ -107,13 +107,15 @@ def _fill(adapter: TrainingAdapter, flat: torch.Tensor, tensors: dict[str, torch
     if given != set(targets):
         odd = sorted(given ^ set(targets))[0]
         raise InvalidRequest(
-            f"checkpoint {folder.name}: layer {odd!r} is in only one of checkpoint and adapter; create the adapter with the same LoRA config",
+            f"checkpoint {folder.name}: layer {odd!r} is in only one of checkpoint and adapter; "
+            "create the adapter with the same LoRA config",
             param="path",
         )
     for name, target in targets.items():
         if tensors[name].shape != target.shape:
             raise InvalidRequest(
-                f"checkpoint {folder.name}: {name} has shape {list(tensors[name].shape)}, the adapter's is {list(target.shape)}; ranks must agree",
+                f"checkpoint {folder.name}: {name} has shape {list(tensors[name].shape)}, the adapter's is {list(target.shape)}; "
+                "ranks must agree",
                 param="path",
             )
     for name, target in targets.items():

@@ -83,7 +83,9 @@ class Head:
     def _chunks(self, segments: list[Segment], num_tokens: int) -> list[Segment]:
         spans = segments or [Segment(None, 0, num_tokens)]
         return [
-            Segment(s.adapter, start, min(start + self.chunk_tokens, s.stop)) for s in spans for start in range(s.start, s.stop, self.chunk_tokens)
+            Segment(s.adapter, start, min(start + self.chunk_tokens, s.stop))
+            for s in spans
+            for start in range(s.start, s.stop, self.chunk_tokens)
         ]
 
 
@@ -136,8 +138,10 @@ class _Pass:
             weights = logits.sub_(new_peak).exp_()
             total_T = total_T * shrink + weights.sum(dim=1, keepdim=True)
             if mean_TD is not None:
-                mean_TD = torch.addmm(mean_TD * shrink, weights, self.head.weight[start:stop]) if weights.dtype == self.head.weight.dtype else (
-                    mean_TD * shrink + (weights.to(self.head.weight.dtype) @ self.head.weight[start:stop]).float()
+                mean_TD = (
+                    torch.addmm(mean_TD * shrink, weights, self.head.weight[start:stop])
+                    if weights.dtype == self.head.weight.dtype
+                    else (mean_TD * shrink + (weights.to(self.head.weight.dtype) @ self.head.weight[start:stop]).float())
                 )
             if mean_TR is not None and self.adapter is not None:
                 mean_TR = torch.addmm(mean_TR * shrink, weights, self.adapter.pairs[HEAD][1][start:stop].float())
