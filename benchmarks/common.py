@@ -29,7 +29,7 @@ PAGE, TICKS = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_CLK_TCK")
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="random-16m", help="random-16m (made here), smollm2 (the embedded model), or a Hugging Face folder")
+    parser.add_argument("--model", default="random-16m", help="random-16m (made here), smollm2 (the embedded model), or a folder")
     parser.add_argument("--base-url", help="measure a Tinker server that runs already instead of starting everlearn")
     parser.add_argument("--base-model", help="the model's name on that server (default: the folder)")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads of the server and of the peer")

@@ -39,7 +39,9 @@ from everlearn.models.load import BaseModel, wrap
 from everlearn.types import AdamParams, Array, BaseModelInfo, Datum, LoraSpec, SamplingParams
 
 SHAPES: dict[str, dict[str, int]] = {
-    "small": dict(hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=2048),
+    "small": dict(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=2048
+    ),
     "qwen3-8b": dict(
         hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, vocab_size=151936
     ),

@@ -22,12 +22,12 @@ import torch
 from everlearn.engine.adapter import TrainingAdapter
 from everlearn.engine.packing import Piece, choose, cut
 from everlearn.engine.protocol import ForwardBackward
-from everlearn.errors import EverlearnError, InvalidRequest
+from everlearn.errors import EverlearnError, InvalidRequest, TooLarge
 from everlearn.losses.metrics import request_metrics
 from everlearn.losses.table import LOSSES, Loss, pack_inputs
 from everlearn.models.attention import PackedBatch, running
 from everlearn.models.load import BaseModel
-from everlearn.models.lora import Segment
+from everlearn.models.lora import AdapterWeights, Segment
 from everlearn.types import Array, Datum, ForwardBackwardResult
 
 # The input that multiplies a token's whole loss: where it is 0 the token has no gradient, and the head does half of the work.
@@ -59,6 +59,10 @@ class Job:
     @property
     def finished(self) -> bool:
         return self.error is not None or not self.pieces
+
+    def weights(self) -> AdapterWeights:
+        """The adapter's weights, with the gradient buffer of this job where it trains."""
+        return self.adapter.weights if self.grad is None else self.adapter.training_weights(self.grad)
 
 
 @dataclass(eq=False)
@@ -138,7 +142,7 @@ class Trainer:
 
     def _run(self, jobs: Iterable[Job], forward_only: bool) -> None:
         parts, tokens, positions, lengths = self._assemble(jobs)
-        segments = [Segment(p.job.adapter.training_weights(p.job.grad) if p.job.grad is not None else p.job.adapter.weights, p.start, p.stop) for p in parts]
+        segments = [Segment(p.job.weights(), p.start, p.stop) for p in parts]
         try:
             batch = PackedBatch(lengths, segments)
             targets = torch.cat([p.targets for p in parts])
@@ -151,7 +155,7 @@ class Trainer:
             self._collect(parts, logprobs)
         except torch.OutOfMemoryError as error:
             for part in parts:
-                part.job.error = EverlearnError(f"out of memory on {tokens.shape[0]} tokens: {error}; send shorter datums", code="too_large")
+                part.job.error = TooLarge(f"out of memory on {tokens.shape[0]} tokens: {error}; send shorter datums", param="data")
         self.trained_tokens += tokens.shape[0]
 
     def _backward(
@@ -215,8 +219,9 @@ class Trainer:
             part.job.loss_sums.append(value)
             if not np.isfinite(value):
                 part.job.error = InvalidRequest(
-                    f"the loss {part.job.command.loss_fn!r} of datums {list(part.piece.datums)} is {value}; nothing was added to the gradient. "
-                    "Check weights, advantages and log-probabilities for values that are huge, and the learning rate for divergence",
+                    f"the loss {part.job.command.loss_fn!r} of datums {list(part.piece.datums)} is {value}; "
+                    "nothing was added to the gradient. Check weights, advantages and "
+                    "log-probabilities for values that are huge, and the learning rate for divergence",
                     param="data",
                 )
 

@@ -73,7 +73,8 @@ class BaseModel:
             shapes[HEAD] = (self.hidden_size, self.vocab_size)
         if not shapes:
             raise InvalidRequest(
-                "the LoRA config trains nothing: train_attn, train_mlp and train_unembed are all false; set one of them", param="lora_config"
+                "the LoRA config trains nothing: train_attn, train_mlp and train_unembed are all false; set one of them",
+                param="lora_config",
             )
         return shapes
 
@@ -119,6 +120,8 @@ def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
     """Resolves the settings `engine.device` and `engine.dtype`: float32 on CPU, bfloat16 on GPU unless told otherwise."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise InvalidRequest(f"engine.device is {device!r}, but torch sees no CUDA device; set it to 'cpu' or 'auto'", param="engine.device")
+        raise InvalidRequest(
+            f"engine.device is {device!r}, but torch sees no CUDA device; set it to 'cpu' or 'auto'", param="engine.device"
+        )
     chosen = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(dtype)
     return torch.device(name), chosen or (torch.float32 if name == "cpu" else torch.bfloat16)
