@@ -6,6 +6,7 @@ refused by name otherwise: what we can't honour is never accepted and ignored.
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, TypeVar
 
 import msgspec
@@ -13,6 +14,8 @@ from fastapi import Request
 
 from everlearn.api.tinker.codec_json import ModelInput, TensorData
 from everlearn.errors import InvalidRequest, Unsupported
+
+BIG_BODY = 256 * 1024  # bytes; decoding more than this would hold up the event loop
 
 F = TypeVar("F", bound=msgspec.Struct)
 
@@ -236,7 +239,10 @@ class SearchSessions(Form):
 
 async def read(request: Request, form: type[F], *, strict: bool = True) -> F:
     """The request's JSON body as `form`. `strict` refuses unknown fields that are on."""
-    return parse(await request.body(), form, strict=strict)
+    body = await request.body()
+    if len(body) > BIG_BODY:
+        return await asyncio.to_thread(parse, body, form, strict=strict)
+    return parse(body, form, strict=strict)
 
 
 def parse(body: bytes, form: type[F], *, strict: bool = True) -> F:

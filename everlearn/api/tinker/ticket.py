@@ -6,13 +6,18 @@ place in the log like a result does; otherwise everything after it would wait fo
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+import msgspec
+from fastapi import Request
+
+from everlearn.api.auth import tenant
 from everlearn.api.dispatch import Loggable
-from everlearn.api.services import Services
-from everlearn.api.tinker import checks
+from everlearn.api.services import Services, services
+from everlearn.api.tinker import checks, forms
 from everlearn.errors import UserError
 from everlearn.store import runs
 from everlearn.store.log import Entry
@@ -53,6 +58,27 @@ class Ticket:
     async def submit(self, command: Loggable, meta: dict[str, Any]) -> dict[str, Any]:
         """Logs the command durably and answers with a future."""
         return future(await self.svc.dispatcher.submit(self.tenant, command, fingerprint=self.fingerprint, meta=meta))
+
+
+class Numbered(msgspec.Struct):
+    """What every training request has, whatever else is wrong with it."""
+
+    model_id: str
+    seq_id: int
+
+
+async def read(request: Request, form: type[forms.F], kind: str) -> forms.F:
+    """`forms.read` for training requests: one whose form is wrong has used up its number too."""
+    try:
+        return await forms.read(request, form)
+    except UserError as error:
+        body = await request.body()
+        with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError, UserError):
+            numbered = msgspec.json.decode(body, type=Numbered)
+            ticket = Ticket(services(request), tenant(request), kind, numbered.model_id, numbered.seq_id, checks.fingerprint(body))
+            async with ticket:
+                raise error
+        raise
 
 
 def future(entry: Entry) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from everlearn.api.services import Services, services
 from everlearn.api.tinker import checks, codec, codec_json, forms
 from everlearn.api.tinker.codec import ForwardBackwardCall
 from everlearn.api.tinker.recordings import attach_recordings
-from everlearn.api.tinker.ticket import Ticket, future
+from everlearn.api.tinker.ticket import Ticket, future, read
 from everlearn.engine import protocol
 from everlearn.errors import InvalidRequest
 from everlearn.losses import spec
@@ -24,7 +24,6 @@ from everlearn.types import BaseModelInfo
 
 router = APIRouter(prefix="/api/v1", tags=["tinker: training"])
 
-BIG_BODY = 256 * 1024  # bytes; decoding more than this would hold up the event loop
 UNLOADED = "unload:"
 
 
@@ -91,7 +90,7 @@ async def forward(request: Request) -> dict[str, Any]:
 
 
 async def forward_backward_json(request: Request, body: bytes, *, forward_only: bool) -> dict[str, Any]:
-    form = await aside(body, forms.parse, body, codec_json.ForwardBackwardForm)
+    form = await read(request, codec_json.ForwardBackwardForm, "forward_backward")
     max_bytes = services(request).settings.api.max_body_bytes
     ticket = open_ticket(request, form.model_id, form.seq_id, body + (b"\0forward" if forward_only else b""))
     return await submit_batch(ticket, body, lambda: codec_json.forward_backward_call(form, forward_only=forward_only, max_bytes=max_bytes))
@@ -128,12 +127,12 @@ async def submit_batch(ticket: Ticket, body: bytes, decode: Callable[[], Forward
 
 async def aside(body: bytes, function: Callable[..., Any], *args: Any) -> Any:
     """`function(*args)`, in a thread where the request is large."""
-    return await asyncio.to_thread(function, *args) if len(body) > BIG_BODY else function(*args)
+    return await asyncio.to_thread(function, *args) if len(body) > forms.BIG_BODY else function(*args)
 
 
 @router.post("/optim_step")
 async def optim_step(request: Request) -> dict[str, Any]:
-    form = await forms.read(request, forms.OptimStep)
+    form = await read(request, forms.OptimStep, "optim_step")
     ticket = Ticket(services(request), tenant(request), "optim_step", form.model_id, form.seq_id, checks.fingerprint(form))
     async with ticket:
         adam = checks.adam(form)
