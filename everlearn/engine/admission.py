@@ -39,7 +39,8 @@ def _check_targets(command: Sample, num_rows: int, vocab: int) -> None:
     targets = command.target_prompt_logprobs.numpy()
     if targets.ndim != 2 or targets.shape[0] != num_rows:
         raise InvalidRequest(
-            f"target_prompt_logprobs has shape {list(targets.shape)}; it must be [{num_rows}, K], a row for each prompt token but the 1st",
+            f"target_prompt_logprobs has shape {list(targets.shape)}; it must be [{num_rows}, K], "
+            "a row for each prompt token after the first",
             param="target_prompt_logprobs",
         )
     if targets.size and not -1 <= targets.min() <= targets.max() < vocab:
