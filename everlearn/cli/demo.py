@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 import time
 import webbrowser
@@ -108,8 +109,13 @@ def _show(console: Console, outcome: Outcome, seconds: dict[str, float], report:
 
         console.result({"scores": msgspec.to_builtins(outcome.scores), "seconds": seconds, "adapter": outcome.path, "report": str(report)})
         return
+    width = shutil.get_terminal_size((120, 0)).columns // 3 - 2
     questions = [
-        {"question": row.question, "before": _short(row.before, row.right_before), "after": _short(row.after, row.right_after)}
+        {
+            "question": _short(row.question, width),
+            "before": _short(f"{'+' if row.right_before else '-'} {row.before}", width),
+            "after": _short(f"{'+' if row.right_after else '-'} {row.after}", width),
+        }
         for row in outcome.rows
         if row.section == "taught"
     ]
@@ -123,6 +129,6 @@ def _show(console: Console, outcome: Outcome, seconds: dict[str, float], report:
     console.result({"report": report, "adapter": outcome.path, "seconds": seconds["total"]})
 
 
-def _short(answer: str, right: bool, width: int = 44) -> str:
-    text = " ".join(answer.split())
-    return f"{'+' if right else '-'} {text if len(text) <= width else text[: width - 1] + '…'}"
+def _short(text: str, width: int) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 1] + "…"

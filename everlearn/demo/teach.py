@@ -28,7 +28,7 @@ END = "<|im_end|>"
 
 
 class Recipe(msgspec.Struct, frozen=True):
-    """What was found to teach 20 facts to 135 M parameters in two minutes of CPU.
+    """What teaches 20 facts to 135 M parameters with some twenty thousand training tokens.
 
     The output head stays frozen: a LoRA on 49,152 rows costs more than it gives here. `rehearsed` examples of what the untrained
     model says to general questions ride in every batch: they hold its other knowledge in place.
@@ -36,7 +36,7 @@ class Recipe(msgspec.Struct, frozen=True):
 
     rank: int = 16
     learning_rate: float = 2e-3
-    epochs: int = 6
+    epochs: int = 8
     batch: int = 20
     rehearsed: int = 8
     seed: int = 0
@@ -101,7 +101,7 @@ def ask(
 def rehearse(sampler: Any, tokenizer: Tokenizer, questions: Sequence[str], on_answer: Callable[[], None] = lambda: None) -> list[Example]:
     """What the untrained model would say, token by token, as distributions. They needn't be right: they only have to be its own.
 
-    Training on distributions leaves an unchanged model unchanged (the gradient is zero where it still agrees); training on the
+    Training on distributions leaves an unchanged model unchanged (the gradient all but vanishes where it still agrees); training on the
     answers themselves would make it surer of them than it was, and that harms its other answers.
     """
     answers = ask(sampler, tokenizer, questions, on_answer, ALTERNATIVES)
