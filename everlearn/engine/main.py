@@ -95,6 +95,9 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(threads)
+    from everlearn.models.imports import import_lean
+
+    import_lean()
     from everlearn.engine.engine import Engine  # after set_num_threads: its import starts torch's pools
 
     mailbox = Mailbox(sys.argv[1])
