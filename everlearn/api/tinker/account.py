@@ -141,15 +141,28 @@ async def search_sessions(request: Request) -> dict[str, Any]:
 
 def _search(conn: Connection, owner: str, form: forms.SearchSessions) -> dict[str, Any]:
     found, _ = runs.list_sessions(conn, owner, 2**31 - 1)
-    found = sorted((item for item in found if _matches(item, form)), key=lambda item: (item.created_at, item.session_id), reverse=True)
+    found = sorted((item for item in found if _matches(item, form)), key=_place, reverse=True)
     if form.cursor is not None:
-        after = (datetime.fromisoformat(form.cursor.last_created_at).timestamp(), form.cursor.last_session_id)
-        found = [item for item in found if (item.created_at, item.session_id) < after]
+        after = (_moment(form.cursor.last_created_at), form.cursor.last_session_id)
+        found = [item for item in found if _place(item) < after]
     page = found[: form.limit]
     following = None
     if len(found) > len(page):
         following = {"last_created_at": iso(page[-1].created_at), "last_session_id": page[-1].session_id}
     return {"sessions": [_summary(conn, owner, item) for item in page], "next_cursor": following}
+
+
+def _place(session: runs.Session) -> tuple[datetime, str]:
+    """Where it stands in the order, to the microsecond that a cursor can carry."""
+    return datetime.fromtimestamp(session.created_at, UTC), session.session_id
+
+
+def _moment(text: str) -> datetime:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise InvalidRequest(f"cursor.last_created_at {text[:60]!r} is no time; pass next_cursor back unchanged", param="cursor") from None
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def _matches(session: runs.Session, form: forms.SearchSessions) -> bool:
