@@ -36,9 +36,9 @@ class Recipe(msgspec.Struct, frozen=True):
 
     rank: int = 16
     learning_rate: float = 2e-3
-    epochs: int = 8
+    epochs: int = 7
     batch: int = 20
-    rehearsed: int = 8
+    rehearsed: int = 12
     seed: int = 0
 
 

@@ -35,7 +35,7 @@ def check_rise(rows: Metrics) -> None:
     rewards, formats = [row[REWARD] for row in rows], [row["env/all/format"] for row in rows]
     assert len(rewards) == 20, rewards
     assert mean(rewards[-10:]) > rewards[0] + 0.02, rewards
-    assert formats[0] < 0.8 and mean(formats[-10:]) > 0.95, formats
+    assert formats[0] < 0.8 and mean(formats[-10:]) > 0.85, formats
     # On policy, sampler and trainer must give the same log-probability to every sampled token.
     assert max(row[DRIFT] for row in rows if DRIFT in row) < 1e-9
 
