@@ -7,6 +7,7 @@ and the snapshots that this thread hands to the writer rebuild it after a crash.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import torch
 from everlearn.config import Settings
 from everlearn.engine import persist
 from everlearn.engine.adapter import TrainingAdapter
+from everlearn.engine.faults import as_error
 from everlearn.engine.protocol import (
     AnyCommand,
     AnyEvent,
@@ -29,6 +31,7 @@ from everlearn.engine.protocol import (
     OptimStep,
     Publish,
     Restore,
+    RestoreFailed,
     Sample,
     Save,
     Shutdown,
@@ -39,12 +42,13 @@ from everlearn.engine.protocol import (
 from everlearn.engine.sampler import Sampler
 from everlearn.engine.scheduler import SAMPLE, TRAIN, Scheduler
 from everlearn.engine.trainer import Job, Trainer
-from everlearn.errors import EverlearnError, InternalError, NotFound
+from everlearn.errors import InternalError, NotFound
 from everlearn.models.bank import Bank
 from everlearn.models.catalog import Catalog
 from everlearn.models.load import BaseModel, load_base, pick_device
 from everlearn.types import DoneResult, LoraSpec, OptimStepResult, Result, SavedResult
 
+log = logging.getLogger(__name__)
 QUEUED = ForwardBackward | OptimStep | Save | Publish | Load | TakeSnapshot
 CPU_MICRO_BATCH, GPU_MICRO_BATCH = 512, 8192
 RECENT_SECONDS = 2.0
@@ -120,9 +124,7 @@ class Engine:
                 self._add_run(command.model_id, command.tenant, command.base, command.lora)
                 self._complete(command.request_id, DoneResult())
             case Restore():
-                run = self._add_run(command.model_id, command.tenant, command.base, command.lora)
-                persist.restore(run.adapter, Path(command.folder), optimizer=True)
-                run.adapter.seq = int(persist.read_manifest(Path(command.folder))["seq"])
+                self._restore(command)
             case Unload():
                 self.runs.pop(command.model_id, None)
             case Shutdown():
@@ -131,7 +133,7 @@ class Engine:
                 run = self._add_run(command.model_id, command.tenant, command.base, command.lora)
                 try:
                     self._load(run, command)
-                except EverlearnError:
+                except Exception:
                     del self.runs[command.model_id]
                     raise
             case _:
@@ -150,6 +152,16 @@ class Engine:
         adapter = TrainingAdapter(model_id, tenant, served.base.info.name, lora, shapes, self.device, self.dtype)
         self.runs[model_id] = Run(adapter)
         return self.runs[model_id]
+
+    def _restore(self, command: Restore) -> None:
+        """Whole or not at all: what follows must never be applied to an adapter that only looks like the restored one."""
+        try:
+            run = self._add_run(command.model_id, command.tenant, command.base, command.lora)
+            persist.restore(run.adapter, Path(command.folder), optimizer=True)
+            run.adapter.seq = int(persist.read_manifest(Path(command.folder))["seq"])
+        except Exception as error:
+            self.runs.pop(command.model_id, None)
+            self.emit(RestoreFailed(command.model_id, f"{type(error).__name__}: {error}"))
 
     def _advance(self, run: Run) -> None:
         """Works off the run's queue up to the next forward_backward, which goes to the trainer."""
@@ -212,10 +224,10 @@ class Engine:
     def _snapshot(self, run: Run) -> None:
         if run.snapshot_running:
             return
+        adapter = run.adapter
+        seq, state = adapter.seq, persist.State(adapter, optimizer=True, gradient=True)
         run.snapshot_running = True
         run.steps_since_snapshot, run.seconds_since_snapshot = 0, 0.0
-        adapter = run.adapter
-        seq = adapter.seq
         folder = self.settings.home / "snapshots" / adapter.model_id.replace(":", "_") / f"{seq:012d}"
 
         def report(size: int, digest: str, seconds: float, error: Exception | None) -> None:
@@ -223,14 +235,14 @@ class Engine:
             if error is None:
                 self.emit(Snapshotted(adapter.model_id, seq, str(folder), size))
             else:
-                self._fail("", error)
+                log.warning("snapshot %s can't be written: %s", folder, error)  # the log holds what it would have covered
 
-        self.writer.write(persist.State(adapter, optimizer=True, gradient=True), folder, report)
+        self.writer.write(state, folder, report)
 
     def _write(self, state: persist.State, folder: str, request_id: str, on_disk: Callable[[], None] = lambda: None) -> None:
         def report(size: int, digest: str, seconds: float, error: Exception | None) -> None:
+            on_disk()  # or it never will be: then nobody is told of it, and it may leave memory as well
             if error is None:
-                on_disk()
                 self._complete(request_id, SavedResult(size, digest))
             else:
                 self._fail(request_id, error)
@@ -255,7 +267,7 @@ class Engine:
         if side == TRAIN:
             for served in training:
                 for job in served.trainer.run_slice():
-                    self._finish(served, job)
+                    self._finish(job)
         else:
             with torch.inference_mode():
                 for served in sampling:
@@ -273,15 +285,14 @@ class Engine:
         recent = [run for run in self.runs.values() if now - run.last_job < RECENT_SECONDS]
         if len(jobs) != 1 or jobs[0].seconds > 0 or len(recent) < 2:
             return 0.0
-        started = max(run.last_job for run in recent if run.job is jobs[0])
-        return max(0.0, self.settings.engine.batch_window_ms / 1000 - (now - started))
+        return max(0.0, self.settings.engine.batch_window_ms / 1000 - (now - jobs[0].started))
 
-    def _finish(self, served: Served, job: Job) -> None:
+    def _finish(self, job: Job) -> None:
         run = self.runs.get(job.adapter.model_id)
-        if job.error is not None:
-            self._fail(job.command.request_id, job.error)
+        if job.result is None:
+            self._fail(job.command.request_id, job.error or InternalError("it has no result"))
         else:
-            self._complete(job.command.request_id, served.trainer.result(job))
+            self._complete(job.command.request_id, job.result)
         if run is not None and run.job is job:
             run.job = None
             run.last_job = time.monotonic()
@@ -295,11 +306,8 @@ class Engine:
         self.emit(Completed(request_id, result))
 
     def _fail(self, request_id: str, error: Exception) -> None:
-        if not isinstance(error, EverlearnError):
-            error = InternalError(f"{type(error).__name__}: {error}")
-        self.emit(Failed(request_id, error.code, error.message, error.param))
+        answer = as_error(error, "in the engine")
+        self.emit(Failed(request_id, answer.code, answer.message, answer.param))
 
     def close(self) -> None:
         self.writer.close()
-
-

@@ -15,13 +15,14 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 import zmq
 
 from everlearn.config import Settings
 from everlearn.engine import protocol
-from everlearn.engine.protocol import AnyCommand, AnyEvent, Heartbeat, Ready, Shutdown
+from everlearn.engine.protocol import AnyCommand, AnyEvent, Failed, Heartbeat, Ready, RestoreFailed, Shutdown
 
 if TYPE_CHECKING:
     from everlearn.engine.engine import Engine
@@ -77,10 +78,22 @@ class Mailbox:
                     while True:
                         self.wake_in.recv(zmq.DONTWAIT)
             if socket in ready:
-                self.inbox.put(protocol.decode_command(socket.recv()))
+                self._take(socket.recv())
             while not self.outbox.empty():
                 socket.send(protocol.encode(self.outbox.get()))
         socket.close()
+
+    def _take(self, message: bytes) -> None:
+        """A command that can't be read (logged by another version of everlearn) fails; the thread lives for all others."""
+        try:
+            self.inbox.put(protocol.decode_command(message))
+        except msgspec.MsgspecError as error:
+            fields = msgspec.msgpack.decode(message, type=dict[str, Any])
+            text = f"the engine can't read this {fields.get('op')} command: {error}"
+            if fields.get("op") == "restore":
+                self.outbox.put(RestoreFailed(fields.get("model_id", ""), text))
+            else:
+                self.outbox.put(Failed(fields.get("request_id", ""), "internal", text))
 
 
 def main() -> None:

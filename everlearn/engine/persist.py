@@ -26,6 +26,7 @@ from everlearn.types import LoraSpec
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 FORMAT = "everlearn-adapter-1"
+WAITING = 8  # copies of adapters that may wait for the disk
 Report = Callable[[int, str, float, Exception | None], None]  # bytes, sha256, seconds, error
 
 
@@ -82,27 +83,29 @@ def restore(adapter: TrainingAdapter, folder: Path, optimizer: bool) -> None:
     path = folder / WEIGHTS_FILE
     if not path.exists():
         raise NotFound(f"{folder} holds no {WEIGHTS_FILE}; it is not a checkpoint of weights", param="path")
-    _fill(adapter, adapter.params, load_file(path), "lora", folder)
+    weights = _fitting(adapter, load_file(path), "lora", folder)
+    extra = load_file(folder / OPTIMIZER_FILE) if optimizer and (folder / OPTIMIZER_FILE).exists() else {}
+    kinds = {name.rsplit(".", 1)[1][:-2] for name in extra if "." in name}
+    state = {kind: _fitting(adapter, extra, kind, folder) for kind in ("exp_avg", "exp_avg_sq", "grad") if kind in kinds}
+    # All of it was read and fits; only now does the adapter change.
+    _fill(adapter, adapter.params, weights, "lora")
     adapter.clear_gradient()
     adapter.reset_moments()
-    adapter.step = 0
-    if optimizer and (folder / OPTIMIZER_FILE).exists():
-        extra = load_file(folder / OPTIMIZER_FILE)
-        kinds = {name.rsplit(".", 1)[1][:-2] for name in extra if "." in name}
-        adapter.step = int(manifest["step"])
-        if "exp_avg" in kinds:
-            moments = torch.zeros_like(adapter.params), torch.zeros_like(adapter.params)
-            _fill(adapter, moments[0], extra, "exp_avg", folder)
-            _fill(adapter, moments[1], extra, "exp_avg_sq", folder)
-            adapter.set_moments(*moments, step=adapter.step)
-        if "grad" in kinds:
-            _fill(adapter, adapter.grad, extra, "grad", folder)
-            adapter.has_grad = True
+    adapter.step = int(manifest["step"]) if extra else 0
+    if "exp_avg" in state:
+        moments = torch.zeros_like(adapter.params), torch.zeros_like(adapter.params)
+        _fill(adapter, moments[0], state["exp_avg"], "exp_avg")
+        _fill(adapter, moments[1], state["exp_avg_sq"], "exp_avg_sq")
+        adapter.set_moments(*moments, step=adapter.step)
+    if "grad" in state:
+        _fill(adapter, adapter.grad, state["grad"], "grad")
+        adapter.has_grad = True
     adapter.refresh()
 
 
-def _fill(adapter: TrainingAdapter, flat: torch.Tensor, tensors: dict[str, torch.Tensor], kind: str, folder: Path) -> None:
-    targets = _named_views(split(flat, adapter.shapes, adapter.lora.rank), kind)
+def _fitting(adapter: TrainingAdapter, tensors: dict[str, torch.Tensor], kind: str, folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of one kind, if they are the adapter's in name and shape."""
+    targets = _named_views(split(adapter.params, adapter.shapes, adapter.lora.rank), kind)
     given = {name for name in tensors if name.rsplit(".", 1)[-1] in (f"{kind}_A", f"{kind}_B")}
     if given != set(targets):
         odd = sorted(given ^ set(targets))[0]
@@ -118,7 +121,11 @@ def _fill(adapter: TrainingAdapter, flat: torch.Tensor, tensors: dict[str, torch
                 "ranks must agree",
                 param="path",
             )
-    for name, target in targets.items():
+    return {name: tensors[name] for name in targets}
+
+
+def _fill(adapter: TrainingAdapter, flat: torch.Tensor, tensors: dict[str, torch.Tensor], kind: str) -> None:
+    for name, target in _named_views(split(flat, adapter.shapes, adapter.lora.rank), kind).items():
         target.copy_(tensors[name])
 
 
@@ -133,10 +140,13 @@ def lora_of(folder: Path) -> LoraSpec:
 
 
 class Writer:
-    """One thread that writes folders in order. `rate` (bytes a second) is measured, and read by the snapshot policy."""
+    """One thread that writes folders in order. `rate` (bytes a second) is measured, and read by the snapshot policy.
+
+    Copies that wait for the disk are bounded: past WAITING of them `write` waits too.
+    """
 
     def __init__(self) -> None:
-        self.jobs: queue.SimpleQueue[tuple[State, Path, Report] | None] = queue.SimpleQueue()
+        self.jobs: queue.Queue[tuple[State, Path, Report] | None] = queue.Queue(WAITING)
         self.rate = 100e6
         self.thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self.thread.start()

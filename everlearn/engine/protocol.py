@@ -174,6 +174,13 @@ class Snapshotted(Event, tag="snapshotted"):
     bytes: int
 
 
+class RestoreFailed(Event, tag="restore_failed"):
+    """`Restore` of `model_id` failed: the engine does not hold the run, and commands for it fail."""
+
+    model_id: str
+    message: str
+
+
 class Heartbeat(Event, tag="heartbeat"):
     """Sent at least once a second, also while a batch runs (from a thread that owns nothing)."""
 
@@ -193,7 +200,7 @@ class Heartbeat(Event, tag="heartbeat"):
     rss_bytes: int
 
 
-AnyEvent = Ready | Completed | Failed | Snapshotted | Heartbeat
+AnyEvent = Ready | Completed | Failed | Snapshotted | RestoreFailed | Heartbeat
 
 encode = msgspec.msgpack.Encoder().encode
 decode_command = msgspec.msgpack.Decoder(AnyCommand).decode

@@ -20,9 +20,10 @@ import numpy as np
 import torch
 
 from everlearn.engine.adapter import TrainingAdapter
+from everlearn.engine.faults import as_error
 from everlearn.engine.packing import Piece, choose, cut
 from everlearn.engine.protocol import ForwardBackward
-from everlearn.errors import EverlearnError, InvalidRequest, TooLarge
+from everlearn.errors import EverlearnError, InvalidRequest
 from everlearn.losses.metrics import request_metrics
 from everlearn.losses.table import LOSSES, Loss, pack_inputs
 from everlearn.models.attention import PackedBatch, running
@@ -49,12 +50,24 @@ class Job:
     adapter: TrainingAdapter
     loss: Loss
     config: dict[str, float]
-    pieces: deque[Piece]
+    plan: list[Piece]
     grad: torch.Tensor | None
-    logprobs: list[torch.Tensor | None]
+    pieces: deque[Piece] = field(default_factory=deque)
+    logprobs: list[torch.Tensor | None] = field(default_factory=list)
     loss_sums: list[float] = field(default_factory=list)
+    alone: bool = False  # shares no row any more
+    started: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
     error: EverlearnError | None = None
+    result: ForwardBackwardResult | None = None
+
+    def begin(self) -> Job:
+        """Nothing of it has run (any more)."""
+        self.pieces, self.loss_sums = deque(self.plan), []
+        self.logprobs = [None] * len(self.command.data)
+        if self.grad is not None:
+            self.grad.zero_()
+        return self
 
     @property
     def finished(self) -> bool:
@@ -106,9 +119,8 @@ class Trainer:
         grad = None
         if not command.forward_only:
             grad = torch.zeros_like(adapter.grad) if adapter.has_grad else adapter.grad
-        pieces = deque(cut(lengths, widths, self.budget))
-        job = Job(command, adapter, loss, {**loss.spec.defaults, **command.config}, pieces, grad, [None] * len(lengths))
-        self.jobs.append(job)
+        job = Job(command, adapter, loss, {**loss.spec.defaults, **command.config}, cut(lengths, widths, self.budget), grad)
+        self.jobs.append(job.begin())
         return job
 
     def has_work(self) -> bool:
@@ -116,8 +128,10 @@ class Trainer:
 
     def run_slice(self) -> list[Job]:
         """Runs one row; returns the jobs that it finished (or broke)."""
-        mode = self.jobs[self.turn % len(self.jobs)].command.forward_only
-        heads = [job.pieces[0] if job.pieces and job.command.forward_only == mode else None for job in self.jobs]
+        first = self.jobs[self.turn % len(self.jobs)]
+        mode = first.command.forward_only
+        fits = [job is first or (not (first.alone or job.alone) and job.command.forward_only == mode) for job in self.jobs]
+        heads = [job.pieces[0] if job.pieces and fit else None for job, fit in zip(self.jobs, fits, strict=True)]
         chosen = [self.jobs[i] for i in choose(heads, self.budget, self.turn % len(self.jobs))]
         self.turn += 1
         started = time.perf_counter()
@@ -134,28 +148,37 @@ class Trainer:
     def result(self, job: Job) -> ForwardBackwardResult:
         """Outputs in the order of the request's datums."""
         logprobs = [own.cpu() for own in job.logprobs if own is not None]
-        outputs = [{"logprobs": Array.of(own.numpy().astype(np.float32, copy=False))} for own in logprobs]
+        shapes = [datum.inputs["target_tokens"].shape for datum in job.command.data]
+        outputs = [{"logprobs": Array.of(own.numpy().reshape(shape))} for own, shape in zip(logprobs, shapes, strict=True)]
         metrics = {"loss:sum": float(np.sum(np.asarray(job.loss_sums, dtype=np.float64)))}
         return ForwardBackwardResult(outputs, metrics | request_metrics(job.loss, job.command.data, logprobs, job.config))
 
     # --- one row ---
 
-    def _run(self, jobs: Iterable[Job], forward_only: bool) -> None:
+    def _run(self, jobs: list[Job], forward_only: bool) -> None:
+        """A row that breaks says nothing of whose fault it was: its jobs begin again, each alone; what breaks alone has failed."""
+        try:
+            self._row(jobs, forward_only)
+        except Exception as error:
+            reason = as_error(error, f"in a row of {self.budget} tokens", param="data")
+            for job in jobs:
+                if job.alone or len(jobs) == 1:
+                    job.error = reason
+                else:
+                    job.begin().alone = True
+
+    def _row(self, jobs: list[Job], forward_only: bool) -> None:
         parts, tokens, positions, lengths = self._assemble(jobs)
         segments = [Segment(p.job.weights(), p.start, p.stop) for p in parts]
-        try:
-            batch = PackedBatch(lengths, segments)
-            targets = torch.cat([p.targets for p in parts])
-            if forward_only:
-                with torch.no_grad():
-                    hidden = self.base.hidden(tokens, positions, batch)
-                logprobs = self.base.head.logprobs(hidden, targets, segments)
-            else:
-                logprobs = self._backward(parts, tokens, positions, targets, batch)
-            self._collect(parts, logprobs)
-        except torch.OutOfMemoryError as error:
-            for part in parts:
-                part.job.error = TooLarge(f"out of memory on {tokens.shape[0]} tokens: {error}; send shorter datums", param="data")
+        batch = PackedBatch(lengths, segments)
+        targets = torch.cat([p.targets for p in parts])
+        if forward_only:
+            with torch.no_grad():
+                hidden = self.base.hidden(tokens, positions, batch)
+            logprobs = self.base.head.logprobs(hidden, targets, segments)
+        else:
+            logprobs = self._backward(parts, tokens, positions, targets, batch)
+        self._collect(parts, logprobs)
         self.trained_tokens += tokens.shape[0]
 
     def _backward(
@@ -226,12 +249,17 @@ class Trainer:
                 )
 
     def _settle(self, job: Job) -> None:
-        """Commits the job's gradient, or takes it back."""
+        """Commits the job's gradient, or takes it back. A job whose result can't be made has no effect either."""
         adapter = job.adapter
+        if job.error is None and job.grad is not None and not bool(torch.isfinite(job.grad).all()):
+            job.error = InvalidRequest("the gradient is not finite; nothing was added to the adapter's gradient", param="data")
+        if job.error is None:
+            try:
+                job.result = self.result(job)
+            except Exception as error:
+                job.error = as_error(error, "while its result was made")
         if job.grad is None:
             return
-        if job.error is None and not bool(torch.isfinite(job.grad).all()):
-            job.error = InvalidRequest("the gradient is not finite; nothing was added to the adapter's gradient", param="data")
         if job.error is not None:
             if job.grad is adapter.grad:
                 adapter.clear_gradient()

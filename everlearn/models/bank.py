@@ -58,8 +58,7 @@ class Bank:
 
     def written(self, version: str) -> None:
         """The version's folder is complete on disk."""
-        self.on_disk.add(version)
-        self._drop_idle()
+        self.on_disk.add(version)  # called by the writer's thread: what may be dropped now is dropped by the device's next call
 
     def _drop_idle(self) -> None:
         for version in list(self.versions):
@@ -77,7 +76,5 @@ class Bank:
         tensors = load_file(path / WEIGHTS_FILE, device=str(self.device))
         paths = [name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")]
         # Copies: a tensor in a file's buffer is not aligned as an allocation is, and matrix products then round differently.
-        pairs = {
-            p: (tensors[f"{p}.lora_A"].to(self.dtype, copy=True), tensors[f"{p}.lora_B"].to(self.dtype, copy=True)) for p in paths
-        }
+        pairs = {p: (tensors[f"{p}.lora_A"].to(self.dtype, copy=True), tensors[f"{p}.lora_B"].to(self.dtype, copy=True)) for p in paths}
         return AdapterWeights(version, manifest["alpha"] / manifest["rank"], pairs)

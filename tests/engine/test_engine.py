@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import time
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,12 @@ from everlearn.engine.protocol import (
     OptimStep,
     Publish,
     Restore,
+    RestoreFailed,
     Sample,
     Save,
     Snapshotted,
     TakeSnapshot,
+    Unload,
 )
 from everlearn.types import AdamParams, Array, ForwardBackwardResult, LoraSpec, SampleResult, SamplingParams
 from tests.engine.harness import random_datums
@@ -152,3 +155,47 @@ def test_errors_name_the_run_and_leave_the_engine_alive(bench: Bench) -> None:
     base = bench.ask(Create("c", "ses:train:9", "t", "nonesuch", LORA), Failed)
     assert isinstance(base, Failed) and "nonesuch" in base.message
     assert bench.train("ses:train:0", 1, 1)
+
+
+def test_a_run_that_can_not_be_restored_is_not_in_the_engine(bench: Bench, tmp_path: Path) -> None:
+    """What follows a failed Restore must fail too, never train an adapter that began anew."""
+    run = "ses:train:0"
+    bench.train(run, 1, 1)
+    snapshot = bench.ask(TakeSnapshot(run), Snapshotted)
+    assert isinstance(snapshot, Snapshotted)
+    other = LoraSpec(rank=2, seed=3)
+    failed = bench.ask(Restore("ses:train:5", "t", "tiny", other, snapshot.folder), RestoreFailed)
+    assert isinstance(failed, RestoreFailed) and failed.model_id == "ses:train:5" and "rank" in failed.message
+    assert "ses:train:5" not in bench.engine.runs
+    after = bench.ask(OptimStep("o", "ses:train:5", 4, AdamParams()), Failed)
+    assert isinstance(after, Failed) and after.code == "not_found"
+
+
+def test_a_damaged_checkpoint_changes_nothing(bench: Bench) -> None:
+    run = "ses:train:0"
+    bench.train(run, 1, 2)
+    folder = bench.home / "ck"
+    bench.ask(Save("save", run, 5, str(folder), optimizer=True))
+    bench.train(run, 6, 1, seed=3)
+    before, moments = bench.params(run).clone(), bench.engine.runs[run].adapter.moments()
+    (folder / "optimizer.safetensors").write_bytes(b"not tensors")
+    bench.ask(Load("l", run, 8, "t", "tiny", LORA, str(folder), optimizer=True), Failed)
+    assert torch.equal(bench.params(run), before) and bench.engine.runs[run].adapter.moments() == moments
+    bench.ask(Load("m", "ses:train:7", 0, "t", "tiny", LORA, str(folder), optimizer=True, create=True), Failed)
+    assert "ses:train:7" not in bench.engine.runs
+
+
+def test_an_unloaded_run_whose_request_is_running_leaves_the_engine_alive(bench: Bench) -> None:
+    """Also while two others trained a moment ago, when the engine looks whether to wait for company."""
+    for i in (1, 2):
+        bench.ask(Create(f"c{i}", f"ses:train:{i}", "t", "tiny", LORA))
+        bench.train(f"ses:train:{i}", 1, 1)
+    bench.engine.accept(ForwardBackward("f", "ses:train:0", 1, random_datums(1, [9]), "cross_entropy", {}))
+    bench.engine.accept(Unload("ses:train:0"))
+    done = bench.ask(OptimStep("o", "ses:train:1", 3, AdamParams()))
+    assert isinstance(done, Completed)
+    trainer = bench.engine.served["tiny"].trainer
+    until = time.monotonic() + 20
+    while trainer.has_work() and time.monotonic() < until:
+        bench.engine.step()
+    assert not trainer.has_work()

@@ -1,0 +1,27 @@
+"""What an exception in the device thread means: whose request fails, or whether the process has to go.
+
+A request that fails alone is answered with its error. A device that is lost (a CUDA context after an illegal access) fails every
+request after it as well, so then the process ends: its successor has a new context, and the log gives it the same work again.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from everlearn.errors import EverlearnError, InternalError, TooLarge
+
+
+def device_is_lost(error: BaseException) -> bool:
+    """Whether nothing on this device will work any more."""
+    return isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
+
+
+def as_error(error: Exception, doing: str, param: str | None = None) -> EverlearnError:
+    """The answer to a request during which `error` was raised; raises it again where the device is lost."""
+    if isinstance(error, EverlearnError):
+        return error
+    if device_is_lost(error):
+        raise error
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return TooLarge(f"out of memory {doing}: {error}; send less at once", param=param)
+    return InternalError(f"{type(error).__name__} {doing}: {error}")
