@@ -16,6 +16,7 @@ import torch
 
 from everlearn.config import Settings
 from everlearn.engine.admission import admit
+from everlearn.engine.faults import as_error
 from everlearn.engine.kvcache import BlockPool, KVCache, num_blocks_for
 from everlearn.engine.logits import Draws, noise_keys, pick, top_logprobs
 from everlearn.engine.paged import Chunk, PagedBatch, segments_of
@@ -23,7 +24,7 @@ from everlearn.engine.protocol import Completed, Failed, Sample
 from everlearn.engine.scoring import LOGIT_ROWS, MISSING_LOGPROB
 from everlearn.engine.sequence import Request, Sequence
 from everlearn.engine.stops import StopStrings
-from everlearn.errors import EverlearnError, InternalError, InvalidRequest, TooLarge
+from everlearn.errors import EverlearnError, InvalidRequest, TooLarge
 from everlearn.models.bank import Bank
 from everlearn.models.load import BaseModel
 
@@ -85,9 +86,10 @@ class Sampler:
                     self._fail_largest(chunks, error)
                 except Exception as error:
                     # Nothing says whose fault it was; the engine and everything outside this step live on.
+                    reason = as_error(error, f"in a sampling step of {len(chunks)} sequences")
                     log.exception("a sampling step of %d sequences failed", len(chunks))
-                    for request in {id(c.sequence.request): c.sequence.request for c in chunks}.values():
-                        self._fail(request, InternalError(f"the sampling step failed: {type(error).__name__}: {error}"))
+                    for chunk in chunks:
+                        self._fail(chunk.sequence.request, reason)
         events, self.events = self.events, []
         return events
 
@@ -115,7 +117,7 @@ class Sampler:
             start, stop = sequence.computed, sequence.num_tokens
             if stop - start > 1:
                 stop = min(stop, start + budget)
-            if start == stop or not sequence.blocks or not self._reserve(sequence, stop):
+            if start >= stop or not sequence.blocks or not self._reserve(sequence, stop):
                 continue
             budget -= stop - start
             chunks.append(self._chunk(sequence, stop, coming))
@@ -152,8 +154,8 @@ class Sampler:
         if not request.admitted:
             try:
                 request.adapter = self.bank.acquire(request.command.version, request.command.folder)
-            except EverlearnError as error:
-                self._fail(request, error)
+            except Exception as error:
+                self._fail(request, as_error(error, "while its adapter was read"))
                 return False
             request.admitted = True
         return True
@@ -362,7 +364,10 @@ class Sampler:
         self._fail(request, InvalidRequest(f"{version}: the logits are not finite, its weights have diverged; sample an earlier version"))
 
     def _fail_largest(self, chunks: list[Chunk], error: Exception) -> None:
-        """Out of memory: the largest chunk is given up, the others run again in the next step."""
+        """Out of memory: the largest chunk is given up, the others run again in the next step. Some may have been computed to their
+        end without a token drawn from it; their last position is computed once more."""
         largest = max(chunks, key=lambda c: c.stop - c.start).sequence.request
+        for sequence in [s for chunk in chunks for s in chunk.sequence.request.sequences]:
+            sequence.computed = min(sequence.computed, sequence.num_tokens - 1)
         message = f"the device ran out of memory on this request: {error}; shorten the prompt or lower engine.prefill_tokens"
         self._fail(largest, TooLarge(message))

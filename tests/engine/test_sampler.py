@@ -55,7 +55,10 @@ def test_greedy_is_generate(base: BaseModel, plain: LlamaForCausalLM) -> None:
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0])
 def test_a_seed_gives_the_same_tokens_alone_and_in_a_crowd(base: BaseModel, temperature: float) -> None:
-    asked = [request(str(i), p, max_tokens=24, seed=1000 + i, temperature=temperature) for i, p in enumerate(prompts(2, [5 + i % 9 for i in range(32)]))]
+    asked = [
+        request(str(i), p, max_tokens=24, seed=1000 + i, temperature=temperature)
+        for i, p in enumerate(prompts(2, [5 + i % 9 for i in range(32)]))
+    ]
     crowd = run(make_sampler(base), *asked)
     for wanted in asked[::3]:
         assert tokens_of(one(make_sampler(base), wanted)) == tokens_of(crowd[wanted.request_id])
@@ -230,3 +233,30 @@ def test_many_random_requests_under_pressure(base: BaseModel) -> None:
         if isinstance(answer, SampleResult):
             expected = one(alone, wanted)
             assert [s.tokens for s in answer.sequences] == [s.tokens for s in expected.sequences]
+
+
+@pytest.mark.parametrize("call", [0, 1, 2])
+def test_out_of_memory_costs_one_request_and_leaves_no_other_stuck(base: BaseModel, monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    """The device runs out of memory between the computed row and its draws, when samples have just forked as well."""
+    wanted = [request("long", list(range(3, 40)), max_tokens=5), request("short", [5, 6, 7, 8, 9], max_tokens=5, num_samples=3)]
+    alone = run(make_sampler(base), wanted[1])["short"]
+    logits, calls = base.head.logits, iter(range(1000))
+
+    def failing(*args: object) -> torch.Tensor:
+        if next(calls) == call:
+            raise torch.OutOfMemoryError("injected")
+        return logits(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(base.head, "logits", failing)
+    answers = run(make_sampler(base), *wanted)
+    lost, kept = answers["long"], answers["short"]
+    assert isinstance(lost, Failed) and lost.code == "too_large"
+    assert [tokens_of(kept, i) for i in range(3)] == [tokens_of(alone, i) for i in range(3)]
+
+
+def test_more_running_sequences_than_prefill_tokens(base: BaseModel) -> None:
+    """Decoding alone may use up a small budget; a prompt in the making then waits, and nothing breaks."""
+    crowd = [request(f"r{i}", [3 + i] * 20, max_tokens=20) for i in range(24)]
+    alone = run(make_sampler(base), crowd[-1])["r23"]
+    answers = run(make_sampler(base, prefill_tokens=16, max_batch=24), *crowd)
+    assert tokens_of(answers["r23"]) == tokens_of(alone)
