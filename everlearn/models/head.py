@@ -19,6 +19,7 @@ from everlearn.models.lora import HEAD, Segment, add_low_rank
 # dloss/dlogprob [t, K] of some tokens, given their log-probabilities [t, K] and their places in the row [t].
 GradientOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 FEW_ROWS, FEW_ROWS_TILE = 32, 1024
+WIDE_FLOATS = 2**24  # rows of the head that are gathered at one time for targets [T, K], whatever K is: 64 MiB
 
 
 class Head:
@@ -158,11 +159,11 @@ class _Pass:
         g_TK = g_TK * self.head.logit_scale
         g_T1 = g_TK.sum(dim=1, keepdim=True)
         weight = self.head.weight
-        own_TD = torch.einsum("tk,tkd->td", g_TK, weight[self.targets].float()) if g_TK.shape[1] > 1 else g_T1 * weight[self.targets[:, 0]]
+        own_TD = _weighted_rows(g_TK, weight, self.targets) if g_TK.shape[1] > 1 else g_T1 * weight[self.targets[:, 0]]
         d_TD = own_TD - g_T1 / self.total * self.mean_TD
         if self.adapter is not None and self.mean_TR is not None:
             a_RD, b_VR = self.adapter.pairs[HEAD]
-            own_TR = torch.einsum("tk,tkr->tr", g_TK, b_VR[self.targets].float())
+            own_TR = _weighted_rows(g_TK, b_VR, self.targets)
             dlow_TR = (own_TR - g_T1 / self.total * self.mean_TR) * self.adapter.scale
             if self.adapter.grads is not None:
                 self._adapter_gradient(g_TK, dlow_TR)
@@ -182,5 +183,22 @@ class _Pass:
             z_TR = low * (g_T1 * (peak - self.log_total).exp())
             db_VR[start:stop].addmm_(weights.t(), z_TR, alpha=-1.0)
             start = stop
-        contributions = (g_TK.unsqueeze(2) * low.unsqueeze(1)).flatten(0, 1)
-        db_VR.index_add_(0, self.targets.flatten(), contributions)
+        for columns in _columns(self.targets, low.shape[1]):
+            contributions = (g_TK[:, columns].unsqueeze(2) * low.unsqueeze(1)).flatten(0, 1)
+            db_VR.index_add_(0, self.targets[:, columns].flatten(), contributions)
+
+
+def _weighted_rows(g_TK: torch.Tensor, table_VD: torch.Tensor, targets_TK: torch.Tensor) -> torch.Tensor:
+    """float32 [T, D]: sum_k g[t, k] · table[targets[t, k]]."""
+    first, *others = _columns(targets_TK, table_VD.shape[1])
+    out_TD = torch.einsum("tk,tkd->td", g_TK[:, first], table_VD[targets_TK[:, first]].float())
+    for columns in others:
+        out_TD += torch.einsum("tk,tkd->td", g_TK[:, columns], table_VD[targets_TK[:, columns]].float())
+    return out_TD
+
+
+def _columns(targets_TK: torch.Tensor, size: int) -> list[slice]:
+    """Cuts K so that T x columns x `size` floats stay within WIDE_FLOATS."""
+    num_tokens, width = targets_TK.shape
+    step = max(1, WIDE_FLOATS // (num_tokens * size))
+    return [slice(start, start + step) for start in range(0, width, step)]

@@ -10,8 +10,9 @@ import torch
 from everlearn.engine.protocol import ForwardBackward
 from everlearn.engine.trainer import Trainer
 from everlearn.errors import InvalidRequest
+from everlearn.models import head
 from everlearn.models.load import BaseModel
-from everlearn.types import AdamParams
+from everlearn.types import AdamParams, Array, Datum
 from tests.engine.harness import adapter, datum, forward_backward, load_tiny, random_datums
 
 
@@ -149,8 +150,10 @@ def test_policy_losses_have_the_gradient_of_autograd(base: BaseModel, loss_fn: s
     torch.testing.assert_close(who.grad, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_several_targets_a_position(base: BaseModel) -> None:
-    """[T, K] targets (distillation) are K cross entropies with their own weights."""
+@pytest.mark.parametrize("floats", [2**24, 600])
+def test_several_targets_a_position(base: BaseModel, monkeypatch: pytest.MonkeyPatch, floats: int) -> None:
+    """[T, K] targets (distillation) are K cross entropies with their own weights, however many are gathered at one time."""
+    monkeypatch.setattr(head, "WIDE_FLOATS", floats)
     rng = np.random.default_rng(0)
     tokens, targets, weights = rng.integers(3, 512, 8), rng.integers(3, 512, (8, 3)), rng.random((8, 3))
     wide, thin, trainer = with_random_b(adapter(base)), with_random_b(adapter(base)), Trainer(base, 64)
@@ -158,7 +161,9 @@ def test_several_targets_a_position(base: BaseModel) -> None:
     assert result.outputs[0]["logprobs"].shape == [8, 3]
     total = 0.0
     for k in range(3):
-        total += forward_backward(trainer, thin, [datum(tokens.tolist(), targets[:, k].tolist(), weights=weights[:, k])]).metrics["loss:sum"]
+        total += forward_backward(trainer, thin, [datum(tokens.tolist(), targets[:, k].tolist(), weights=weights[:, k])]).metrics[
+            "loss:sum"
+        ]
     assert result.metrics["loss:sum"] == pytest.approx(total, rel=1e-5)
     torch.testing.assert_close(wide.grad, thin.grad, rtol=1e-3, atol=1e-5)
 
@@ -208,3 +213,32 @@ def test_recomputed_activations_give_the_same_gradient(tiny_model: Path) -> None
     second = forward_backward(Trainer(again, 64), two, data)
     assert first.metrics == second.metrics
     assert torch.equal(one.grad, two.grad)
+
+
+def test_a_row_that_breaks_costs_only_the_request_that_breaks_it(base: BaseModel) -> None:
+    """A target outside of the vocabulary (the door lets none in) breaks the row; the neighbours run again, and equal themselves alone."""
+    data = [[datum([5, 6, 7], [6, 7, 5000], weights=[1, 1, 1])], random_datums(1, [9, 12, 7]), random_datums(2, [9, 12, 7])]
+    expected = []
+    for datums in data[1:]:
+        who = with_random_b(adapter(base))
+        forward_backward(Trainer(base, 20), who, datums)
+        expected.append(who.grad.clone())
+    trainer, adapters = Trainer(base, 60), [with_random_b(adapter(base, f"run{i}")) for i in range(3)]
+    commands = [ForwardBackward(f"r{i}", f"run{i}", 1, datums, "cross_entropy", {}) for i, datums in enumerate(data)]
+    jobs = [trainer.start(command, who) for command, who in zip(commands, adapters, strict=True)]
+    done = []
+    while trainer.has_work():
+        done += trainer.run_slice()
+    assert len(done) == 3 and jobs[0].error is not None and jobs[0].error.code == "internal"
+    assert not adapters[0].grad.any() and not adapters[0].has_grad
+    for job, who, grad in zip(jobs[1:], adapters[1:], expected, strict=True):
+        assert job.error is None and job.result is not None
+        assert torch.allclose(who.grad, grad, atol=1e-5)
+
+
+def test_outputs_have_the_shape_of_their_own_targets(base: BaseModel) -> None:
+    rng = np.random.default_rng(0)
+    flat = random_datums(1, [6])[0]
+    wide = Datum(flat.tokens, {"target_tokens": Array.of(rng.integers(3, 500, (6, 1))), "weights": Array.of(np.ones((6, 1), np.float32))})
+    result = forward_backward(Trainer(base, 64), adapter(base), [flat, wide])
+    assert [output["logprobs"].shape for output in result.outputs] == [[6], [6, 1]]
