@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from everlearn.errors import Unsupported
 from everlearn.models.lora import Segment, active_segments
 
 IMPLEMENTATION = "everlearn"
@@ -58,9 +59,13 @@ def everlearn_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' calling convention: [1, heads, T, D] in, [1, T, H, D] out."""
+    if softcap is not None or s_aux is not None:
+        raise Unsupported("this base model's attention has soft caps or sinks, which this version doesn't compute; choose another one")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     out_HTD = _active[-1].attend(module.layer_idx, query[0], key[0], value[0], scale)  # type: ignore[arg-type]
     return out_HTD.transpose(0, 1).unsqueeze(0), None

@@ -111,9 +111,27 @@ def load_base(info: BaseModelInfo, device: torch.device, dtype: torch.dtype) -> 
 
 def wrap(info: BaseModelInfo, model: nn.Module, device: torch.device, dtype: torch.dtype) -> BaseModel:
     """Freezes and hooks a model that is in memory already (benchmarks build random weights of real shapes this way)."""
+    refuse_what_the_hooks_miss(info, model)
     model.config._attn_implementation = attention.IMPLEMENTATION  # type: ignore[union-attr]
     model.eval().requires_grad_(False)
     return BaseModel(info, model, device, dtype)
+
+
+def refuse_what_the_hooks_miss(info: BaseModelInfo, model: nn.Module) -> None:
+    """Raises Unsupported for a model that would run and compute something else: our attention is full and causal, and our head is one
+    matrix. (A layer with a state of its own would also carry it from one tenant's sequence to the next in a packed row.)"""
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    kinds = set(getattr(config, "layer_types", None) or (["sliding_attention"] if window else []))
+    if window and window >= info.max_context:
+        kinds.discard("sliding_attention")
+    found = [f"layers of kind {kind}" for kind in sorted(kinds - {"full_attention"})]
+    found += [name for name in ("attn_logit_softcapping", "final_logit_softcapping") if getattr(config, name, None)]
+    found += [name for name in ("logit_scale", "logits_scaling") if getattr(config, name, None) not in (None, 1.0)]
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:  # type: ignore[operator]
+        found.append("a bias of the output layer")
+    if found:
+        raise Unsupported(f"base model {info.name!r} has {', '.join(found)}, which this version doesn't compute; choose another base model")
 
 
 def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
