@@ -56,6 +56,7 @@ class Dispatcher:
         self.on_snapshot: Callable[[], None] = lambda: None
         self._sent: dict[str, Feed | None] = {}  # in the engine, unanswered; the feed if it is a training command
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._listing: set[asyncio.Task[Any]] = set()  # snapshots on their way into the log
         self._stopped = asyncio.Event()
         engine.on_event, engine.on_up, engine.on_down = self._on_event, self._on_up, self._on_down
 
@@ -225,6 +226,7 @@ class Dispatcher:
         await asyncio.shield(
             self.ledger.finish(pending.entry, None, {"code": "cancelled", "message": "cancelled by the client", "param": None})
         )
+        self._let_go(request_id)
         return True
 
     async def revive(self, model_id: str) -> None:
@@ -242,14 +244,21 @@ class Dispatcher:
             return
         if feed.task is not None:
             feed.task.cancel()
-        feed.clear()
-        self.lost(feed.sent)
-        if self.engine.up and feed.generation == self.engine.generation:
-            self.engine.send(protocol.Unload(model_id))
+        self._drop(feed)
         for pending in self.ledger:  # none when it was merely idle
             if pending.entry.model_id == model_id and pending.entry.kind != "sample":
                 message = f"training run {model_id} was unloaded"
                 self.ledger.finish(pending.entry, None, {"code": "conflict", "message": message, "param": None})
+
+    def _drop(self, feed: Feed) -> None:
+        """The engine no longer holds this run, and nothing of it is on its way."""
+        if self.engine.up and feed.generation == self.engine.generation:
+            self.engine.send(protocol.Unload(feed.model_id))
+        request_ids = [*feed.sent, *(item.request_id for item in (*feed.backlog, *feed.queued.values()))]
+        self.lost(feed.sent)
+        feed.clear()
+        for request_id in request_ids:
+            self._let_go(request_id)
 
     # -- towards the engine ------------------------------------------------------------------------------------------------
 
@@ -283,7 +292,12 @@ class Dispatcher:
                 return
             if pending.entry.kind == "sample" and pending.generation != generation:
                 request_id = pending.entry.request_id
-                payload = await self.ledger.read(lambda conn, request_id=request_id: request_log.payload(conn, request_id))
+                try:
+                    payload = await self.ledger.read(lambda conn, request_id=request_id: request_log.payload(conn, request_id))
+                except Exception as error:  # the database is away for a moment
+                    log.warning("samples wait: %s", error)
+                    asyncio.get_running_loop().call_later(1.0, lambda: self._spawn(self._send_samples()))
+                    return
                 self._send_sample(pending, payload)
 
     def _on_up(self) -> None:
@@ -303,21 +317,23 @@ class Dispatcher:
             log.error("request %s is given up: the engine died %d times with it", culprit, self.quarantine.deaths[culprit] + 2)
             self.ledger.finish(pending.entry, None, error)
         elif feed is not None:
-            self._spawn(self.give_up_run(feed, f"request {culprit} can't be run again: {message}"))
-        self.quarantine.answered(culprit)
+            self.give_up_run(feed, f"request {culprit} can't be run again: {message}")
+        self.quarantine.release(culprit)
 
-    async def give_up_run(self, feed: Feed, problem: str) -> None:
-        """The run can't be rebuilt; its requests fail and it is marked, everything else goes on."""
+    def give_up_run(self, feed: Feed, problem: str) -> asyncio.Task[Any]:
+        """The run can't be rebuilt; its requests fail and it is marked, everything else goes on. The errors are on their way when
+        this returns, so no answer that the engine may still send for the run comes before them. A later request tries again."""
         log.error("run %s is lost: %s", feed.model_id, problem)
-        await self.ledger.write(lambda conn: runs.mark_corrupted(conn, feed.tenant, feed.model_id))
+        self._drop(feed)
         error = {
             "code": "internal",
             "message": f"run {feed.model_id} can't be restored ({problem}); load one of its checkpoints",
             "param": None,
         }
-        for pending in [p for p in self.ledger if p.entry.model_id == feed.model_id and p.entry.kind != "sample"]:
-            await self.ledger.finish(pending.entry, None, error)
-        feed.clear()
+        for pending in self.ledger:
+            if pending.entry.model_id == feed.model_id and pending.entry.kind != "sample":
+                self.ledger.finish(pending.entry, None, error)
+        return self._spawn(self.ledger.write(lambda conn: runs.mark_corrupted(conn, feed.tenant, feed.model_id)))
 
     # -- from the engine ---------------------------------------------------------------------------------------------------
 
@@ -327,19 +343,38 @@ class Dispatcher:
         elif isinstance(event, protocol.Failed):
             self._answered(event.request_id, None, {"code": event.code, "message": event.message, "param": event.param})
         elif isinstance(event, protocol.Snapshotted):
-            self._spawn(self._snapshotted(event))
+            task = self._spawn(self._snapshotted(event))
+            self._listing.add(task)
+            task.add_done_callback(self._listing.discard)
+        elif isinstance(event, protocol.RestoreFailed):
+            feed = self.feeds.get(event.model_id)
+            if feed is not None and feed.generation == self.engine.generation:
+                self.give_up_run(feed, event.message)
 
     def _answered(self, request_id: str, result: Result | None, error: dict[str, Any] | None) -> None:
         feed = self._sent.pop(request_id, None)
-        quarantined = self.quarantine.active
-        self.quarantine.answered(request_id)
         if feed is not None:
             feed.answered(request_id)
-        if quarantined:
-            self._on_up()  # whoever was held back may go now
+        self._let_go(request_id)
         pending = self.ledger.get(request_id)
-        if pending is not None and not pending.future.done():
-            self.ledger.finish(pending.entry, result, error)
+        if pending is None:
+            if feed is not None and error is not None:  # without this effect the adapter isn't what the log says
+                self.give_up_run(feed, f"request {request_id} succeeded before and fails in the replay: {error['message']}")
+        elif not pending.future.done():
+            written = self.ledger.finish(pending.entry, result, error)
+            if error is not None and pending.entry.seq == 0 and feed is not None:  # never came to be: nobody behind it is answered else
+                written.add_done_callback(lambda _: self._spawn(self.forget(feed.model_id)))
+
+    def _let_go(self, request_id: str) -> None:
+        """A request that isn't in the engine (any more) holds nobody back."""
+        if request_id not in self._sent and self.quarantine.release(request_id):
+            self._on_up()
+
+    async def settled(self, model_id: str) -> None:
+        """Returns when all answers and snapshots that came so far are in the log: only then does it say what a rebuild must do."""
+        await self.ledger.settled(model_id)
+        if self._listing:
+            await asyncio.wait(self._listing)
 
     async def _snapshotted(self, event: protocol.Snapshotted) -> None:
         """Lists a snapshot once every answer that came before it is durable: a snapshot must not hide an unanswered request."""

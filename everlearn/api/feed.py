@@ -145,7 +145,12 @@ class Feed:
                 if item.payload is not None
                 else await self.dispatcher.ledger.read(lambda conn, item=item: request_log.payload(conn, item.request_id))
             )
-            if self.generation != engine.generation or not self.dispatcher.may_send(item.request_id):
+            if self.generation != engine.generation or not engine.up:
+                return
+            if payload is None and self.backlog and self.dispatcher.ledger.get(item.request_id) is None:
+                await self.dispatcher.give_up_run(self, f"the payload of request {item.request_id} is missing in the log")
+                return
+            if not self.dispatcher.may_send(item.request_id):
                 return
             self._send(item, payload)
 
@@ -169,6 +174,7 @@ class Feed:
 
     async def _rebuild(self, generation: int) -> None:
         """Restore and the commands after it become the backlog. Until this has run, nothing of the run is sent."""
+        await self.dispatcher.settled(self.model_id)
         replay = await self.dispatcher.ledger.read(lambda conn: rebuild.rebuild(conn, self.model_id))
         self.dispatcher.lost(self.sent)
         self.sent.clear()
@@ -178,7 +184,8 @@ class Feed:
         if replay.snapshot is not None:
             problem = await asyncio.to_thread(verify, Path(replay.snapshot.folder))
             if problem:
-                return await self.dispatcher.give_up_run(self, problem)
+                await self.dispatcher.give_up_run(self, problem)
+                return None
         if generation != self.dispatcher.engine.generation:
             return self.wake.set()
         run, base_seq = replay.run, -1
@@ -189,6 +196,8 @@ class Feed:
         self.next_seq = max(replay.finished_seq, base_seq) + 1
         self.effect_seq = self.snapshot_seq = base_seq
         for entry in replay.entries:
+            if entry.status == "pending" and not self.dispatcher.ledger.known(entry.request_id):
+                self.dispatcher.ledger.track(entry)  # durable this very moment: its answer must find somebody who expects it
             if entry.seq < self.next_seq:
                 self.backlog.append(Item(entry.seq, entry.request_id, entry.kind))
             else:
@@ -207,6 +216,9 @@ class Feed:
         return None
 
     def clear(self) -> None:
+        """Nothing of the run is in the engine or on its way there."""
+        self.generation = 0
+        self.sent.clear()
         for item in self.queued.values():
             self.dispatcher.budget.drop(item.payload)
         self.queued.clear()

@@ -39,14 +39,16 @@ class Quarantine:
         self.alone, self.next = request_id, None
         return True
 
-    def answered(self, request_id: str) -> None:
-        """It finished, so it isn't the one."""
+    def release(self, request_id: str) -> bool:
+        """It finished, so it isn't the one. Whether others may have been held back until now."""
+        held = self.active
         if self.alone == request_id:
             self.alone = None
         if self.next == request_id:
             self.next = None
         self.deaths.pop(request_id, None)
         self.alone_deaths.pop(request_id, None)
+        return held
 
     def died(self, in_flight: Iterable[str]) -> str | None:
         """The engine died with these unanswered; returns the request to give up, if that is now certain."""

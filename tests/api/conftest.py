@@ -54,8 +54,9 @@ class Rig:
         fingerprint = hashlib.sha256(p.encode(command)).hexdigest()
         return await self.dispatcher.submit(tenant, command, fingerprint=fingerprint, meta=meta or {}, **place)
 
-    async def forward(self, model: str, seq: int, only: bool = False, **config: float | str) -> Entry:
-        command = p.ForwardBackward(f"{model}:{seq}", model, seq, [], "cross_entropy", config, only)
+    async def forward(self, model: str, seq: int, only: bool = False, wish: str = "", **config: float) -> Entry:
+        """`wish` stands in the place of the loss's name: the peer does what it says."""
+        command = p.ForwardBackward(f"{model}:{seq}", model, seq, [], wish, config, only)
         return await self.submit(command, meta={"forward_only": only})
 
     async def step(self, model: str, seq: int) -> Entry:

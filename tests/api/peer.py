@@ -58,15 +58,21 @@ class Peer:
 
     def apply(self, command: p.AnyCommand) -> None:
         match command:
+            case p.Create() if (self.home / "no-create").exists():
+                self.emit(p.Failed(command.request_id, "invalid_request", "as you wished"))
             case p.Create():
                 self.states[command.model_id] = [0]
                 self.emit(p.Completed(command.request_id, DoneResult()))
+            case p.Restore() if (self.home / "no-restore").exists():
+                self.emit(p.RestoreFailed(command.model_id, "as you wished"))
             case p.Restore():
                 self.states[command.model_id] = json.loads((Path(command.folder) / "state.json").read_text())
             case p.Unload():
                 self.states.pop(command.model_id, None)
             case p.ForwardBackward():
                 self.forward_backward(command)
+            case p.OptimStep() if command.model_id not in self.states:
+                self.emit(p.Failed(command.request_id, "not_found", "it is not loaded"))
             case p.OptimStep():
                 self.states[command.model_id].append(command.seq)
                 metrics = {f"{i}:{seq}": 1.0 for i, seq in enumerate(self.states[command.model_id])}
@@ -86,11 +92,13 @@ class Peer:
         return write_folder(folder, {"state.json": json.dumps(self.states[model_id]).encode()}, {"format": "peer"})
 
     def forward_backward(self, command: p.ForwardBackward) -> None:
-        wish = command.config.get("wish")
+        wish = command.loss_fn
         if wish == "die":
             os._exit(3)
         if wish == "fail":
             return self.emit(p.Failed(command.request_id, "invalid_request", "as you wished"))
+        if wish == "replay fails" and (self.home / "no-replay").exists():
+            return self.emit(p.Failed(command.request_id, "too_large", "as you wished"))
         if wish == "slow":
             time.sleep(float(command.config["seconds"]))
         if not command.forward_only:

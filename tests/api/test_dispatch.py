@@ -276,3 +276,79 @@ def test_draining_waits_for_what_was_accepted(tmp_path: Path) -> None:
             assert isinstance(await r.outcome(f"{model}:1"), Done)
 
     asyncio.run(go())
+
+
+def test_a_replay_that_fails_is_never_trained_upon(tmp_path: Path) -> None:
+    """The request succeeded before the crash and fails after it: what comes next must not run on a state that the log doesn't know."""
+
+    async def go() -> None:
+        async with rig(tmp_path) as r:
+            model, other = await r.create(0), await r.create(1)
+            await r.forward(model, 1, wish="replay fails")
+            await r.step(model, 2)
+            await r.step(other, 1)
+            assert await r.effects(model, 2) == [0, 1, 2]
+            (tmp_path / "no-replay").touch()
+            await r.kill()
+            await r.up()
+            await r.step(model, 3)
+            await r.step(other, 2)
+            assert "fails in the replay: as you wished" in (await r.failed(f"{model}:3"))["message"]
+            assert await r.effects(other, 2) == [0, 1, 2]
+            (tmp_path / "no-replay").unlink()
+            await r.step(model, 4)
+            assert await r.effects(model, 4) == [0, 1, 2, 4]
+
+    asyncio.run(go())
+
+
+def test_a_run_that_the_engine_can_not_restore_fails_and_is_tried_again(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with rig(tmp_path) as r:
+            model = await r.create()
+            await r.step(model, 1)
+            await r.outcome(f"{model}:1")
+            r.engine.send(p.TakeSnapshot(model))
+            await r.until(lambda: r.dispatcher.feeds[model].snapshot_seq == 1)
+            (tmp_path / "no-restore").touch()
+            await r.kill()
+            await r.up()
+            await r.step(model, 2)
+            assert "can't be restored" in (await r.failed(f"{model}:2"))["message"]
+            (tmp_path / "no-restore").unlink()
+            await r.step(model, 3)
+            assert await r.effects(model, 3) == [0, 1, 3]
+
+    asyncio.run(go())
+
+
+def test_a_suspect_that_is_cancelled_holds_nobody_back(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with rig(tmp_path) as r:
+            sampler = await r.sampler()
+            await r.up()
+            await r.sample(sampler, 0, max_tokens=666)
+            r.dispatcher.quarantine.deaths[f"{sampler}:1"] = 3
+            await r.sample(sampler, 1)
+            assert r.dispatcher.quarantine.next == f"{sampler}:1", "it waits until it can run alone"
+            await r.sample(sampler, 2)
+            assert isinstance(await r.outcome(f"{sampler}:2", timeout=0.3), Waiting)
+            assert await r.dispatcher.cancel("a", f"{sampler}:1")
+            assert isinstance(await r.outcome(f"{sampler}:2"), Done)
+
+    asyncio.run(go())
+
+
+def test_a_creation_that_fails_answers_all_that_waited_for_it(tmp_path: Path) -> None:
+    """Also a request that waits for its predecessor, which now never comes; and nothing of the run stays in memory."""
+
+    async def go() -> None:
+        async with rig(tmp_path) as r:
+            (tmp_path / "no-create").touch()
+            model = await r.create()
+            await r.step(model, 2)
+            assert (await r.failed(f"{model}:0"))["message"] == "as you wished"
+            assert "could not be created" in (await r.failed(f"{model}:2"))["message"]
+            await r.until(lambda: model not in r.dispatcher.feeds and not len(r.dispatcher.ledger))
+
+    asyncio.run(go())

@@ -17,7 +17,7 @@ def test_suspects_run_alone() -> None:
     assert q.may_send("bad", 0) and not q.may_send("good", 1) and not q.may_send("new", 1)
     assert q.died(["bad"]) is None
     assert q.may_send("good", 0)
-    q.answered("good")
+    q.release("good")
     assert q.may_send("bad", 0)
     assert q.died(["bad"]) == "bad"
 
@@ -41,9 +41,9 @@ def test_one_culprit_is_found_and_nobody_else_blamed(count: int, culprit: int, w
             if found:
                 blamed.append(found)
                 waiting.remove(found)
-                q.answered(found)
+                q.release(found)
         else:
             for name in inside:
                 waiting.remove(name)
-                q.answered(name)
+                q.release(name)
     assert not waiting and blamed == [bad] and deaths <= SUSPECT_DEATHS + ALONE_DEATHS
