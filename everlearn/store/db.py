@@ -30,6 +30,7 @@ Job = tuple[Callable[[Connection], Any], "Future[Any]"]
 BUSY_SECONDS = 30
 BATCH_LIMIT = 256
 RETRIES = 3
+CLAIM_SECONDS = 5.0
 SERVER_LOCK = 0x65766C6E  # an arbitrary number that means "the server of this database" among PostgreSQL's advisory locks
 MIGRATION_LOCK = SERVER_LOCK + 1
 WRITES = {"everlearn_writes": True}
@@ -232,8 +233,11 @@ def _claim_file(engine: Engine) -> Any:
 
 def _claim_advisory(engine: Engine) -> Connection:
     conn = engine.connect().execution_options(isolation_level="AUTOCOMMIT")  # no transaction stays open, the lock is the session's
-    if not conn.execute(sa.text("SELECT pg_try_advisory_lock(:id)"), {"id": SERVER_LOCK}).scalar():
-        conn.close()
-        raise Unavailable(f"another everlearn server uses database {engine.url.database!r}; stop it, or give this one its own database")
+    deadline = time.monotonic() + CLAIM_SECONDS  # PostgreSQL may take a moment to notice that the server before us was killed
+    while not conn.execute(sa.text("SELECT pg_try_advisory_lock(:id)"), {"id": SERVER_LOCK}).scalar():
+        if time.monotonic() > deadline:
+            conn.close()
+            raise Unavailable(f"another everlearn server uses database {engine.url.database!r}; stop it, or give this one its own database")
+        time.sleep(0.1)
     conn.detach()  # back in the pool, the lock would outlive the claim
     return conn
