@@ -74,8 +74,10 @@ def garbage(conn: Connection) -> list[str]:
     live = sa.select(tables.runs.c.run_id).where(tables.runs.c.state.in_(runs.LIVE_STATES))
     loads = requests.c.folder.is_not(None) & (requests.c.payload_bytes > 0) & requests.c.model_id.in_(live)
     needed.update(folder for folder in conn.execute(sa.select(requests.c.folder).where(loads)).scalars() if folder)
-    waiting = sa.select(requests.c.model_id).where(requests.c.is_sample & (requests.c.status == sa.literal_column("'pending'")))
-    needed.update(conn.execute(sa.select(samplers.c.folder).where(samplers.c.sampler_id.in_(waiting))).scalars())
+    waiting = requests.c.is_sample & (requests.c.status == sa.literal_column("'pending'"))
+    of_waiting = samplers.c.sampler_id.in_(sa.select(requests.c.model_id).where(waiting))
+    needed.update(conn.execute(sa.select(samplers.c.folder).where(of_waiting)).scalars())
+    needed.update(conn.execute(sa.select(requests.c.folder).where(waiting & requests.c.folder.is_not(None))).scalars())
     return sorted(deleted - needed)
 
 

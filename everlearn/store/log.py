@@ -113,7 +113,7 @@ def append(conn: Connection, entry: Entry, payload: bytes) -> Entry:
     entry = msgspec.structs.replace(entry, status="pending", created_at=entry.created_at or time.time(), finished_at=None, existing=False)
     values = {name: getattr(entry, name) for name in STORED}
     values |= {"is_sample": sample, "replays": effects.replays(entry), "payload_bytes": len(payload), "result_bytes": 0}
-    values |= {"folder": entry.meta["folder"] if entry.kind == "load" else None, "error": None}
+    values |= {"folder": entry.meta.get("folder") if entry.kind in ("load", "sample") else None, "error": None}
     conn.execute(INSERT_REQUEST, values)
     conn.execute(INSERT_PAYLOAD, {"request_id": entry.request_id, "tenant": entry.tenant, "body": payload})
     return entry

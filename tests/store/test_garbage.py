@@ -60,6 +60,22 @@ def test_a_snapshot_replaces_its_predecessor(db: Database, tmp_path: Path) -> No
     assert not folders[1].exists()
 
 
+def test_a_sample_keeps_the_weights_that_its_inflight_sampler_has_left(db: Database, tmp_path: Path) -> None:
+    run = new_run(db)
+    folders = [checkpoints.version_folder(tmp_path, f"v-{seq}") for seq in (1, 2)]
+    waiting = entry(runs.sampler_id(run.split(":")[0], 1), 0, "sample", folder=str(folders[0]))
+    for seq, folder in enumerate(folders, 1):
+        request = publish_entry(run, seq, seq, f"v-{seq}", "inflight")
+        finish(db, append(db, msgspec.structs.replace(request, meta={**request.meta, "folder": make(folder)})), SAVED)
+        if seq == 1:
+            append(db, waiting)
+    garbage.collect(db, time.time())
+    assert folders[0].exists() and folders[1].exists()
+    finish(db, waiting)
+    garbage.collect(db, time.time())
+    assert not folders[0].exists() and folders[1].exists()
+
+
 def test_ephemeral_versions_go_when_nobody_can_ask_for_them(db: Database, tmp_path: Path) -> None:
     run = new_run(db)
     session = run.split(":")[0]

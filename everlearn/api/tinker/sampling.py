@@ -120,6 +120,8 @@ def build(
     meta: dict[str, Any] = {"num_samples": form.num_samples, "tokens": int(tokens.size)}
     if layout is not None:
         meta["layout"] = layout
+    if sampler.kind == "inflight":
+        meta["folder"] = sampler.folder  # the sampler moves on to newer weights; these are kept until this request has its answer
     if form.record_stability_info:
         meta |= {"prompt": pack_prompt(tokens), "version": sampler.version}
     return command, meta
