@@ -126,7 +126,7 @@ async def load_into(request: Request, form: forms.LoadWeights) -> dict[str, Any]
             raise InvalidRequest("optimizer_config and base_model are for a new run; this one has both already", param="optimizer_config")
         run = await ticket.run()
         checkpoint, source = await source_of(svc, ticket.tenant, form)
-        check_fits(run, source, checkpoint)
+        check_fits(svc, run, source, checkpoint)
         command = load_command(svc, ticket.request_id, run, ticket.seq, checkpoint, form.optimizer, create=False)
         return await ticket.submit(command, {"folder": checkpoint.folder, "path": form.path, "create": False})
 
@@ -167,8 +167,12 @@ async def source_of(svc: Services, owner: str, form: forms.LoadWeights) -> tuple
     return checkpoint, await run_of(svc, checkpoint)
 
 
-def check_fits(run: runs.Run, source: runs.Run, checkpoint: checkpoints.Checkpoint) -> None:
-    """A run's adapter keeps its shape; weights of another shape need a run of their own."""
+def check_fits(svc: Services, run: runs.Run, source: runs.Run, checkpoint: checkpoints.Checkpoint) -> None:
+    """A run's adapter keeps its base model and its shape; other weights need a run of their own."""
+    if svc.catalog.resolve(run.base_model).name != svc.catalog.resolve(source.base_model).name:
+        raise InvalidRequest(
+            f"{checkpoint.path} belongs to base model {source.base_model!r}, and run {run.run_id} to {run.base_model!r}", param="path"
+        )
     for name in ("rank", "alpha", "train_attn", "train_mlp", "train_unembed"):
         mine, theirs = getattr(run.lora, name), getattr(source.lora, name)
         if mine != theirs:
