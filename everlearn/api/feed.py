@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections import deque
+from contextvars import Context
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,7 +79,8 @@ class Feed:
     task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        self.task = asyncio.create_task(self._run(), name=f"feed {self.model_id}")
+        # A context of its own: the HTTP request that happened to start it must not sign the feed's log lines.
+        self.task = asyncio.create_task(self._run(), name=f"feed {self.model_id}", context=Context())
 
     def add(self, seq: int, request_id: str, kind: str, payload: bytes | None) -> None:
         """A command is durable. Adding it twice, or after it was sent, does nothing."""

@@ -65,7 +65,9 @@ def test_every_cut_of_the_last_write_keeps_what_came_before(tmp_path: Path) -> N
     database = tmp_path / "everlearn.db"
     db = open_database(f"sqlite:///{database}")
     try:
-        db.write(lambda conn: conn.execute(tables.telemetry.insert().values(tenant="kept", session_id="s", created_at=0.0, body={}))).result()
+        db.write(
+            lambda conn: conn.execute(tables.telemetry.insert().values(tenant="kept", session_id="s", created_at=0.0, body={}))
+        ).result()
         ends = torn_ends(database, 40)
         for number, end in enumerate(ends):
             copy = tmp_path / f"copy-{number}" / "everlearn.db"
