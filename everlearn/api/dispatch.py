@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -390,7 +390,7 @@ class Dispatcher:
 
     # -- the whole ---------------------------------------------------------------------------------------------------------
 
-    def lost(self, request_ids: dict[str, int]) -> None:
+    def lost(self, request_ids: Iterable[str]) -> None:
         """A feed starts anew: what it had sent to the engine before is not in the new one."""
         for request_id in request_ids:
             self._sent.pop(request_id, None)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-WINDOW_COMMANDS = 64  # commands of one run that the engine may hold unanswered
+WINDOW_COMMANDS, WINDOW_BYTES = 64, 32 * 2**20  # what the engine may hold of one run unanswered: more only where one command is larger
 EFFECTS = ("create", "load", "forward_backward", "optim_step")
 
 
@@ -70,7 +70,7 @@ class Feed:
     backlog: deque[Item] = field(default_factory=deque)
     backlog_size: int = 0
     queued: dict[int, Item] = field(default_factory=dict)
-    sent: dict[str, int] = field(default_factory=dict)
+    sent: dict[str, tuple[int, int]] = field(default_factory=dict)  # unanswered in the engine: seq, bytes
     effect_seq: int = -1  # the last command sent that changes the adapter, and the newest snapshot
     snapshot_seq: int = -1
     wanted: bool = False  # to be brought into the engine though nothing waits
@@ -107,7 +107,7 @@ class Feed:
             return f"the adapter is being rebuilt from the log after a restart ({done} of {self.backlog_size} requests sent again)"
         if seq > self.next_seq and self.next_seq not in self.queued and self.generation:
             return f"request {seq} waits for request {self.next_seq} of the same run, which has not arrived"
-        ahead = sum(1 for other in self.sent.values() if other < seq) + sum(1 for other in self.queued if other < seq)
+        ahead = sum(1 for other, _ in self.sent.values() if other < seq) + sum(1 for other in self.queued if other < seq)
         return f"{ahead} requests of the same run are ahead of it" if ahead else None
 
     # -- the task ----------------------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ class Feed:
             return
         if self.generation != engine.generation:
             await self._rebuild(engine.generation)
-        while self.generation == engine.generation and engine.up and len(self.sent) < WINDOW_COMMANDS:
+        while self.generation == engine.generation and engine.up and not self._full():
             if self.backlog:
                 item = self.backlog[0]
             elif self.next_seq in self.queued:
@@ -156,11 +156,14 @@ class Feed:
                 return
             self._send(item, payload)
 
+    def _full(self) -> bool:
+        return len(self.sent) >= WINDOW_COMMANDS or sum(size for _, size in self.sent.values()) >= WINDOW_BYTES
+
     def _send(self, item: Item, payload: bytes | None) -> None:
         """Sends one command and takes it off its queue: no await in between, so it is sent once per engine."""
         if payload:
             self.dispatcher.engine.send(payload)
-            self.sent[item.request_id] = item.seq
+            self.sent[item.request_id] = (item.seq, len(payload))
             self.dispatcher.sent(item.request_id, self)
             if item.kind in EFFECTS:
                 self.effect_seq = item.seq

@@ -9,7 +9,8 @@ Keys of `meta` that are read here, by kind (others are the API's own):
     save              checkpoint_kind, name, folder, overwrite, ttl_seconds, user_metadata, optimizer
     publish           version, folder, kind (snapshot, inflight), ttl_seconds, user_metadata, and either name and overwrite (a
                       sampler_weights checkpoint) or sampling_session_seq_id (a sampler of the run's session)
-    sample            folder (of an inflight sampler's weights; kept until the answer); direct: no sampler stands behind it, `model_id` is the caller's own unique string
+    sample            folder (of an inflight sampler's weights, kept until the answer); direct: no sampler stands behind it, `model_id`
+                      is the caller's own unique string
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ long as results do (store.result_retention_seconds).
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import zlib
 from typing import Any
@@ -35,7 +36,7 @@ async def attach_recordings(svc: Services, tenant: str, data: list[Datum]) -> li
     """The datums with the sampler's recorded log-probabilities among their inputs."""
     wanted = provenance.sequence_ids(data)
     recorded = await svc.read(lambda conn: find(conn, tenant, wanted))
-    return [provenance.attach(i, datum, recorded) for i, datum in enumerate(data)]
+    return await asyncio.to_thread(lambda: [provenance.attach(i, datum, recorded) for i, datum in enumerate(data)])
 
 
 def find(conn: Connection, tenant: str, wanted: set[str]) -> dict[str, provenance.RecordedSequence]:

@@ -77,10 +77,16 @@ async def forward_backward(request: Request) -> dict[str, Any]:
     body = await request.body()
     max_bytes = services(request).settings.api.max_body_bytes
     if request.headers.get("content-type", "").startswith(codec.CONTENT_TYPE):
-        message = await aside(body, codec.parse_forward_backward, body)
-        ticket = open_ticket(request, message.model_id, message.seq_id, message.SerializeToString(deterministic=True))
+        message, fingerprint = await aside(body, parse, body)
+        ticket = open_ticket(request, message.model_id, message.seq_id, fingerprint)
         return await submit_batch(ticket, body, lambda: codec.forward_backward_call(message, max_bytes))
     return await forward_backward_json(request, body, forward_only=False)
+
+
+def parse(body: bytes) -> tuple[Any, str]:
+    """The message, and its fingerprint: of its own deterministic form, because maps come in any order."""
+    message = codec.parse_forward_backward(body)
+    return message, checks.fingerprint(message.SerializeToString(deterministic=True))
 
 
 @router.post("/forward")
@@ -92,12 +98,13 @@ async def forward(request: Request) -> dict[str, Any]:
 async def forward_backward_json(request: Request, body: bytes, *, forward_only: bool) -> dict[str, Any]:
     form = await read(request, codec_json.ForwardBackwardForm, "forward_backward")
     max_bytes = services(request).settings.api.max_body_bytes
-    ticket = open_ticket(request, form.model_id, form.seq_id, body + (b"\0forward" if forward_only else b""))
+    fingerprint = await aside(body, checks.fingerprint, body + (b"\0forward" if forward_only else b""))
+    ticket = open_ticket(request, form.model_id, form.seq_id, fingerprint)
     return await submit_batch(ticket, body, lambda: codec_json.forward_backward_call(form, forward_only=forward_only, max_bytes=max_bytes))
 
 
-def open_ticket(request: Request, model_id: str, seq_id: int | None, content: bytes) -> Ticket:
-    return Ticket(services(request), tenant(request), "forward_backward", model_id, seq_id, checks.fingerprint(content))
+def open_ticket(request: Request, model_id: str, seq_id: int | None, fingerprint: str) -> Ticket:
+    return Ticket(services(request), tenant(request), "forward_backward", model_id, seq_id, fingerprint)
 
 
 async def submit_batch(ticket: Ticket, body: bytes, decode: Callable[[], ForwardBackwardCall]) -> dict[str, Any]:
