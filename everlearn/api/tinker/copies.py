@@ -12,7 +12,8 @@ from everlearn.api.auth import tenant
 from everlearn.api.services import services
 from everlearn.api.tinker import checks, forms
 from everlearn.api.tinker.paths import checkpoint_of, run_of
-from everlearn.errors import Forbidden, InvalidRequest
+from everlearn.api.tinker.weights import check_room
+from everlearn.errors import InvalidRequest
 from everlearn.store import checkpoints, copies, runs
 from everlearn.store.checkpoints import Checkpoint, TinkerPath
 
@@ -31,9 +32,7 @@ async def copy_weights(request: Request) -> dict[str, str]:
     token = request.headers.get("x-tinker-weights-access-token") or form.weights_access_token
     checkpoint = await checkpoint_of(svc, owner, form.source_path, token)
     source = await run_of(svc, checkpoint)
-    limit = svc.settings.store.checkpoint_max_bytes
-    if limit and await svc.read(checkpoints.total_bytes) + checkpoint.bytes > limit:
-        raise Forbidden(f"a copy of {checkpoint.bytes} bytes exceeds store.checkpoint_max_bytes ({limit}); delete checkpoints, or raise it")
+    await check_room(svc, checkpoint.bytes)
     key = request.headers.get("x-idempotency-key")
 
     def reserve(conn: Connection) -> runs.Run:

@@ -13,7 +13,7 @@ from everlearn.api.tinker import checks, forms
 from everlearn.api.tinker.paths import checkpoint_of, run_of
 from everlearn.api.tinker.ticket import Ticket, future, read
 from everlearn.engine import protocol
-from everlearn.errors import InvalidRequest, Unsupported
+from everlearn.errors import Forbidden, InvalidRequest, Unsupported
 from everlearn.store import checkpoints, runs
 
 router = APIRouter(prefix="/api/v1", tags=["tinker: weights"])
@@ -49,6 +49,7 @@ async def save(
             raise Unsupported("this server doesn't encrypt exports; leave age_encryption_recipients out", param="age_encryption_recipients")
         name = checkpoints.check_name(default_name(ticket) if form.path is None else form.path)
         await ticket.run()
+        await check_room(svc)
         folder = str(checkpoints.checkpoint_folder(svc.settings.home, ticket.model_id, kind, name, ticket.seq))
         meta = {
             "checkpoint_kind": kind,
@@ -61,6 +62,13 @@ async def save(
         }
         command = protocol.Save(ticket.request_id, ticket.model_id, ticket.seq, folder, optimizer, metadata or {})
         return await ticket.submit(command, meta)
+
+
+async def check_room(svc: Services, wanted: int = 1) -> None:
+    """Refuses where checkpoints of `wanted` bytes more would pass the bound. (A save's own size is known when it is written.)"""
+    limit = svc.settings.store.checkpoint_max_bytes
+    if limit and await svc.read(checkpoints.total_bytes) + wanted > limit:
+        raise Forbidden(f"checkpoints fill store.checkpoint_max_bytes ({limit}); delete some, or raise it")
 
 
 def default_name(ticket: Ticket) -> str:
@@ -80,6 +88,7 @@ async def save_weights_for_sampler(request: Request) -> dict[str, Any]:
         meta: dict[str, Any] = {"version": version, "kind": form.kind, "user_metadata": checks.metadata(form.user_metadata)}
         if form.sampling_session_seq_id is None:
             name = checkpoints.check_name(default_name(ticket) if form.path is None else form.path)
+            await check_room(svc)
             folder = checkpoints.checkpoint_folder(svc.settings.home, ticket.model_id, "sampler_weights", name, ticket.seq)
             meta |= {"name": name, "overwrite": False, "ttl_seconds": checks.ttl(form.ttl_seconds)}
         else:
