@@ -184,8 +184,9 @@ class Feed:
         self.dispatcher.lost(self.sent)
         self.sent.clear()
         self.backlog.clear()
-        if replay is None:  # the run failed or was closed meanwhile; its requests have their errors
-            return self.clear()
+        if replay is None:  # the run failed or was closed meanwhile: whoever still waits for it is told
+            await self.dispatcher.forget(self.model_id)
+            return None
         if replay.snapshot is not None:
             problem = await asyncio.to_thread(verify, Path(replay.snapshot.folder))
             if problem:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ from everlearn import errors
 from everlearn.api.dispatch import Done, Waiting
 from everlearn.engine import protocol as p
 from everlearn.store import log as request_log
+from everlearn.store import runs
+from everlearn.store.log import Entry
+from everlearn.types import AdamParams
 
 from .conftest import rig
 
@@ -350,5 +354,25 @@ def test_a_creation_that_fails_answers_all_that_waited_for_it(tmp_path: Path) ->
             assert (await r.failed(f"{model}:0"))["message"] == "as you wished"
             assert "could not be created" in (await r.failed(f"{model}:2"))["message"]
             await r.until(lambda: model not in r.dispatcher.feeds and not len(r.dispatcher.ledger))
+
+    asyncio.run(go())
+
+
+def test_a_request_that_meets_the_end_of_its_run_is_answered(tmp_path: Path) -> None:
+    """It was logged, the run was unloaded, and only then did it come to the feed."""
+
+    async def go() -> None:
+        async with rig(tmp_path) as r:
+            model = await r.create()
+            await r.outcome(f"{model}:0")
+            await r.dispatcher.forget(model)
+            command = p.OptimStep(f"{model}:1", model, 1, AdamParams())
+            entry = Entry(f"{model}:1", "a", "optim_step", model, 1, "f", {}, created_at=time.time())
+            logged = await r.dispatcher.ledger.write(lambda conn: request_log.append(conn, entry, p.encode(command)))
+            await r.dispatcher.ledger.write(lambda conn: runs.unload_run(conn, "a", model))
+            r.dispatcher.ledger.track(logged)
+            r.dispatcher._feed(logged).add(1, logged.request_id, "optim_step", p.encode(command))
+            assert "unloaded" in (await r.failed(f"{model}:1"))["message"]
+            assert model not in r.dispatcher.feeds
 
     asyncio.run(go())
