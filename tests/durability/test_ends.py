@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,9 +23,19 @@ pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::Depre
 BIG = [datum([3 + (7 * i + j) % 500 for j in range(400)]) for i in range(60)]  # a second or more of training
 
 
-def client_of(server: LiveServer) -> tinker.TrainingClient:
-    service = tinker.ServiceClient(base_url=server.url, api_key=KEY)
-    return service.create_lora_training_client(server.model, rank=4, seed=1).result(timeout=120)
+@pytest.fixture
+def client_of(new_server) -> Iterator[Callable[[LiveServer], tinker.TrainingClient]]:
+    """Makes clients, and stops their heartbeats before the servers end."""
+    services: list[tuple[LiveServer, tinker.ServiceClient]] = []
+
+    def make(server: LiveServer) -> tinker.TrainingClient:
+        services.append((server, tinker.ServiceClient(base_url=server.url, api_key=KEY)))
+        return services[-1][1].create_lora_training_client(server.model, rank=4, seed=1).result(timeout=120)
+
+    yield make
+    for server, service in services:
+        if server.process.poll() is None:
+            service.close("success").result(timeout=60)
 
 
 def gone(pid: int) -> bool:
@@ -54,7 +64,7 @@ def in_flight(server: LiveServer) -> int:
     return int(json.loads(server.get("/health")[1])["requests"]["training_requests_pending"])
 
 
-def test_sigterm_finishes_what_was_accepted(new_server) -> None:
+def test_sigterm_finishes_what_was_accepted(new_server, client_of) -> None:
     server = new_server(**{"api.shutdown_grace_seconds": 120.0})
     client = client_of(server)
     futures = [client.forward_backward(BIG, "cross_entropy") for _ in range(2)]
@@ -69,7 +79,7 @@ def test_sigterm_finishes_what_was_accepted(new_server) -> None:
     assert gone(engine)
 
 
-def test_an_engine_ends_with_its_server(new_server) -> None:
+def test_an_engine_ends_with_its_server(new_server, client_of) -> None:
     server = new_server()
     client = client_of(server)
     busy = threading.Thread(target=_swallow, args=(client.forward_backward(BIG[:20], "cross_entropy"),), daemon=True)
@@ -86,7 +96,7 @@ def _swallow(future) -> None:
     assert future.result(timeout=120).metrics["loss:sum"] > 0
 
 
-def test_a_client_is_told_why_it_waits(new_server) -> None:
+def test_a_client_is_told_why_it_waits(new_server, client_of) -> None:
     """The engine is killed and its successor stopped while it starts: readiness, polls and the answer after it goes on."""
     server = new_server(**{"api.long_poll_seconds": 3.0})
     client = client_of(server)

@@ -11,7 +11,7 @@ from tests.durability.workload import Plan, play
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
-PLAN = Plan(seed=31, steps=40)
+PLAN = Plan(seed=31, steps=24)
 
 
 @pytest.mark.timeout(600)
