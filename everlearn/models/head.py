@@ -14,40 +14,40 @@ from collections.abc import Callable
 
 import torch
 
-from everlearn.models.lora import HEAD, Segment, add_low_rank
+from everlearn.models.lora import HEAD, Segment, frozen_product, parts_of
 
 # dloss/dlogprob [t, K] of some tokens, given their log-probabilities [t, K] and their places in the row [t].
 GradientOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-FEW_ROWS, FEW_ROWS_TILE = 32, 1024
 WIDE_FLOATS = 2**24  # rows of the head that are gathered at one time for targets [T, K], whatever K is: 64 MiB
+
+
+def product_float32(x_NI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
+    """x W^T with a float32 result: logits that are rounded to bfloat16 carry errors of 1e-2 into every log-probability."""
+    if x_NI.dtype == torch.float32:
+        return x_NI @ weight_OI.t()
+    if x_NI.is_cuda:
+        return torch.mm(x_NI, weight_OI.t(), out_dtype=torch.float32)
+    return x_NI.float() @ weight_OI.float().t()
 
 
 class Head:
     """The frozen output projection [V, D]. `chunk_tokens` x `tile` bounds the largest temporary."""
 
-    def __init__(self, weight_VD: torch.Tensor, chunk_tokens: int, tile: int, logit_scale: float = 1.0):
+    def __init__(self, weight_VD: torch.Tensor, chunk_tokens: int, tile: int):
         self.weight = weight_VD
         self.vocab_size = weight_VD.shape[0]
         self.chunk_tokens, self.tile = chunk_tokens, tile
-        self.logit_scale = logit_scale
 
     def logits(self, hidden_ND: torch.Tensor, segments: list[Segment]) -> torch.Tensor:
         """[N, V] float32: for the few rows that are sampled from. Segments count the rows of `hidden_ND`."""
-        logits_NV = self._base_logits(hidden_ND)
-        for segment in segments:
-            if segment.adapter is not None and HEAD in segment.adapter.pairs:
-                add_low_rank(logits_NV, hidden_ND, segment, *segment.adapter.pairs[HEAD])
-        return logits_NV.float() * self.logit_scale if self.logit_scale != 1.0 else logits_NV.float()
-
-    def _base_logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        """hidden W^T. For a few rows CPU libraries are quicker with the weight on the left, a tile at a time, so that it is still
-        cached when it is transposed; one row is a matrix-vector product either way."""
-        num_rows = hidden_ND.shape[0]
-        if hidden_ND.device.type != "cpu" or not 1 < num_rows <= FEW_ROWS:
-            return hidden_ND @ self.weight.t()
-        logits_NV = hidden_ND.new_empty(num_rows, self.vocab_size)
-        for start in range(0, self.vocab_size, FEW_ROWS_TILE):
-            logits_NV[:, start : start + FEW_ROWS_TILE] = (self.weight[start : start + FEW_ROWS_TILE] @ hidden_ND.t()).t()
+        parts = parts_of(segments, HEAD)
+        if hidden_ND.dtype == torch.float32:
+            return frozen_product(hidden_ND, self.weight, None, parts)
+        logits_NV = product_float32(hidden_ND, self.weight)
+        for segment, a_RD, b_VR in parts:
+            assert segment.adapter is not None
+            rows = slice(segment.start, segment.stop)
+            logits_NV[rows] += product_float32(hidden_ND[rows] @ a_RD.t(), b_VR) * segment.adapter.scale
         return logits_NV
 
     def logprobs(self, hidden_TD: torch.Tensor, targets_TK: torch.Tensor, segments: list[Segment]) -> torch.Tensor:
@@ -116,10 +116,14 @@ class _Pass:
         self._run(needs_gradient)
 
     def _tile_logits(self, start: int, stop: int) -> torch.Tensor:
-        logits = self.hidden @ self.head.weight[start:stop].t()
+        logits = product_float32(self.hidden, self.head.weight[start:stop])
         if self.adapter is not None and self.low_TR is not None:
-            logits.addmm_(self.low_TR, self.adapter.pairs[HEAD][1][start:stop].t())
-        return logits.float().mul_(self.head.logit_scale) if self.head.logit_scale != 1.0 else logits.float()
+            b_VR = self.adapter.pairs[HEAD][1][start:stop]
+            if b_VR.dtype == torch.float32:
+                logits.addmm_(self.low_TR, b_VR.t())
+            else:
+                logits += product_float32(self.low_TR, b_VR)
+        return logits
 
     def _run(self, needs_gradient: bool) -> None:
         num_tokens, device = self.hidden.shape[0], self.hidden.device
@@ -156,7 +160,6 @@ class _Pass:
     def gradient(self, g_TK: torch.Tensor) -> torch.Tensor:
         """dloss/dhidden [T, D] for dloss/dlogprob g [T, K]; adds the head adapter's gradients."""
         assert self.mean_TD is not None
-        g_TK = g_TK * self.head.logit_scale
         g_T1 = g_TK.sum(dim=1, keepdim=True)
         weight = self.head.weight
         own_TD = _weighted_rows(g_TK, weight, self.targets) if g_TK.shape[1] > 1 else g_T1 * weight[self.targets[:, 0]]

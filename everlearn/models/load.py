@@ -43,6 +43,7 @@ class BaseModel:
         self.decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
         prefix = next(name for name, module in model.named_modules() if module is self.decoder)
         self.lora_modules: dict[str, LoraLinear] = install(self.decoder, prefix)
+        fuse_norms(self.decoder)
         chunk, tile = (CPU_CHUNK, CPU_TILE) if device.type == "cpu" else (GPU_CHUNK, GPU_TILE)
         self.head = Head(model.get_output_embeddings().weight, chunk, tile)  # type: ignore[operator]
         self.num_parameters = sum(p.numel() for p in model.parameters())
@@ -115,6 +116,21 @@ def wrap(info: BaseModelInfo, model: nn.Module, device: torch.device, dtype: tor
     model.config._attn_implementation = attention.IMPLEMENTATION  # type: ignore[union-attr]
     model.eval().requires_grad_(False)
     return BaseModel(info, model, device, dtype)
+
+
+# Classes that compute x / rms(x) * weight and nothing else (Gemma's, for one, multiplies by 1 + weight).
+PLAIN_RMS_NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Qwen3MoeRMSNorm", "DeepseekV3RMSNorm"}
+
+
+def fuse_norms(decoder: nn.Module) -> None:
+    """torch's own RMSNorm over the same weights: one operation for six, a quarter of the launches of a decoding step on a GPU."""
+    for module in list(decoder.modules()):
+        for name, child in list(module.named_children()):
+            if type(child).__name__ in PLAIN_RMS_NORMS:
+                norm: Any = child
+                fused = nn.RMSNorm(norm.weight.shape, eps=norm.variance_epsilon, device="meta")
+                fused.weight = norm.weight
+                setattr(module, name, fused.eval())
 
 
 def refuse_what_the_hooks_miss(info: BaseModelInfo, model: nn.Module) -> None:
