@@ -48,7 +48,7 @@ class EngineSettings(Section):
         0, ge=0, description="tokens of one training slice; 0: 512 on CPU, 8192 on GPU. Serving waits for one slice at most"
     )
     batch_window_ms: float = Field(3.0, ge=0, description="how long a training batch waits for other tenants' requests")
-    sampling_share: float = Field(0.5, gt=0, lt=1, description="share of the device's time that sampling gets while training waits too")
+    sampling_share: float = Field(0.6, gt=0, lt=1, description="share of the device's time that sampling gets while training waits too")
     adapter_slots: int = Field(16, ge=1, description="sampler versions kept in memory; idle ones are reloaded from disk")
     kv_tokens: int = Field(0, ge=0, description="tokens of the paged KV cache; 0: 32768 on CPU, by free memory on GPU")
     block_size: int = Field(16, ge=1, description="tokens of a KV block")

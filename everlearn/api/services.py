@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from everlearn.api.supervise import EngineProcess
     from everlearn.models.catalog import Catalog
     from everlearn.store.db import Database
+    from everlearn.store.runs import Sampler
 
 T = TypeVar("T")
 
@@ -37,6 +38,7 @@ class Services:
     dispatcher: Dispatcher
     metrics: Metrics
     started_at: float = field(default_factory=time.time)
+    samplers: dict[tuple[str, str], Sampler] = field(default_factory=dict)  # (tenant, id): those whose weights never change
 
     async def read(self, fn: Callable[[Connection], T]) -> T:
         """Runs a read in a thread: nothing blocks the event loop."""

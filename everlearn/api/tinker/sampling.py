@@ -17,6 +17,7 @@ from everlearn.store import checkpoints, runs
 from everlearn.types import Array, BaseModelInfo
 
 router = APIRouter(prefix="/api/v1", tags=["tinker: sampling"])
+KEPT_SAMPLERS = 4096
 
 
 @router.post("/create_sampling_session")
@@ -81,7 +82,7 @@ async def asample(request: Request) -> dict[str, Any]:
     if form.base_model is not None or form.model_path is not None:
         raise InvalidRequest("base_model and model_path belong to create_sampling_session; leave them out here", param="base_model")
     sampler_id, seq = form.sampling_session_id, checks.whole(form.seq_id, "seq_id")
-    sampler = await svc.read(lambda conn: runs.get_sampler(conn, owner, sampler_id))
+    sampler = await sampler_of(svc, owner, sampler_id)
     request_id = f"{sampler_id}:{seq}"
     command, meta = build(svc, owner, sampler, form, request_id)
     entry = await svc.dispatcher.submit(owner, command, model_id=sampler_id, seq=seq, fingerprint=checks.fingerprint(form), meta=meta)
@@ -90,6 +91,19 @@ async def asample(request: Request) -> dict[str, Any]:
         "model_id": sampler_id,
         "sample_sequence_ids": sequence_ids(entry.request_id, form.num_samples),
     }
+
+
+async def sampler_of(svc: Services, owner: str, sampler_id: str) -> runs.Sampler:
+    """The sampler's row. It never changes but for an inflight one, and a client asks for it with every sample."""
+    kept = svc.samplers.get((owner, sampler_id))
+    if kept is not None:
+        return kept
+    sampler = await svc.read(lambda conn: runs.get_sampler(conn, owner, sampler_id))
+    if sampler.kind != "inflight":
+        if len(svc.samplers) >= KEPT_SAMPLERS:
+            svc.samplers.clear()
+        svc.samplers[owner, sampler_id] = sampler
+    return sampler
 
 
 def build(
