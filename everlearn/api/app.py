@@ -11,6 +11,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 from fastapi import Depends, FastAPI
@@ -33,6 +34,7 @@ from everlearn.store.db import Database, open_database
 from everlearn.telemetry import request_id_var
 
 log = logging.getLogger(__name__)
+STORE_THREADS = 24
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -64,6 +66,8 @@ def create_app(settings: Settings) -> FastAPI:
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    # Reads of the store share these threads with the checks of large folders; the default of six could all be busy with those.
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="blocking"))
     svc = await asyncio.to_thread(open_services, app.state.settings)
     app.state.services = svc
     housekeeping = Housekeeping(svc)

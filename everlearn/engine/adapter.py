@@ -11,6 +11,7 @@ import math
 
 import torch
 
+from everlearn.errors import InvalidRequest
 from everlearn.models.lora import AdapterWeights, Pair
 from everlearn.types import AdamParams, LoraSpec
 
@@ -76,8 +77,19 @@ class TrainingAdapter:
     # --- optimizer ---
 
     def optim_step(self, adam: AdamParams) -> dict[str, float]:
-        """One AdamW step on the accumulated gradient, which is then cleared. Clipping is by the adapter's global norm."""
+        """One AdamW step on the accumulated gradient, which is then cleared. Clipping is by the adapter's global norm.
+
+        Raises InvalidRequest where that norm is not finite: the sum of several finite gradients can overflow, and one such step
+        would leave moments that never recover. Weights and moments stay; the gradient is dropped, or every later step would fail.
+        """
         norm = float(torch.linalg.vector_norm(self.grad))
+        if not math.isfinite(norm):
+            self.clear_gradient()
+            raise InvalidRequest(
+                f"the norm of the accumulated gradient is {norm}; the step was not taken and the gradient is dropped. "
+                "Use fewer or smaller forward_backward calls between steps, or smaller weights and advantages",
+                param="adam_params",
+            )
         if adam.grad_clip_norm > 0 and norm > adam.grad_clip_norm:
             self.grad.mul_(adam.grad_clip_norm / norm)
         optimizer = self._optimizer()

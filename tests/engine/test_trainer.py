@@ -242,3 +242,15 @@ def test_outputs_have_the_shape_of_their_own_targets(base: BaseModel) -> None:
     wide = Datum(flat.tokens, {"target_tokens": Array.of(rng.integers(3, 500, (6, 1))), "weights": Array.of(np.ones((6, 1), np.float32))})
     result = forward_backward(Trainer(base, 64), adapter(base), [flat, wide])
     assert [output["logprobs"].shape for output in result.outputs] == [[6], [6, 1]]
+
+
+def test_a_step_whose_gradient_overflows_is_refused_and_the_next_one_works(base: BaseModel) -> None:
+    who, trainer = with_random_b(adapter(base)), Trainer(base, 64)
+    before = who.params.clone()
+    who.grad.fill_(3e38)
+    who.has_grad = True
+    with pytest.raises(InvalidRequest, match="gradient is dropped"):
+        who.optim_step(AdamParams())
+    assert torch.equal(before, who.params) and who.moments() is None and not who.has_grad
+    forward_backward(trainer, who, random_datums(1, [10]))
+    assert who.optim_step(AdamParams())["grad_norm:mean"] > 0
