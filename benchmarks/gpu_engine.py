@@ -212,6 +212,7 @@ def bench_peer(model: Any, device: torch.device, lengths: tuple[int, int], decod
     """transformers + PEFT: the same rank and layers, gradient checkpointing where it would not fit otherwise; `generate`."""
     from peft import LoraConfig, get_peft_model
 
+    torch.backends.cuda.enable_cudnn_sdp(True)  # torch's default, which everlearn switches off for itself
     out: dict[str, Any] = {}
     num, prompt, new = decode
     ids = torch.randint(0, model.config.vocab_size, (num, prompt), device=device)

@@ -73,6 +73,9 @@ def everlearn_attention(
 
 ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, everlearn_attention)
 
+# cuDNN's attention compiles a plan for every new shape, about 45 ms each, and a decoding batch has a new shape every few tokens.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 class PackedBatch:
     """Sequences laid end to end in one row, each attending causally within itself. `lengths` in row order.
