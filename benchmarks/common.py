@@ -188,6 +188,16 @@ def as_datum(row: list[int]) -> Any:
     )
 
 
+def train_step(client: Any, datums: list[Any], learning_rate: float = 1e-4) -> None:
+    """forward_backward and optim_step, sent together as a training loop does, and both answers."""
+    from tinker import types
+
+    gradient = client.forward_backward(datums, "cross_entropy")
+    update = client.optim_step(types.AdamParams(learning_rate=learning_rate))
+    gradient.result()
+    update.result()
+
+
 def alternate(ours: Callable[[], int], peer: Callable[[], int] | None, rounds: int) -> tuple[list[float], list[float]]:
     """Tokens a second of each round, ours and the peer's in turn (A B A B), after one uncounted round of each."""
     rates: tuple[list[float], list[float]] = ([], [])

@@ -11,9 +11,31 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from common import alternate, arguments, as_datum, model_folder, random_rows, server, versus, vocabulary, write_result
+from common import alternate, arguments, as_datum, model_folder, random_rows, server, train_step, versus, vocabulary, write_result
+
+
+@contextmanager
+def training(client: Any, datums: list[Any]) -> Iterator[list[float]]:
+    """A tenant that trains without a pause; yields the times at which its steps ended."""
+    stop, ended = threading.Event(), []
+
+    def keep_on() -> None:
+        while not stop.is_set():
+            train_step(client, datums)
+            ended.append(time.perf_counter())
+
+    thread = threading.Thread(target=keep_on)
+    thread.start()
+    time.sleep(0.3)
+    try:
+        yield ended
+    finally:
+        stop.set()
+        thread.join()
 
 
 def main() -> None:
@@ -38,14 +60,7 @@ def main() -> None:
         service = tinker.ServiceClient(base_url=live.url)
         trainer = service.create_lora_training_client(base_model=live.model, rank=args.rank).result()
         datums = [as_datum(row) for row in random_rows(8, 256, vocab)]
-        adam = types.AdamParams(learning_rate=1e-4)
-
-        def train_step() -> None:
-            gradient, update = trainer.forward_backward(datums, "cross_entropy"), trainer.optim_step(adam)
-            gradient.result()
-            update.result()
-
-        train_step()
+        train_step(trainer, datums)
         started = time.perf_counter()
         adapter = trainer.save_weights_and_get_sampling_client(name="bench").result()
         results["save_and_get_sampler_seconds"] = time.perf_counter() - started
@@ -70,20 +85,9 @@ def main() -> None:
         results["adapter"] = versus("adapter / base (both everlearn)", ours, theirs)
         results["single_stream"] = versus("single stream / generate", *alternate(lambda: draw(adapter, prompts()[:1]), single, args.rounds))
 
-        stop, steps = threading.Event(), [0]
-
-        def keep_training() -> None:
-            while not stop.is_set():
-                train_step()
-                steps[0] += 1
-
-        thread = threading.Thread(target=keep_training)
-        thread.start()
-        time.sleep(0.3)
-        ours, _ = alternate(lambda: draw(adapter, prompts()), None, args.rounds)
-        stop.set()
-        thread.join()
-        results["while_training"] = versus("while a tenant trains", ours, []) | {"train_steps": steps[0]}
+        with training(trainer, datums) as steps:
+            ours, _ = alternate(lambda: draw(adapter, prompts()), None, args.rounds)
+        results["while_training"] = versus("while a tenant trains", ours, []) | {"train_steps": len(steps)}
     write_result(args, f"sample-{args.model.replace('/', '_')}", results)
 
 

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from common import alternate, arguments, as_datum, model_folder, random_rows, server, versus, vocabulary, write_result
+from common import alternate, arguments, as_datum, model_folder, random_rows, server, train_step, versus, vocabulary, write_result
 
 
 def main() -> None:
@@ -36,19 +36,12 @@ def main() -> None:
         peer = PeftTrainer(folder, args.rank, args.threads, args.tenants)
     with server(args) as live:
         import tinker
-        from tinker import types
 
         service = tinker.ServiceClient(base_url=live.url)
         clients = [service.create_lora_training_client(base_model=live.model, rank=args.rank).result() for _ in range(args.tenants)]
-        adam = types.AdamParams(learning_rate=1e-4)
-
-        def step(client: Any, datums: list[Any]) -> None:
-            gradient, update = client.forward_backward(datums, "cross_entropy"), client.optim_step(adam)
-            gradient.result()
-            update.result()
 
         def together(all_datums: list[list[Any]]) -> None:
-            threads = [threading.Thread(target=step, args=pair) for pair in zip(clients, all_datums, strict=False)]
+            threads = [threading.Thread(target=train_step, args=pair) for pair in zip(clients, all_datums, strict=False)]
             for thread in threads:
                 thread.start()
             for thread in threads:

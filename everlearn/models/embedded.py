@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from everlearn.errors import InternalError, NotFound, Unavailable
+from everlearn.store.folders import fsync_folder
 
 Progress = Callable[[str, float], None]  # (what is being done, share of the whole in 0..1)
 
@@ -133,7 +134,7 @@ def ensure(name: str, home: Path, progress: Progress | None = None) -> Path:
             if folder.exists():
                 shutil.rmtree(folder)
             out.rename(folder)
-            _fsync(folder.parent)
+            fsync_folder(folder.parent)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     report("ready", 1.0)
@@ -244,7 +245,7 @@ def _convert(model: Embedded, source: Path, out: Path, report: Progress) -> None
         "files": written,
     }
     _write(out / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
-    _fsync(out)
+    fsync_folder(out)
 
 
 def _tensors(metadata: dict[str, Any], entries: dict[str, Any]) -> Iterator[Any]:
@@ -381,11 +382,3 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _fsync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -51,7 +51,7 @@ def write_folder(final: Path, files: Mapping[str, Content], manifest: Mapping[st
         listed = {name: _write_file(temporary / _plain(name), content) for name, content in files.items()}
         body = json.dumps({**manifest, "files": listed}, indent=1, sort_keys=True).encode()
         _write_file(temporary / MANIFEST, body)
-        _fsync_folder(temporary)
+        fsync_folder(temporary)
         _rename_over(temporary, final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -154,17 +154,17 @@ def _write_file(path: Path, content: Content) -> dict[str, Any]:
 def _rename_over(temporary: Path, final: Path) -> None:
     if not final.exists():
         temporary.rename(final)
-        _fsync_folder(final.parent)
+        fsync_folder(final.parent)
         return
     # The same save, run again after a crash that came before its row was committed. Swapping the names leaves no moment without
     # a complete folder; where the system can't, a crash between the two renames loses a folder that the log can make again.
     if _exchange(temporary, final):
-        _fsync_folder(final.parent)
+        fsync_folder(final.parent)
         shutil.rmtree(temporary, ignore_errors=True)
     else:
         remove_folder(final)
         temporary.rename(final)
-        _fsync_folder(final.parent)
+        fsync_folder(final.parent)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -177,7 +177,8 @@ def _exchange(one: Path, other: Path) -> bool:
     return bool(call(here, os.fsencode(one), here, os.fsencode(other), swap) == 0)
 
 
-def _fsync_folder(path: Path) -> None:
+def fsync_folder(path: Path) -> None:
+    """Makes the names in a folder durable: a rename or a new file lasts only after this."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
