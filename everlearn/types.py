@@ -6,7 +6,7 @@ end copies them element by element. numpy views are one call away (`Array.numpy`
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
@@ -76,10 +76,23 @@ class AdamParams(msgspec.Struct, frozen=True):
     grad_clip_norm: float = 0.0
 
 
+class Grammar(msgspec.Struct, frozen=True):
+    """What a sample's text must match. `source` is a JSON schema (ignored for json_object), a regular expression over the whole text,
+    a grammar in llguidance's dialect of Lark, or one in GBNF ("ebnf"); the engine compiles it."""
+
+    kind: Literal["json_schema", "json_object", "regex", "lark", "ebnf"]
+    source: str = ""
+
+
 class SamplingParams(msgspec.Struct, frozen=True):
     """How to draw tokens. `seed` is always set here: the API draws one when the client sent none, and logs it, so that a
     sample that is run again after a crash gives the same tokens. `top_k` -1 and `top_p` 1 mean off; temperature 0 is greedy.
-    `stop_tokens` holds end-of-sequence ids too unless the client switched them off with an empty list."""
+    `stop_tokens` holds end-of-sequence ids too unless the client switched them off with an empty list.
+
+    Penalties lower a token's logit: presence and frequency once and for each time that it was generated, repetition divides
+    (multiplies, where it is negative) that of every token in prompt and continuation. `logit_bias` is added to the logits; -100 bans.
+    Stop tokens are not drawn before `min_tokens`. All of it precedes temperature, then come top_k, top_p and min_p. None of it shows
+    in reported log-probabilities."""
 
     max_tokens: int
     seed: int
@@ -88,6 +101,13 @@ class SamplingParams(msgspec.Struct, frozen=True):
     top_p: float = 1.0
     stop_tokens: list[int] = []
     stop_strings: list[str] = []
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    min_tokens: int = 0
+    grammar: Grammar | None = None
 
 
 class TopK(msgspec.Struct, frozen=True):
@@ -102,7 +122,7 @@ class SampledSequence(msgspec.Struct, frozen=True):
     """`tokens` int32 [N] as drawn (a stop token is included, a stop string's tokens are included), `logprobs` float32 [N] under the
     model at temperature 1 without truncation, which is what the trainer computes for the same tokens."""
 
-    stop_reason: str  # "stop" or "length"
+    stop_reason: str  # "stop", "length" or "deadline"
     tokens: Array
     logprobs: Array
     topk: TopK | None = None

@@ -101,7 +101,9 @@ class Unload(Command, tag="unload"):
 
 class Sample(Command, tag="sample"):
     """Draw `num_samples` sequences. `version` "" is the base model; otherwise weights are those of `folder`, cached by version.
-    `cache_salt` separates prefix caches (tenant). target_prompt_logprobs: int64 [P - 1, K], -1 asks for nothing."""
+    `cache_salt` separates prefix caches (tenant) and takes turns with other salts in the queue. `stream` asks for a `Tokens` event of
+    every step. `deadline` seconds after its arrival (0: never) the request ends with what it has. target_prompt_logprobs: int64
+    [P - 1, K], -1 asks for nothing."""
 
     request_id: str
     base: str
@@ -117,6 +119,8 @@ class Sample(Command, tag="sample"):
     topk_sample_logprobs: int = 0
     target_prompt_logprobs: Array | None = None
     prompt_alt_tokens_k: int = 0
+    stream: bool = False
+    deadline: float = 0.0
 
 
 class Cancel(Command, tag="cancel"):
@@ -149,6 +153,27 @@ class Ready(Event, tag="ready"):
     kv_tokens: int
     models: list[BaseModelInfo]
     load_seconds: float
+
+
+class TokenPart(msgspec.Struct, frozen=True, array_like=True):
+    """New tokens of sample `index` and their log-probabilities; `top_ids` and `top_logprobs` hold a row for each of them where
+    topk_sample_logprobs asks for it, else nothing. `stop_reason` is set with the sample's last part, which may have no tokens."""
+
+    index: int
+    tokens: list[int]
+    logprobs: list[float]
+    top_ids: list[list[int]] = []
+    top_logprobs: list[list[float]] = []
+    stop_reason: str = ""
+
+
+class Tokens(Event, tag="tokens"):
+    """What one step drew for a request with `stream`. `cached` counts prompt tokens that the prefix cache held. The request still ends
+    with one `Completed`, which holds all tokens, or `Failed`."""
+
+    request_id: str
+    parts: list[TokenPart]
+    cached: int = 0
 
 
 class Completed(Event, tag="completed"):
@@ -198,9 +223,13 @@ class Heartbeat(Event, tag="heartbeat"):
     activity: str
     last_progress: float
     rss_bytes: int
+    preemptions: int = 0
+    grammar_compiles: int = 0
+    sampling_compiling: int = 0
+    deadlines_passed: int = 0
 
 
-AnyEvent = Ready | Completed | Failed | Snapshotted | RestoreFailed | Heartbeat
+AnyEvent = Ready | Tokens | Completed | Failed | Snapshotted | RestoreFailed | Heartbeat
 
 encode = msgspec.msgpack.Encoder().encode
 decode_command = msgspec.msgpack.Decoder(AnyCommand).decode
