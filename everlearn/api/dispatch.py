@@ -1,8 +1,9 @@
 """Requests on their way through the log to the engine, and their answers on the way back.
 
 Accepting: into the log first, durable, then towards the engine; a training run's commands through its feed (everlearn/api/feed.py)
-in seq order, samples at once. Answering: into the log first, durable, then to whoever waits. The dispatcher keeps only what is
-unfinished; a finished result is read from the log. Everything here runs on the event loop; the store is asked in threads.
+in seq order, samples at once (everlearn/api/samples.py). Answering: into the log first, durable, then to whoever waits. The
+dispatcher keeps only what is unfinished; a finished result is read from the log. Everything here runs on the event loop; the store
+is asked in threads.
 
 After a death of the engine (or of this whole process) nothing is lost and nothing counts twice: commands are sent again from the
 log, answers to requests that were finished before are ignored.
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from everlearn.api.feed import Feed, PayloadBudget
 from everlearn.api.ledger import Done, Failed, Ledger, Outcome, Pending, Waiting, first, outcome
 from everlearn.api.quarantine import Quarantine
+from everlearn.api.samples import Samples
 from everlearn.config import Settings
 from everlearn.engine import protocol
 from everlearn.errors import EverlearnError, Overloaded, Unavailable
@@ -52,12 +54,13 @@ class Dispatcher:
         self.quarantine = Quarantine()
         self.ledger = Ledger(db, metrics)
         self.feeds: dict[str, Feed] = {}
+        self.samples = Samples(self)
         self.draining = False
         self.on_snapshot: Callable[[], None] = lambda: None
         self._sent: dict[str, Feed | None] = {}  # in the engine, unanswered; the feed if it is a training command
         self._tasks: set[asyncio.Task[Any]] = set()
         self._listing: set[asyncio.Task[Any]] = set()  # snapshots on their way into the log
-        self._stopped = asyncio.Event()
+        self.stopped = asyncio.Event()
         engine.on_event, engine.on_up, engine.on_down = self._on_event, self._on_up, self._on_down
 
     async def start(self) -> None:
@@ -125,7 +128,7 @@ class Dispatcher:
 
     async def _uncancelled(self, work: Any) -> Any:
         """Once a request may be in the log it must be forwarded too, even if its client has gone."""
-        return await asyncio.shield(self._spawn(work))
+        return await asyncio.shield(self.spawn(work))
 
     def _admit(self, tenant: str, request_id: str, sequences: int) -> None:
         if self.draining:
@@ -152,7 +155,7 @@ class Dispatcher:
             return entry
         pending = self.ledger.track(entry)
         if entry.kind == "sample":
-            self._send_sample(pending, payload)
+            self.samples.send(pending, payload)
         else:
             self._feed(entry).add(entry.seq, entry.request_id, entry.kind, payload)
         return entry
@@ -173,7 +176,7 @@ class Dispatcher:
         while True:
             pending = self.ledger.get(request_id)
             if pending is not None and pending.entry.tenant == tenant:
-                await first(pending.future, self._stopped, deadline)
+                await first(pending.future, self.stopped, deadline)
                 return pending.future.result() if pending.future.done() else self._waiting(pending)
             entry, result, error = await self.ledger.read(lambda conn: request_log.get(conn, tenant, request_id))
             if entry.status != "pending":
@@ -182,21 +185,6 @@ class Dispatcher:
                 if time.monotonic() >= deadline:
                     return Waiting(entry, "active", None)
                 await asyncio.sleep(0.02)
-
-    async def wait_any(self, tenant: str, sampler_id: str, seen: set[str], timeout: float) -> list[rebuild.Finished]:
-        """The finished samples of a sampler that aren't in `seen`, oldest first, without their results; waits up to `timeout`
-        seconds for the first."""
-        deadline = time.monotonic() + timeout
-        while True:
-            event = self.ledger.finished_event(sampler_id)
-            event.clear()
-            found = await self.ledger.read(lambda conn: rebuild.finished_samples(conn, tenant, sampler_id))
-            new = [finished for finished in found if finished.entry.request_id not in seen]
-            if new or time.monotonic() >= deadline or self._stopped.is_set():
-                return new
-            waiter = asyncio.ensure_future(event.wait())
-            await first(waiter, self._stopped, deadline)
-            waiter.cancel()
 
     def _waiting(self, pending: Pending) -> Waiting:
         entry = pending.entry
@@ -211,23 +199,6 @@ class Dispatcher:
             return Waiting(entry, "paused_capacity" if busy else "active", busy)
         feed = self.feeds.get(entry.model_id)
         return Waiting(entry, "active", feed.why_waiting(entry.seq) if feed else None)
-
-    async def cancel(self, tenant: str, request_id: str) -> bool:
-        """Cancels an unfinished Sample: its future fails with code "cancelled". False if it had finished already, or trains.
-        Raises NotFound for an id that this tenant has not got."""
-        pending = self.ledger.get(request_id)
-        if pending is None or pending.entry.tenant != tenant:
-            await self.ledger.read(lambda conn: request_log.get(conn, tenant, request_id))
-            return False
-        if pending.entry.kind != "sample":
-            return False
-        if self.engine.up and pending.generation == self.engine.generation:
-            self.engine.send(protocol.Cancel(request_id))
-        await asyncio.shield(
-            self.ledger.finish(pending.entry, None, {"code": "cancelled", "message": "cancelled by the client", "param": None})
-        )
-        self._let_go(request_id)
-        return True
 
     async def revive(self, model_id: str) -> None:
         """Brings a run that isn't in the engine back without a command of its own (its log is to be replaced by a snapshot)."""
@@ -258,7 +229,7 @@ class Dispatcher:
         self.lost(feed.sent)
         feed.clear()
         for request_id in request_ids:
-            self._let_go(request_id)
+            self.let_go(request_id)
 
     # -- towards the engine ------------------------------------------------------------------------------------------------
 
@@ -275,35 +246,10 @@ class Dispatcher:
     def sent(self, request_id: str, feed: Feed | None) -> None:
         self._sent[request_id] = feed
 
-    def _send_sample(self, pending: Pending, payload: bytes | None) -> None:
-        request_id = pending.entry.request_id
-        if not payload or not self.engine.up or pending.generation == self.engine.generation or pending.future.done():
-            return
-        if self.may_send(request_id):
-            pending.generation = self.engine.generation
-            self.engine.send(payload)
-            self.sent(request_id, None)
-
-    async def _send_samples(self) -> None:
-        """All samples that this engine hasn't got, oldest first: after a start, and after a quarantine."""
-        generation = self.engine.generation
-        for pending in self.ledger:
-            if generation != self.engine.generation or not self.engine.up:
-                return
-            if pending.entry.kind == "sample" and pending.generation != generation:
-                request_id = pending.entry.request_id
-                try:
-                    payload = await self.ledger.read(lambda conn, request_id=request_id: request_log.payload(conn, request_id))
-                except Exception as error:  # the database is away for a moment
-                    log.warning("samples wait: %s", error)
-                    asyncio.get_running_loop().call_later(1.0, lambda: self._spawn(self._send_samples()))
-                    return
-                self._send_sample(pending, payload)
-
     def _on_up(self) -> None:
         for feed in self.feeds.values():
             feed.wake.set()
-        self._spawn(self._send_samples())
+        self.spawn(self.samples.send_all())
 
     def _on_down(self) -> None:
         in_flight, self._sent = self._sent, {}
@@ -333,7 +279,7 @@ class Dispatcher:
         for pending in self.ledger:
             if pending.entry.model_id == feed.model_id and pending.entry.kind != "sample":
                 self.ledger.finish(pending.entry, None, error)
-        return self._spawn(self.ledger.write(lambda conn: runs.mark_corrupted(conn, feed.tenant, feed.model_id)))
+        return self.spawn(self.ledger.write(lambda conn: runs.mark_corrupted(conn, feed.tenant, feed.model_id)))
 
     # -- from the engine ---------------------------------------------------------------------------------------------------
 
@@ -343,7 +289,7 @@ class Dispatcher:
         elif isinstance(event, protocol.Failed):
             self._answered(event.request_id, None, {"code": event.code, "message": event.message, "param": event.param})
         elif isinstance(event, protocol.Snapshotted):
-            task = self._spawn(self._snapshotted(event))
+            task = self.spawn(self._snapshotted(event))
             self._listing.add(task)
             task.add_done_callback(self._listing.discard)
         elif isinstance(event, protocol.RestoreFailed):
@@ -355,7 +301,7 @@ class Dispatcher:
         feed = self._sent.pop(request_id, None)
         if feed is not None:
             feed.answered(request_id)
-        self._let_go(request_id)
+        self.let_go(request_id)
         pending = self.ledger.get(request_id)
         if pending is None:
             if feed is not None and error is not None:  # without this effect the adapter isn't what the log says
@@ -363,9 +309,9 @@ class Dispatcher:
         elif not pending.future.done():
             written = self.ledger.finish(pending.entry, result, error)
             if error is not None and pending.entry.seq == 0 and feed is not None:  # never came to be: nobody behind it is answered else
-                written.add_done_callback(lambda _: self._spawn(self.forget(feed.model_id)))
+                written.add_done_callback(lambda _: self.spawn(self.forget(feed.model_id)))
 
-    def _let_go(self, request_id: str) -> None:
+    def let_go(self, request_id: str) -> None:
         """A request that isn't in the engine (any more) holds nobody back."""
         if request_id not in self._sent and self.quarantine.release(request_id):
             self._on_up()
@@ -416,12 +362,12 @@ class Dispatcher:
         futures = [pending.future for pending in self.ledger]
         if futures and self.engine.state != "failed":
             await asyncio.wait(futures, timeout=grace)
-        self._stopped.set()
+        self.stopped.set()
         return len(self.ledger)
 
     async def stop(self) -> None:
         self.draining = True
-        self._stopped.set()
+        self.stopped.set()
         for feed in self.feeds.values():
             if feed.task is not None:
                 feed.task.cancel()
@@ -430,7 +376,7 @@ class Dispatcher:
         await self.ledger.stop()
         await asyncio.gather(*self._tasks, *(f.task for f in self.feeds.values() if f.task is not None), return_exceptions=True)
 
-    def _spawn(self, work: Any) -> asyncio.Task[Any]:
+    def spawn(self, work: Any) -> asyncio.Task[Any]:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

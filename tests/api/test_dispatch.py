@@ -207,13 +207,13 @@ def test_samples_are_cancelled_limited_and_kept_from_other_tenants(tmp_path: Pat
             with pytest.raises(errors.NotFound):
                 await r.outcome(f"{sampler}:0", tenant="b")
             with pytest.raises(errors.NotFound):
-                await r.dispatcher.cancel("b", f"{sampler}:0")
-            assert await r.dispatcher.cancel("a", f"{sampler}:0")
+                await r.dispatcher.samples.cancel("b", f"{sampler}:0")
+            assert await r.dispatcher.samples.cancel("a", f"{sampler}:0")
             assert (await r.failed(f"{sampler}:0"))["code"] == "cancelled"
             await r.sample(sampler, 2, num_samples=2)
             assert isinstance(await r.outcome(f"{sampler}:2"), Done)
-            assert not await r.dispatcher.cancel("a", f"{sampler}:2")
-            found = await r.dispatcher.wait_any("a", sampler, {f"{sampler}:0"}, 5.0)
+            assert not await r.dispatcher.samples.cancel("a", f"{sampler}:2")
+            found = await r.dispatcher.samples.finished("a", sampler, {f"{sampler}:0"}, 5.0)
             assert [finished.entry.request_id for finished in found] == [f"{sampler}:2"]
 
     asyncio.run(go())
@@ -337,7 +337,7 @@ def test_a_suspect_that_is_cancelled_holds_nobody_back(tmp_path: Path) -> None:
             assert r.dispatcher.quarantine.next == f"{sampler}:1", "it waits until it can run alone"
             await r.sample(sampler, 2)
             assert isinstance(await r.outcome(f"{sampler}:2", timeout=0.3), Waiting)
-            assert await r.dispatcher.cancel("a", f"{sampler}:1")
+            assert await r.dispatcher.samples.cancel("a", f"{sampler}:1")
             assert isinstance(await r.outcome(f"{sampler}:2"), Done)
 
     asyncio.run(go())

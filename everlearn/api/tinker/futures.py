@@ -121,7 +121,7 @@ class Told:
         self.cursor = 0
 
     async def gather(self, svc: Services, owner: str, sampler_id: str, clone: int, timeout: float) -> None:
-        for outcome in await svc.dispatcher.wait_any(owner, sampler_id, self.seen, timeout):
+        for outcome in await svc.dispatcher.samples.finished(owner, sampler_id, self.seen, timeout):
             self.seen.add(outcome.entry.request_id)
             if outcome.entry.seq // CLONE_SIZE != clone:
                 continue
@@ -155,5 +155,5 @@ def _told(request: Request, owner: str, sampler_id: str, clone: int) -> Told:
 async def cancel_future(request: Request) -> Response:
     """Stops an unfinished sampling request; anything else is left as it is."""
     form = await forms.read(request, forms.CancelFuture, strict=False)
-    await services(request).dispatcher.cancel(tenant(request), form.request_id)
+    await services(request).dispatcher.samples.cancel(tenant(request), form.request_id)
     return Response(status_code=204)
