@@ -57,11 +57,12 @@ class Dispatcher:
         self.samples = Samples(self)
         self.draining = False
         self.on_snapshot: Callable[[], None] = lambda: None
+        self.on_given_up: Callable[[str, str], None] = lambda request_id, message: None  # a live request that kills engines
         self._sent: dict[str, Feed | None] = {}  # in the engine, unanswered; the feed if it is a training command
         self._tasks: set[asyncio.Task[Any]] = set()
         self._listing: set[asyncio.Task[Any]] = set()  # snapshots on their way into the log
         self.stopped = asyncio.Event()
-        engine.on_event, engine.on_up, engine.on_down = self._on_event, self._on_up, self._on_down
+        engine.listeners.append(self)
 
     async def start(self) -> None:
         """Takes up what the log holds unfinished. Runs without unfinished requests are rebuilt when their next one comes."""
@@ -246,12 +247,12 @@ class Dispatcher:
     def sent(self, request_id: str, feed: Feed | None) -> None:
         self._sent[request_id] = feed
 
-    def _on_up(self) -> None:
+    def on_up(self) -> None:
         for feed in self.feeds.values():
             feed.wake.set()
         self.spawn(self.samples.send_all())
 
-    def _on_down(self) -> None:
+    def on_down(self) -> None:
         in_flight, self._sent = self._sent, {}
         culprit = self.quarantine.died(in_flight)
         if culprit is None:
@@ -264,6 +265,8 @@ class Dispatcher:
             self.ledger.finish(pending.entry, None, error)
         elif feed is not None:
             self.give_up_run(feed, f"request {culprit} can't be run again: {message}")
+        else:
+            self.on_given_up(culprit, message)
         self.quarantine.release(culprit)
 
     def give_up_run(self, feed: Feed, problem: str) -> asyncio.Task[Any]:
@@ -283,7 +286,7 @@ class Dispatcher:
 
     # -- from the engine ---------------------------------------------------------------------------------------------------
 
-    def _on_event(self, event: protocol.AnyEvent) -> None:
+    def on_event(self, event: protocol.AnyEvent) -> None:
         if isinstance(event, protocol.Completed):
             self._answered(event.request_id, event.result, None)
         elif isinstance(event, protocol.Failed):
@@ -314,7 +317,7 @@ class Dispatcher:
     def let_go(self, request_id: str) -> None:
         """A request that isn't in the engine (any more) holds nobody back."""
         if request_id not in self._sent and self.quarantine.release(request_id):
-            self._on_up()
+            self.engine.tell_up()
 
     async def settled(self, model_id: str) -> None:
         """Returns when all answers and snapshots that came so far are in the log: only then does it say what a rebuild must do."""

@@ -1,7 +1,7 @@
 """The engine process: started, watched, started again.
 
-It knows processes, sockets and heartbeats, and nothing of requests: what an engine has to be told after a start is the
-dispatcher's affair (`on_up`). Every start is a new `generation` with a new socket, so nothing that was meant for a dead engine
+It knows processes, sockets and heartbeats, and nothing of requests: what an engine has to be told after a start is its
+listeners' affair (`on_up`). Every start is a new `generation` with a new socket, so nothing that was meant for a dead engine
 reaches its successor.
 """
 
@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import zmq
 from zmq.asyncio import Context, Socket
@@ -46,12 +46,22 @@ class State(enum.StrEnum):
     STOPPED = "stopped"
 
 
-class EngineProcess:
-    """One engine at a time. `state` and `reason` are the truth that /readyz and waiting clients are told.
+class Listener(Protocol):
+    """Who sends commands and waits for events. All three run on the event loop and must not block."""
 
-    `on_event(event)` is called in the order in which the engine sent; `on_up()` after each Ready; `on_down()` after each death.
-    All three run on the event loop and must not block.
-    """
+    def on_event(self, event: protocol.AnyEvent) -> None:
+        """In the order in which the engine sent; events of other listeners' commands come too."""
+
+    def on_up(self) -> None:
+        """After each Ready, and when commands that had to be held back may be sent."""
+
+    def on_down(self) -> None:
+        """After each death, and when the engine is given up."""
+
+
+class EngineProcess:
+    """One engine at a time. `state` and `reason` are the truth that /readyz and waiting clients are told. `listeners` are told of
+    everything in their order."""
 
     def __init__(self, settings: Settings, *, module: str = "everlearn.engine.main"):
         self.settings = settings
@@ -64,9 +74,7 @@ class EngineProcess:
         self.ready: protocol.Ready | None = None
         self.heartbeat: protocol.Heartbeat | None = None
         self.totals: dict[str, int] = {}  # the counters of engines that have died
-        self.on_event: Callable[[protocol.AnyEvent], None] = lambda event: None
-        self.on_up: Callable[[], None] = lambda: None
-        self.on_down: Callable[[], None] = lambda: None
+        self.listeners: list[Listener] = []
         self.prepare: Callable[[EngineProcess], Awaitable[None]] | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._socket: Socket | None = None
@@ -140,7 +148,7 @@ class EngineProcess:
             except Exception as error:  # whatever it is, the server must stay up and be able to say it
                 self.state, self.reason = State.FAILED, f"the base model can't be prepared: {error}"
                 log.error("%s", self.reason, exc_info=error)
-                self.on_down()
+                self._tell_down()
                 return
         with tempfile.TemporaryDirectory(prefix="everlearn-") as folder:  # ipc paths are limited to 107 bytes, a home folder isn't
             failures = 0
@@ -227,9 +235,18 @@ class EngineProcess:
             self.heartbeat = event
         if isinstance(event, protocol.Ready):
             self.ready, self.state, self.reason = event, State.READY, "ready"
-            self._guarded(self.on_up)
+            self.tell_up()
         else:
-            self._guarded(self.on_event, event)
+            for listener in self.listeners:
+                self._guarded(listener.on_event, event)
+
+    def tell_up(self) -> None:
+        for listener in self.listeners:
+            self._guarded(listener.on_up)
+
+    def _tell_down(self) -> None:
+        for listener in self.listeners:
+            self._guarded(listener.on_down)
 
     def _guarded(self, callback: Callable[..., None], *arguments: Any) -> None:
         try:
@@ -269,7 +286,7 @@ class EngineProcess:
             log.warning("%s", self.reason)
             self.restarts += 1
             self._deaths.append(time.monotonic())
-            self._guarded(self.on_down)
+            self._tell_down()
 
     def _give_up(self) -> bool:
         now = time.monotonic()
@@ -283,7 +300,7 @@ class EngineProcess:
             f"the engine died {len(self._deaths)} times within ten minutes (engine.restart_limit), so it isn't restarted any more; {last}"
         )
         log.error("%s", self.reason)
-        self._guarded(self.on_down)
+        self._tell_down()
         return True
 
     def _signal(self, number: signal.Signals) -> None:
