@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 from everlearn.api.ledger import Pending, first
 from everlearn.engine import protocol
 from everlearn.store import log as request_log
-from everlearn.store import rebuild
+from everlearn.store.log import Entry
 
 if TYPE_CHECKING:
     from everlearn.api.dispatch import Dispatcher
@@ -54,17 +55,17 @@ class Samples:
                     return
                 self.send(pending, payload)
 
-    async def finished(self, tenant: str, sampler_id: str, seen: set[str], timeout: float) -> list[rebuild.Finished]:
-        """The finished samples of a sampler that aren't in `seen`, oldest first, without their results; waits up to `timeout`
-        seconds for the first."""
+    async def finished(self, tenant: str, sampler_id: str, seqs: range, after: int, timeout: float) -> list[Entry]:
+        """The samples of a sampler, with a seq in `seqs`, that finished after `after` (a finish_order, 0: ever), in the order in which
+        they did; waits up to `timeout` seconds for the first. What was looked at once is not looked at again while it waits."""
         deadline = time.monotonic() + timeout
         while True:
             event = self.ledger.finished_event(sampler_id)
             event.clear()
-            found = await self.ledger.read(lambda conn: rebuild.finished_samples(conn, tenant, sampler_id))
-            new = [finished for finished in found if finished.entry.request_id not in seen]
-            if new or time.monotonic() >= deadline or self.dispatcher.stopped.is_set():
-                return new
+            newer = partial(request_log.finished_samples, tenant=tenant, sampler_id=sampler_id, after=after, seqs=seqs)
+            found, after = await self.ledger.read(newer)
+            if found or time.monotonic() >= deadline or self.dispatcher.stopped.is_set():
+                return found
             waiter = asyncio.ensure_future(event.wait())
             await first(waiter, self.dispatcher.stopped, deadline)
             waiter.cancel()

@@ -1,7 +1,7 @@
 """The request log: the truth of which adapter state is a cache.
 
 `append` makes a request durable before it is acknowledged; `finish` makes its answer durable before the client sees it, together
-with every row that the answer implies. After a crash `pending` says what to send to the engine again. A payload is dropped only
+with every row that the answer implies. After a crash rebuild.py says what to send to the engine again. A payload is dropped only
 when its request can never be run again: at once for requests without effect on the adapter, behind a snapshot for the others.
 
 All functions are idempotent and take a connection of `Database.write` or `Database.read`.
@@ -17,9 +17,9 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from everlearn.errors import Conflict, NotFound
-from everlearn.store import effects, runs, tables
-from everlearn.store.runs import Run
+from everlearn.store import effects, tables
 
+TICKS = 1_000_000  # of a second: the steps of `finished_at`, which a double holds exactly
 NOTHING = b"\xc0"  # msgpack nil: what an answer without content is stored as
 VACUUM_PAGES = 512  # 2 MiB a call: giving space back blocks the writer
 requests, payloads, results, snapshots = tables.requests, tables.payloads, tables.results, tables.snapshots
@@ -38,6 +38,7 @@ ANSWER = (
     .values({name: sa.bindparam(f"new_{name}") for name in ("status", "error", "finished_at", "result_bytes", "payload_bytes")})
 )
 DROP_PAYLOAD = payloads.delete().where(payloads.c.request_id == sa.bindparam("id"))
+NEWEST = sa.select(sa.func.max(requests.c.finished_at))
 RESULT = sa.select(results.c.body).where(results.c.request_id == sa.bindparam("id"))
 ADVANCE_RUN = (
     tables.runs.update()
@@ -66,6 +67,11 @@ class Entry(msgspec.Struct, frozen=True):
     finished_at: float | None = None
     existing: bool = False
 
+    @property
+    def finish_order(self) -> int:
+        """Where it stands among all finished requests: each one that finishes gets a higher number than all before it."""
+        return round((self.finished_at or 0.0) * TICKS)
+
 
 class Snapshot(msgspec.Struct, frozen=True):
     """A folder with the effect of every request of `model_id` up to `seq`."""
@@ -75,23 +81,6 @@ class Snapshot(msgspec.Struct, frozen=True):
     folder: str
     bytes: int
     created_at: float
-
-
-class Replay(msgspec.Struct, frozen=True):
-    """How to rebuild one run: restore `snapshot` (None: nothing, the first entry creates it), send the entries with seq <=
-    `finished_seq` in order, then go on from finished_seq + 1 without gaps (an entry beyond a gap waits for its predecessor)."""
-
-    run: Run
-    snapshot: Snapshot | None
-    finished_seq: int
-    entries: list[tuple[Entry, bytes]]
-
-
-class Backlog(msgspec.Struct, frozen=True):
-    """What the engine has to be told after a restart."""
-
-    models: list[Replay]
-    samples: list[tuple[Entry, bytes]]
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -125,7 +114,7 @@ def finish(conn: Connection, request_id: str, result: bytes | None, error: dict[
     row = conn.execute(BY_ID, {"id": request_id}).first()
     if row is None or row.status != "pending":
         return None
-    now = time.time()
+    now = _next_moment(conn)
     status, body = ("done", result or NOTHING) if error is None else ("failed", b"")
     keep_payload = row.replays and error is None
     values = {"status": status, "error": error, "finished_at": now, "result_bytes": len(body)}
@@ -137,7 +126,7 @@ def finish(conn: Connection, request_id: str, result: bytes | None, error: dict[
         conn.execute(DROP_PAYLOAD, {"id": request_id})
     if not row.is_sample:
         conn.execute(ADVANCE_RUN, {"id": row.model_id, "seq": row.seq, "now": now})
-    entry = msgspec.structs.replace(_entry(row), status=status, finished_at=now)
+    entry = msgspec.structs.replace(entry_of(row), status=status, finished_at=now)
     if error is None:
         effects.COMPLETIONS.get(entry.kind, effects.nothing)(conn, entry, body)
     else:
@@ -150,7 +139,7 @@ def get(conn: Connection, tenant: str, request_id: str) -> tuple[Entry, bytes | 
     row = conn.execute(BY_ID, {"id": request_id}).first()
     if row is None or row.tenant != tenant:
         raise NotFound(f"no request {request_id!r}", param="request_id")
-    entry = _entry(row)
+    entry = entry_of(row)
     if entry.status != "done":
         return entry, None, row.error
     return entry, conn.execute(RESULT, {"id": request_id}).scalar_one(), None
@@ -159,7 +148,20 @@ def get(conn: Connection, tenant: str, request_id: str) -> tuple[Entry, bytes | 
 def find(conn: Connection, tenant: str, model_id: str, seq: int, sample: bool = False) -> Entry | None:
     """The entry at one place of a run's or sampler's order."""
     row = conn.execute(AT_PLACE, {"model_id": model_id, "sample": sample, "seq": seq}).first()
-    return None if row is None or row.tenant != tenant else _entry(row)
+    return None if row is None or row.tenant != tenant else entry_of(row)
+
+
+def finished_samples(conn: Connection, tenant: str, sampler_id: str, after: int, seqs: range) -> tuple[list[Entry], int]:
+    """The samples of a sampler, with a seq in `seqs`, that finished after `after` (a finish_order; 0: ever), in the order in which they
+    did, and up to which finish_order the log was read. An `after` that the log hasn't reached yet counts as 0: it is not ours."""
+    upto = round((conn.execute(NEWEST).scalar() or 0.0) * TICKS)
+    after = after if 0 < after <= upto else 0
+    # From a known place on, few rows are newer; without the detour databases prefer to read all rows of the sampler.
+    sampler = requests.c.model_id if after == 0 else requests.c.model_id + ""
+    where = (sampler == sampler_id) & (requests.c.tenant == tenant) & requests.c.is_sample & (requests.c.status != "pending")
+    where &= (requests.c.finished_at > (after + 0.5) / TICKS) & (requests.c.finished_at < (upto + 0.5) / TICKS)
+    where &= (requests.c.seq >= seqs.start) & (requests.c.seq <= seqs.stop - 1)
+    return [entry_of(row) for row in conn.execute(sa.select(requests).where(where).order_by(requests.c.finished_at))], upto
 
 
 def payload(conn: Connection, request_id: str) -> bytes | None:
@@ -171,15 +173,6 @@ def unfinished(conn: Connection, tenant: str) -> int:
     """How many requests of the tenant were accepted and have no answer yet."""
     where = (requests.c.tenant == tenant) & (requests.c.status == sa.literal_column("'pending'"))
     return conn.execute(sa.select(sa.func.count()).select_from(requests).where(where)).scalar_one()
-
-
-def pending(conn: Connection, with_payloads: bool = True) -> Backlog:
-    """Everything that an engine which knows nothing must be sent. Without payloads the bytes are empty: fetch them one by one with
-    `payload` when the whole would not fit in memory."""
-    live = conn.execute(sa.select(tables.runs).where(tables.runs.c.state.in_(runs.LIVE_STATES)).order_by(tables.runs.c.created_at))
-    models = [_replay(conn, runs.run_of(row), with_payloads) for row in live.all()]
-    where = requests.c.is_sample & (requests.c.status == sa.literal_column("'pending'"))
-    return Backlog(models, _with_payloads(conn, where, (requests.c.created_at, requests.c.request_id), with_payloads))
 
 
 def newest_snapshot(conn: Connection, model_id: str) -> Snapshot | None:
@@ -251,6 +244,12 @@ def heaviest(conn: Connection, limit: int = 8) -> list[tuple[str, int]]:
 STORED = [name for name in Entry.__struct_fields__ if name != "existing"]
 
 
+def _next_moment(conn: Connection) -> float:
+    """Now, or just after the last answer where the clock was set back: the times of answers are also their order."""
+    last = round((conn.execute(NEWEST).scalar() or 0.0) * TICKS)
+    return max(round(time.time() * TICKS), last + 1) / TICKS
+
+
 def _give_space_back(conn: Connection) -> None:
     """Cuts free pages off an SQLite file. The driver runs the pragma for one page only, whatever its argument."""
     cursor = conn.connection.cursor()
@@ -260,7 +259,7 @@ def _give_space_back(conn: Connection) -> None:
     cursor.close()
 
 
-def _entry(row: Any) -> Entry:
+def entry_of(row: Any) -> Entry:
     values = {name: getattr(row, name) for name in STORED}
     if row.status == "done" and row.result_bytes == 0:
         values["status"] = "expired"
@@ -274,20 +273,4 @@ def _same(row: Any, entry: Entry) -> Entry:
         raise Conflict(
             f"seq_id {entry.seq} of {entry.model_id} was used before for another request ({row.kind}); use the next number", param="seq_id"
         )
-    return msgspec.structs.replace(_entry(row), existing=True)
-
-
-def _replay(conn: Connection, run: Run, with_payloads: bool) -> Replay:
-    snapshot = newest_snapshot(conn, run.run_id)
-    after = -1 if snapshot is None else snapshot.seq
-    to_run = (requests.c.status == "pending") | (requests.c.replays & (requests.c.status == "done"))
-    where = (requests.c.model_id == run.run_id) & ~requests.c.is_sample & (requests.c.seq > after) & to_run
-    entries = _with_payloads(conn, where, (requests.c.seq,), with_payloads)
-    return Replay(run, snapshot, max(after, run.last_seq), entries)
-
-
-def _with_payloads(conn: Connection, where: sa.ColumnElement[bool], order: tuple[Any, ...], bodies: bool) -> list[tuple[Entry, bytes]]:
-    if not bodies:
-        return [(_entry(row), b"") for row in conn.execute(sa.select(requests).where(where).order_by(*order))]
-    query = sa.select(requests, payloads.c.body).join(payloads, payloads.c.request_id == requests.c.request_id)
-    return [(_entry(row), row.body) for row in conn.execute(query.where(where).order_by(*order))]
+    return msgspec.structs.replace(entry_of(row), existing=True)

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from everlearn.store import tables
-from everlearn.store.log import Entry, Snapshot, _entry, newest_snapshot
+from everlearn.store.log import Entry, Snapshot, entry_of, newest_snapshot
 from everlearn.store.runs import LIVE_STATES, Run, run_of
 
 requests = tables.requests
@@ -26,13 +26,6 @@ class Rebuild(msgspec.Struct, frozen=True):
     entries: list[Entry]
 
 
-class Finished(msgspec.Struct, frozen=True):
-    """A sample that has its answer: `entry.status` says which kind, `result_bytes` how long it is as stored."""
-
-    entry: Entry
-    result_bytes: int
-
-
 def rebuild(conn: Connection, model_id: str) -> Rebuild | None:
     """None if the run is gone, failed or unloaded."""
     live = (tables.runs.c.run_id == model_id) & tables.runs.c.state.in_(LIVE_STATES)
@@ -43,18 +36,11 @@ def rebuild(conn: Connection, model_id: str) -> Rebuild | None:
     after = -1 if snapshot is None else snapshot.seq
     to_run = (requests.c.status == "pending") | (requests.c.replays & (requests.c.status == "done"))
     where = (requests.c.model_id == model_id) & ~requests.c.is_sample & (requests.c.seq > after) & to_run
-    entries = [_entry(row) for row in conn.execute(sa.select(requests).where(where).order_by(requests.c.seq))]
+    entries = [entry_of(row) for row in conn.execute(sa.select(requests).where(where).order_by(requests.c.seq))]
     return Rebuild(run, snapshot, max(after, run.last_seq), entries)
 
 
 def unfinished(conn: Connection) -> list[Entry]:
     """Accepted requests without an answer, of all tenants, oldest first."""
     query = sa.select(requests).where(IS_PENDING).order_by(requests.c.created_at, requests.c.seq)
-    return [_entry(row) for row in conn.execute(query)]
-
-
-def finished_samples(conn: Connection, tenant: str, sampler_id: str) -> list[Finished]:
-    """Samples of a sampler that have their answer, oldest first."""
-    where = (requests.c.tenant == tenant) & (requests.c.model_id == sampler_id) & requests.c.is_sample & (requests.c.status != "pending")
-    rows = conn.execute(sa.select(requests).where(where).order_by(requests.c.finished_at))
-    return [Finished(_entry(row), row.result_bytes) for row in rows]
+    return [entry_of(row) for row in conn.execute(query)]

@@ -213,8 +213,8 @@ def test_samples_are_cancelled_limited_and_kept_from_other_tenants(tmp_path: Pat
             await r.sample(sampler, 2, num_samples=2)
             assert isinstance(await r.outcome(f"{sampler}:2"), Done)
             assert not await r.dispatcher.samples.cancel("a", f"{sampler}:2")
-            found = await r.dispatcher.samples.finished("a", sampler, {f"{sampler}:0"}, 5.0)
-            assert [finished.entry.request_id for finished in found] == [f"{sampler}:2"]
+            found = await r.dispatcher.samples.finished("a", sampler, range(10), 0, 5.0)
+            assert [entry.request_id for entry in found] == [f"{sampler}:0", f"{sampler}:2"]
 
     asyncio.run(go())
 
@@ -231,6 +231,27 @@ def test_pending_samples_are_sent_again(tmp_path: Path) -> None:
             assert isinstance(done, Done) and done.result.sequences[0].tokens.data[0] == 47
 
     asyncio.run(go())
+
+
+def test_a_cursor_of_finished_samples_outlives_the_server(tmp_path: Path) -> None:
+    async def first() -> tuple[str, int]:
+        async with rig(tmp_path) as r:
+            sampler = await r.sampler()
+            for seq in (1, 0):
+                await r.sample(sampler, seq)
+                await r.outcome(f"{sampler}:{seq}")
+            found = await r.dispatcher.samples.finished("a", sampler, range(9), 0, 5.0)
+            assert [entry.seq for entry in found] == [1, 0]
+            return sampler, found[-1].finish_order
+
+    async def second(sampler: str, cursor: int) -> None:
+        async with rig(tmp_path, session=sampler.split(":")[0]) as r:
+            assert await r.dispatcher.samples.finished("a", sampler, range(9), cursor, 0.1) == []
+            waiting = asyncio.create_task(r.dispatcher.samples.finished("a", sampler, range(9), cursor, 20.0))
+            await r.sample(sampler, 2)
+            assert [entry.seq for entry in await waiting] == [2]
+
+    asyncio.run(second(*asyncio.run(first())))
 
 
 def test_memory_holds_what_is_unfinished_only(tmp_path: Path) -> None:

@@ -1,23 +1,31 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import msgspec
 import pytest
+import sqlalchemy as sa
 
 from everlearn.errors import Conflict, NotFound
-from everlearn.store import checkpoints, log, runs
+from everlearn.store import checkpoints, log, rebuild, runs
 from everlearn.store.checkpoints import TinkerPath
 from everlearn.store.db import Database, open_database
 from tests.store.acts import DONE, ERROR, SAVED, append, create_entry, do, entry, finish, new_run, new_session, publish_entry, save_entry
 
 
-def replay_of(db: Database, run: str) -> log.Replay:
-    return next(model for model in db.read(log.pending).models if model.run.run_id == run)
+def replay_of(db: Database, run: str) -> rebuild.Rebuild:
+    found = db.read(lambda conn: rebuild.rebuild(conn, run))
+    assert found is not None
+    return found
 
 
-def seqs(entries: list[tuple[log.Entry, bytes]]) -> list[int]:
-    return [request.seq for request, _ in entries]
+def seqs(entries: list[log.Entry]) -> list[int]:
+    return [request.seq for request in entries]
+
+
+def payload(db: Database, request: log.Entry) -> bytes | None:
+    return db.read(lambda conn: log.payload(conn, request.request_id))
 
 
 def test_a_request_and_its_answer_survive_a_reopen(store_url: str) -> None:
@@ -34,7 +42,7 @@ def test_a_request_and_its_answer_survive_a_reopen(store_url: str) -> None:
     assert (request.status, request.meta, result, error) == ("pending", {"note": "täst"}, None, None)
     replay = replay_of(db, run)
     assert seqs(replay.entries) == [0, 1, 2]
-    assert [body for _, body in replay.entries] == [b"create", b"\x00\xffbytes", b"payload"]
+    assert [payload(db, request) for request in replay.entries] == [b"create", b"\x00\xffbytes", b"payload"]
     assert (replay.snapshot, replay.finished_seq, replay.run.state) == (None, 1, "live")
     db.close()
 
@@ -88,9 +96,7 @@ def test_only_requests_with_an_effect_are_replayed_and_keep_their_payload(db: Da
     for request in requests:
         finish(db, request, SAVED if request.kind in ("save", "publish") else DONE)
     assert seqs(replay_of(db, run).entries) == [0, 2, 3, 6]
-    assert db.read(lambda conn: log.payload(conn, f"{run}:1")) is None
-    lazy = db.read(lambda conn: log.pending(conn, with_payloads=False)).models[0]
-    assert [(request.seq, body) for request, body in lazy.entries] == [(0, b""), (2, b""), (3, b""), (6, b"")]
+    assert [payload(db, request) is None for request in requests] == [True, False, False, True, True, False]
 
 
 def test_entries_beyond_a_gap_are_kept_in_order(db: Database) -> None:
@@ -117,13 +123,69 @@ def test_samples_wait_in_order_and_leave_no_payload(db: Database) -> None:
     for seq in (2, 0, 1):
         append(db, entry(sampler, seq, "sample"))
     append(db, entry("direct:1", 0, "sample", direct=True))
-    backlog = db.read(log.pending)
-    assert [request.request_id for request, _ in backlog.samples] == [f"{sampler}:2", f"{sampler}:0", f"{sampler}:1", "direct:1:0"]
+    waiting = db.read(rebuild.unfinished)
+    assert [request.request_id for request in waiting] == [f"{sampler}:2", f"{sampler}:0", f"{sampler}:1", "direct:1:0"]
     assert db.read(lambda conn: log.unfinished(conn, "a")) == 4
     finish(db, entry(sampler, 0, "sample"), b"tokens")
     assert db.read(lambda conn: log.payload(conn, f"{sampler}:0")) is None
-    assert len(db.read(log.pending).samples) == 3
+    assert len(db.read(rebuild.unfinished)) == 3
     assert db.read(lambda conn: log.unfinished(conn, "a")) == 3
+
+
+def test_finished_samples_are_asked_for_by_the_order_of_their_answers(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cursor in that order needs no memory: what was told isn't read again, and a clock that is set back changes nothing."""
+    session = new_session(db)
+    one, other = (
+        do(db, lambda conn, seq=seq: runs.create_sampler(conn, "a", session_id=session, seq=seq, base_model="tiny")).sampler_id
+        for seq in (0, 1)
+    )
+
+    def finished(after: int, seqs: range = range(100)) -> list[int]:
+        found, upto = db.read(lambda conn: log.finished_samples(conn, "a", one, after, seqs))
+        assert [request.finish_order for request in found] == sorted({request.finish_order for request in found})
+        cursors.append(upto)
+        return [request.seq for request in found]
+
+    cursors: list[int] = []
+    for seq in range(6):
+        append(db, entry(one, seq, "sample"))
+    append(db, entry(other, 0, "sample"))
+    assert finished(0) == []
+    finish(db, entry(one, 4, "sample"), b"x")
+    finish(db, entry(one, 1, "sample"), error=ERROR)
+    assert finished(0) == [4, 1]
+    told = cursors[-1]
+    assert finished(told) == []
+    finish(db, entry(other, 0, "sample"), b"x")
+    assert finished(told) == [] and cursors[-1] > told, "what others finished was looked at too"
+    with monkeypatch.context() as patch:
+        patch.setattr(log.time, "time", lambda: 1.0e9)
+        finish(db, entry(one, 5, "sample"), b"x")
+        finish(db, entry(one, 0, "sample"), b"x")
+    assert finished(told) == finished(cursors[1]) == [5, 0]
+    assert finished(told, range(1)) == [0]
+    assert finished(cursors[-1] + 10**9) == [4, 1, 5, 0], "a cursor of another store"
+    assert finished(1) == [4, 1, 5, 0]
+    assert not db.read(lambda conn: log.finished_samples(conn, "b", one, 0, range(100)))[0]
+
+
+def test_a_cursor_reads_only_what_is_newer(tmp_path: Path) -> None:
+    """However many samples a sampler has finished before."""
+    db = open_database(f"sqlite:///{tmp_path / 'everlearn.db'}")
+    plans: list[str] = []
+
+    def explain(conn: sa.Connection, cursor: object, statement: str, parameters: object, *_: object) -> None:
+        if "ORDER BY requests.finished_at" in statement and not statement.startswith("EXPLAIN"):
+            plans.extend(row[-1] for row in conn.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", parameters))  # type: ignore[arg-type]
+
+    finish(db, append(db, entry("direct:1", 0, "sample", direct=True)), b"x")
+    sa.event.listen(db.engine, "before_cursor_execute", explain)
+    _, upto = db.read(lambda conn: log.finished_samples(conn, "a", "direct:1", 0, range(9)))
+    assert any("(model_id=? AND is_sample=?" in plan for plan in plans), plans
+    plans.clear()
+    db.read(lambda conn: log.finished_samples(conn, "a", "direct:1", upto, range(9)))
+    assert any("requests_finished (finished_at>? AND finished_at<?)" in plan for plan in plans), plans
+    db.close()
 
 
 def test_a_snapshot_drops_what_it_covers_and_nothing_else(db: Database) -> None:
@@ -196,7 +258,7 @@ def test_a_creation_that_failed_answers_what_waits_behind_it(db: Database) -> No
     assert db.read(lambda conn: runs.get_run(conn, "a", request.model_id)).state == "failed"
     waiting, _, error = db.read(lambda conn: log.get(conn, "a", f"{request.model_id}:1"))
     assert waiting.status == "failed" and error is not None and "could not be created" in error["message"]
-    assert not [model for model in db.read(log.pending).models if model.run.run_id == request.model_id]
+    assert db.read(lambda conn: rebuild.rebuild(conn, request.model_id)) is None
     with pytest.raises(Conflict, match="creation failed"):
         append(db, entry(request.model_id, 2))
 
@@ -207,7 +269,7 @@ def test_an_unloaded_run_keeps_its_checkpoints_and_takes_no_requests(db: Databas
     append(db, save_entry(run, 2, "never"))
     do(db, lambda conn: runs.unload_run(conn, "a", run))
     assert db.read(log.usage).payload_bytes == 0
-    assert db.read(log.pending).models == []
+    assert db.read(lambda conn: rebuild.rebuild(conn, run)) is None
     assert [c.name for c in db.read(lambda conn: checkpoints.list_checkpoints(conn, "a", run))[0]] == ["ck"]
     assert db.read(lambda conn: log.get(conn, "a", f"{run}:2"))[0].status == "failed"
     with pytest.raises(Conflict, match="unloaded"):

@@ -1,4 +1,4 @@
-"""The log against a plain model: whatever clients, the engine, snapshots, expiry and restarts do, what `pending` says to replay
+"""The log against a plain model: whatever clients, the engine, snapshots, expiry and restarts do, what `rebuild` says to replay
 rebuilds exactly the adapter that the answered requests made."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 from everlearn.errors import Conflict
-from everlearn.store import log
+from everlearn.store import log, rebuild
 from everlearn.store.db import Database, open_database
 from tests.store.acts import ERROR, append, do, entry, finish, new_run
 
@@ -114,12 +114,13 @@ def make_machine(url: str) -> Callable[[], RuleBasedStateMachine]:
 
         @invariant()
         def rebuilds_the_adapter(self) -> None:
-            replay = next(model for model in self.db.read(log.pending).models if model.run.run_id == self.run)
+            replay = self.db.read(lambda conn: rebuild.rebuild(conn, self.run))
+            assert replay is not None
             held = [] if replay.snapshot is None else list(self.snapshot[1] if self.snapshot else [])
             covered = -1 if replay.snapshot is None else replay.snapshot.seq
             assert covered == (-1 if self.snapshot is None else self.snapshot[0])
             assert replay.finished_seq == self.finished
-            bodies = {request.seq: body for request, body in replay.entries}
+            bodies = {entry.seq: self.db.read(lambda conn, entry=entry: log.payload(conn, entry.request_id)) for entry in replay.entries}
             again = [seq for seq in sorted(bodies) if 0 < seq <= self.finished]
             assert held + again == self.applied(self.finished)
             waiting = {seq for seq, request in self.requests.items() if request.status == "pending"}

@@ -7,7 +7,6 @@ from the log entry alone, so it survives restarts of everything.
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -15,8 +14,8 @@ from fastapi import APIRouter, Request, Response
 from everlearn.api.auth import tenant
 from everlearn.api.dispatch import Done, Failed, Waiting
 from everlearn.api.errors import category
-from everlearn.api.services import Services, services
-from everlearn.api.tinker import codec, codec_json, forms
+from everlearn.api.services import services
+from everlearn.api.tinker import checks, codec, codec_json, forms
 from everlearn.api.tinker.recordings import sequence_ids
 from everlearn.api.tinker.training import UNLOADED
 from everlearn.errors import InternalError, InvalidRequest
@@ -28,7 +27,6 @@ from everlearn.types import ForwardBackwardResult, OptimStepResult, SampleResult
 router = APIRouter(prefix="/api/v1", tags=["tinker: futures"])
 
 INLINE_BYTES = 2**20  # larger results are announced by their size first, where the client allows it
-MAX_TOLD = 4096  # samplers whose cursors are remembered
 CLONE_SIZE = 1_000_000_000  # a cloned sampling client numbers its requests from clone * CLONE_SIZE
 
 
@@ -93,62 +91,23 @@ def describe(entry: Entry, size: int) -> dict[str, Any]:
 
 @router.post("/retrieve_futures")
 async def retrieve_futures(request: Request) -> dict[str, Any]:
-    """What finished in one sampling session since the cursor.
-
-    The cursor counts the completions that this client has been told of. It is kept with the ids themselves, per sampler and clone,
-    in memory: after a restart all finished requests are told again, which the client tolerates.
-    """
+    """What finished in one sampling session since the cursor: a place in the order in which the log got its answers, so it means the
+    same to every later server of this store. A cursor that the log hasn't reached is not ours, and all is told again."""
     form = await forms.read(request, forms.RetrieveFutures, strict=False)
     if form.target.type != "sampling_session":
         raise InvalidRequest(f"target.type is {form.target.type!r}; it must be sampling_session", param="target.type")
     svc, owner = services(request), tenant(request)
     sampler_id, clone = form.target.sampling_session_id, form.target.cloned_sampler_id
+    if not 0 <= clone <= checks.MAX_SEQ // CLONE_SIZE:
+        raise InvalidRequest(f"target.cloned_sampler_id is {clone}; it counts from 0", param="target.cloned_sampler_id")
     await svc.read(lambda conn: runs.get_sampler(conn, owner, sampler_id))
-    told = _told(request, owner, sampler_id, clone)
     longest = svc.settings.api.long_poll_seconds
     timeout = longest if form.timeout is None else max(0.0, min(form.timeout, longest))
-    if form.prev_cursor >= told.cursor:
-        await told.gather(svc, owner, sampler_id, clone, timeout)
-    return {"completions": told.after(form.prev_cursor), "cursor": told.cursor}
-
-
-class Told:
-    """Completions in the order in which they were told; `cursor` is the number of the last one."""
-
-    def __init__(self) -> None:
-        self.seen: set[str] = set()
-        self.recent: list[tuple[int, dict[str, Any]]] = []
-        self.cursor = 0
-
-    async def gather(self, svc: Services, owner: str, sampler_id: str, clone: int, timeout: float) -> None:
-        for outcome in await svc.dispatcher.samples.finished(owner, sampler_id, self.seen, timeout):
-            self.seen.add(outcome.entry.request_id)
-            if outcome.entry.seq // CLONE_SIZE != clone:
-                continue
-            self.cursor += 1
-            item: dict[str, Any] = {"state": "failed", "request_id": outcome.entry.request_id}
-            if outcome.entry.status != "failed":
-                item["state"] = "finished"
-            self.recent.append((self.cursor, item))
-
-    def after(self, cursor: int) -> list[dict[str, Any]]:
-        """A cursor that we never gave out (from before a restart) gets everything."""
-        if cursor > self.cursor:
-            return [item for _, item in self.recent]
-        self.recent = [(number, item) for number, item in self.recent if number > cursor]
-        return [item for _, item in self.recent]
-
-
-def _told(request: Request, owner: str, sampler_id: str, clone: int) -> Told:
-    state = request.app.state
-    if not hasattr(state, "tinker_told"):
-        state.tinker_told = OrderedDict()
-    table: OrderedDict[tuple[str, str, int], Told] = state.tinker_told
-    told = table.setdefault((owner, sampler_id, clone), Told())
-    table.move_to_end((owner, sampler_id, clone))
-    if len(table) > MAX_TOLD:
-        table.popitem(last=False)
-    return told
+    seqs = range(clone * CLONE_SIZE, min((clone + 1) * CLONE_SIZE, checks.MAX_SEQ + 1))
+    finished = await svc.dispatcher.samples.finished(owner, sampler_id, seqs, form.prev_cursor, timeout)
+    told = [{"state": "failed" if entry.status == "failed" else "finished", "request_id": entry.request_id} for entry in finished]
+    # Without news the cursor stays: a client takes one that moves as something to acknowledge at once.
+    return {"completions": told, "cursor": finished[-1].finish_order if finished else max(0, form.prev_cursor)}
 
 
 @router.post("/cancel_future", status_code=204)
