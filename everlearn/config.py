@@ -33,6 +33,10 @@ class ApiSettings(Section):
     max_body_bytes: int = Field(64 * 2**20, gt=0, description="largest request body after decompression; more is a 413")
     long_poll_seconds: float = Field(30.0, gt=0, le=40, description="how long retrieve_future waits before it answers with a queue state")
     max_pending_requests: int = Field(20_000, gt=0, description="accepted and unfinished requests of one tenant; more is a 429")
+    live_queue: int = Field(256, ge=0, description="chat and completion sequences that may wait beyond engine.max_batch; more is a 429")
+    request_seconds: float = Field(
+        600.0, gt=0, description="longest time for a chat or completion; then it ends with what it has, as if at max_tokens"
+    )
     log_format: Literal["text", "json"] = Field("text", description="how log lines are written")
     shutdown_grace_seconds: float = Field(20.0, ge=0, description="time that requests in flight get after SIGTERM")
     telemetry: bool = Field(True, description="keep what clients send to /telemetry (it never leaves this machine)")

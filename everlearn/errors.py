@@ -12,6 +12,7 @@
     │   └── Forbidden            a known key without the right
     ├── Unavailable          not now; the same request may work later (a reason says why)
     │   └── Overloaded           a queue is full
+    │       └── RateLimited          this key has used up its share for now
     └── InternalError        a fault of ours
 
 Domain code raises these and never mentions HTTP; `everlearn/api/errors.py` maps `code` to statuses and envelopes, the command
@@ -19,6 +20,9 @@ line maps it to exit codes. `code` is stable: clients may match on it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
 
 __all__ = [
     "Conflict",
@@ -29,12 +33,15 @@ __all__ = [
     "InvalidRequest",
     "NotFound",
     "Overloaded",
+    "RateLimited",
     "TooLarge",
     "Unauthenticated",
     "Unavailable",
     "Unsupported",
     "UserError",
 ]
+
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 class EverlearnError(Exception):
@@ -87,11 +94,35 @@ class Forbidden(UserError):
 
 
 class Unavailable(EverlearnError):
+    """`retry_after`: in how many seconds the same request has a better chance, where that is known."""
+
     code = "unavailable"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None, retry_after: int | None = None):
+        super().__init__(message, param=param, code=code)
+        self.retry_after = retry_after
 
 
 class Overloaded(Unavailable):
     code = "overloaded"
+
+
+class RateLimited(Overloaded):
+    """`limits` says by name what the key may use and what is left of it ("remaining-tokens": "0")."""
+
+    code = "rate_limited"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+        limits: Mapping[str, str] = NOTHING,
+    ):
+        super().__init__(message, param=param, code=code, retry_after=retry_after)
+        self.limits = limits
 
 
 class InternalError(EverlearnError):
@@ -111,6 +142,7 @@ BY_CODE: dict[str, type[EverlearnError]] = {
         Forbidden,
         Unavailable,
         Overloaded,
+        RateLimited,
         InternalError,
     )
 }

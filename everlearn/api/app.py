@@ -25,6 +25,7 @@ from everlearn.api.housekeeping import Housekeeping
 from everlearn.api.limits import BodyLimit
 from everlearn.api.ops import Metrics
 from everlearn.api.services import Services
+from everlearn.api.serving import Serving
 from everlearn.api.supervise import EngineProcess
 from everlearn.api.tinker.routes import ROUTERS
 from everlearn.config import Settings
@@ -78,6 +79,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
     finally:
         svc.dispatcher.draining = True
+        await svc.serving.drain(grace=0.0)
         await housekeeping.stop()
         await svc.engine.stop(grace=10.0)
         await svc.dispatcher.stop()
@@ -112,8 +114,9 @@ def make_services(settings: Settings, db: Database, catalog: Catalog) -> Service
 
         engine.prepare = prepare
     dispatcher = Dispatcher(settings, db, engine, metrics)
-    metrics.watch(engine, dispatcher)
-    return Services(settings, db, catalog, engine, dispatcher, metrics)
+    serving = Serving(settings, engine, dispatcher, metrics.serving)
+    metrics.watch(engine, dispatcher, serving)
+    return Services(settings, db, catalog, engine, dispatcher, metrics, serving)
 
 
 class Observe:

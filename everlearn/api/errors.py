@@ -32,6 +32,7 @@ STATUS = {
     "expired": 410,
     "too_large": 413,
     "overloaded": 429,
+    "rate_limited": 429,
     "internal": 500,
     "unavailable": 503,
     "cancelled": 400,
@@ -52,6 +53,7 @@ HEADERS = {
     503: {"retry-after": "1"},
     401: {"www-authenticate": "Bearer"},
 }
+RATE_LIMIT = "x-ratelimit-"
 
 
 def envelope(status: int, code: str, message: str, param: str | None = None) -> dict[str, Any]:
@@ -71,7 +73,7 @@ def error_response(status: int, code: str, message: str, param: str | None = Non
 
 def category(code: str) -> str:
     """Tinker's word for whose fault a failed request is: user, server or unknown."""
-    return "user" if STATUS.get(code, 500) < 500 and code != "overloaded" else "server"
+    return "user" if STATUS.get(code, 500) < 500 and code not in ("overloaded", "rate_limited") else "server"
 
 
 def on_everlearn_error(request: Request, error: Exception) -> Response:
@@ -79,7 +81,11 @@ def on_everlearn_error(request: Request, error: Exception) -> Response:
     status = STATUS.get(error.code, 500)
     if status >= 500:
         log.warning("%s %s -> %d: %s", request.method, route_path(request.scope), status, error.message)
-    return error_response(status, error.code, error.message, error.param)
+    wait = error.retry_after if isinstance(error, errors.Unavailable) else None
+    headers = {} if wait is None else {"retry-after": str(wait)}
+    if isinstance(error, errors.RateLimited):
+        headers |= {RATE_LIMIT + name: value for name, value in error.limits.items()}
+    return error_response(status, error.code, error.message, error.param, headers)
 
 
 def on_validation_error(request: Request, error: Exception) -> Response:

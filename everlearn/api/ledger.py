@@ -172,8 +172,6 @@ class Ledger:
         seconds = max(0.0, time.time() - entry.created_at)
         self.metrics.requests_total.labels(entry.kind, "done" if isinstance(answer, Done) else "failed").inc()
         self.metrics.request_seconds.labels(entry.kind).observe(seconds)
-        if entry.kind == "sample":
-            self.metrics.sample_seconds.observe(seconds)
 
     async def stop(self) -> None:
         """Answers that can't be written now are computed again after the next start."""

@@ -17,10 +17,12 @@ from prometheus_client.registry import Collector
 from starlette.responses import JSONResponse, Response
 
 import everlearn
+from everlearn.api.meters import ServingMetrics
 from everlearn.api.services import services
 
 if TYPE_CHECKING:
     from everlearn.api.dispatch import Dispatcher
+    from everlearn.api.serving import Serving
     from everlearn.api.supervise import EngineProcess
 
 router = APIRouter(tags=["ops"])
@@ -49,24 +51,19 @@ class Metrics:
         self.request_seconds = Histogram(
             "everlearn_request_seconds", "from acceptance to the durable answer", ["kind"], buckets=REQUEST_BUCKETS, registry=self.registry
         )
-        self.sample_seconds = Histogram(
-            "vllm:e2e_request_latency_seconds",
-            "a sampling request from acceptance to its answer",
-            buckets=REQUEST_BUCKETS,
-            registry=self.registry,
-        )
+        self.serving = ServingMetrics(self.registry)
         self.replayed_total = Counter("everlearn_replayed_commands", "commands sent again after an engine start", registry=self.registry)
         self.snapshots_total = Counter("everlearn_snapshots", "adapter snapshots that became durable", registry=self.registry)
         self.store_bytes = Gauge("everlearn_store_bytes", "bytes of the request log, by part", ["part"], registry=self.registry)
 
-    def watch(self, engine: EngineProcess, dispatcher: Dispatcher) -> None:
+    def watch(self, engine: EngineProcess, dispatcher: Dispatcher, serving: Serving) -> None:
         """Adds the gauges that are read when somebody asks."""
-        self.registry.register(EngineCollector(engine, dispatcher))
+        self.registry.register(EngineCollector(engine, dispatcher, serving))
 
 
 class EngineCollector(Collector):
-    def __init__(self, engine: EngineProcess, dispatcher: Dispatcher):
-        self.engine, self.dispatcher = engine, dispatcher
+    def __init__(self, engine: EngineProcess, dispatcher: Dispatcher, serving: Serving):
+        self.engine, self.dispatcher, self.serving = engine, dispatcher, serving
 
     def describe(self) -> Iterable[Metric]:
         return []
@@ -80,17 +77,21 @@ class EngineCollector(Collector):
         yield counter("everlearn_engine_restarts", "engine processes that died", engine.restarts)
         yield counter("everlearn_trained_tokens", "tokens trained", engine.counter("trained_tokens"))
         yield counter("everlearn_optimizer_steps", "optimizer steps", engine.counter("optimizer_steps"))
-        for name, value in self.dispatcher.stats().items():
+        for name, value in (*self.dispatcher.stats().items(), *self.serving.stats().items()):
             yield gauge(f"everlearn_{name}", name.replace("_", " "), value)
         yield counter("vllm:generation_tokens", "tokens sampled", engine.counter("sampled_tokens"), model)
         yield counter("vllm:prompt_tokens", "prompt tokens", engine.counter("prompt_tokens"), model)
         yield counter("vllm:prefix_cache_queries", "prompt tokens looked up in the prefix cache", engine.counter("prompt_tokens"), model)
         yield counter("vllm:prefix_cache_hits", "prompt tokens found there", engine.counter("prefix_hit_tokens"), model)
+        yield counter("vllm:num_preemptions", "sequences that gave up their KV blocks for others", engine.counter("preemptions"), model)
+        yield counter("everlearn_grammar_compiles", "grammars compiled", engine.counter("grammar_compiles"))
+        yield counter("everlearn_deadlines_passed", "samples that ended at their deadline", engine.counter("deadlines_passed"))
         if beat is not None:
             yield gauge("vllm:num_requests_running", "sequences that decode", beat.sampling_running, model)
             yield gauge("vllm:num_requests_waiting", "sequences that wait", beat.sampling_waiting, model)
             usage = beat.kv_blocks_used / beat.kv_blocks_total if beat.kv_blocks_total else 0.0
             yield gauge("vllm:kv_cache_usage_perc", "share of KV blocks in use (1 = all)", usage, model)
+            yield gauge("everlearn_sampling_compiling", "requests whose grammar is being compiled", beat.sampling_compiling)
             yield gauge("everlearn_training_queued", "training requests in the engine", beat.training_queued)
             yield gauge("everlearn_engine_rss_bytes", "memory of the engine process", beat.rss_bytes)
 
@@ -142,7 +143,7 @@ async def health(request: Request) -> Response:
             "heartbeat_age_seconds": round(time.time() - beat.unix_time, 1) if beat else None,
             "last_progress_age_seconds": round(time.time() - beat.last_progress, 1) if beat else None,
         },
-        "requests": svc.dispatcher.stats(),
+        "requests": svc.dispatcher.stats() | svc.serving.stats(),
     }
     return JSONResponse(body, 200 if ready else 503)
 

@@ -89,7 +89,8 @@ class Server(uvicorn.Server):
         self._drain = asyncio.create_task(self._end())
 
     async def _end(self) -> None:
-        left = await self.services.dispatcher.drain(self.settings.api.shutdown_grace_seconds)
+        grace = self.settings.api.shutdown_grace_seconds
+        left, _ = await asyncio.gather(self.services.dispatcher.drain(grace), self.services.serving.drain(grace))
         if left:
             log.info("%d requests are unfinished; they go on at the next start", left)
         if self._words is not None:
@@ -114,7 +115,7 @@ async def announce(svc: Services, url: str) -> None:
     parameters = f"{model.num_parameters / 1e6:.0f} M parameters, " if model.num_parameters else ""
     say(f"model {model.name} ({parameters}{size / 2**20:.0f} MiB) on {ready.device} in {ready.dtype}")
     say(f"KV cache {ready.kv_tokens:,} tokens; context {model.max_context:,}")
-    say(f"endpoints {url}/api/v1 (Tinker), {url}/health, {url}/metrics")
+    say(f"endpoints {url}/v1 (OpenAI), {url}/api/v1 (Tinker), {url}/health, {url}/metrics")
     say(f"ready in {time.time() - svc.started_at:.1f} s")
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from everlearn.api.dispatch import Dispatcher
     from everlearn.api.ops import Metrics
+    from everlearn.api.serving import Serving
     from everlearn.api.supervise import EngineProcess
     from everlearn.models.catalog import Catalog
     from everlearn.store.db import Database
@@ -37,6 +38,7 @@ class Services:
     engine: EngineProcess
     dispatcher: Dispatcher
     metrics: Metrics
+    serving: Serving
     started_at: float = field(default_factory=time.time)
     samplers: dict[tuple[str, str], Sampler] = field(default_factory=dict)  # (tenant, id): those whose weights never change
 

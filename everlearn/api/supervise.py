@@ -313,7 +313,10 @@ class EngineProcess:
         return self.totals.get(name, 0) + (getattr(self.heartbeat, name) if self.heartbeat else 0)
 
 
-COUNTERS = ("trained_tokens", "sampled_tokens", "prefix_hit_tokens", "prompt_tokens", "optimizer_steps")
+COUNTERS = (
+    "trained_tokens", "sampled_tokens", "prefix_hit_tokens", "prompt_tokens", "optimizer_steps", "preemptions", "grammar_compiles",
+    "deadlines_passed",
+)  # fmt: skip
 
 
 def describe_exit(code: int | None) -> str:

@@ -85,6 +85,10 @@ class Catalog:
             self._infos[known] = read_info(known, entry.folder, aliases)
         return self._infos[known]
 
+    def knows(self, name: str) -> bool:
+        """Whether `name` is taken by a base model, usable or not."""
+        return name in self._names
+
     def list(self) -> builtins.list[BaseModelInfo]:
         """The usable base models, the default first."""
         return [self.resolve(entry.name) for entry in self.entries() if not entry.problem]

@@ -1,0 +1,71 @@
+"""From what a client calls a model to the weights that answer: base id, alias, `name`, `name@version`, `tinker://...`, `base;tinker://...`.
+
+The name that is asked for may move; a Target does not: version and folder are immutable, so whatever a request began with answers it
+to the end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import msgspec
+
+from everlearn.api.services import Services
+from everlearn.api.tinker.sampling import of_checkpoint
+from everlearn.errors import InvalidRequest, NotFound
+from everlearn.store import names
+from everlearn.types import BaseModelInfo
+
+MAX_NAME = 512
+
+
+class Target(msgspec.Struct, frozen=True):
+    """`name` is what answers, as shown: a base id, `support@8` or a tinker path. `version` "" is the base model itself."""
+
+    name: str
+    base: BaseModelInfo
+    version: str = ""
+    folder: str = ""
+    adapter: str | None = None
+    number: int | None = None
+
+    @property
+    def shown_version(self) -> str:
+        """For x-everlearn-version: what to ask for to get these weights again."""
+        return self.name
+
+    @property
+    def fingerprint(self) -> str:
+        """OpenAI's system_fingerprint: the same for the same bytes of weights."""
+        return "fp_" + hashlib.sha256(f"{self.base.name}\n{self.version}".encode()).hexdigest()[:12]
+
+
+async def resolve(svc: Services, tenant: str, model: str) -> Target:
+    """Raises NotFound(param="model") for what this tenant has not got, InvalidRequest for what can't be a model's name."""
+    if not model or len(model) > MAX_NAME:
+        raise InvalidRequest(f"model must be 1 to {MAX_NAME} characters; GET /v1/models lists what there is", param="model")
+    if "tinker://" in model:
+        return await _of_path(svc, tenant, model)
+    if svc.catalog.knows(model):
+        base = svc.catalog.resolve(model)
+        return Target(base.name, base)
+    name, at, number = model.partition("@")
+    if at and not (number.isascii() and number.isdigit() and len(number) < 10):
+        raise InvalidRequest(f"model {model[:100]!r}: a version is a whole number, as in {name[:80]}@3", param="model")
+    try:
+        found = await svc.read(lambda conn: names.get(conn, tenant, name, int(number) if at else None))
+    except (NotFound, InvalidRequest):
+        raise NotFound(f"there is no model {model[:200]!r}; GET /v1/models lists what there is", param="model") from None
+    base = svc.catalog.resolve(found.base_model)
+    return Target(f"{found.name}@{found.number}", base, found.version, found.folder, found.name, found.number)
+
+
+async def _of_path(svc: Services, tenant: str, model: str) -> Target:
+    """`tinker://run/sampler_weights/x`, alone or behind the base model's name and a semicolon, as Tinker's own endpoint takes it."""
+    base_name, semicolon, path = model.rpartition(";")
+    try:
+        found = await of_checkpoint(svc, tenant, path, base_name if semicolon else None)
+    except (NotFound, InvalidRequest) as error:
+        raise type(error)(error.message, param="model") from None
+    base = svc.catalog.resolve(found["base_model"])
+    return Target(found["model_path"], base, found["version"], found["folder"])
