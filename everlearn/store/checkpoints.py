@@ -159,6 +159,8 @@ def reserve(conn: Connection, checkpoint: Checkpoint, overwrite: bool) -> Checkp
         return checkpoint
     if uids and not overwrite:
         raise Conflict(f"checkpoint {checkpoint.path} exists or is being saved; choose another name, or set overwrite", param="path")
+    for uid in uids:
+        _check_unnamed(conn, uid, str(checkpoint.path), "overwritten")
     conn.execute(table.insert().values(**msgspec.structs.asdict(checkpoint)))
     return checkpoint
 
@@ -218,12 +220,15 @@ def set_public(conn: Connection, tenant: str, path: TinkerPath, public: bool) ->
 
 def set_ttl(conn: Connection, tenant: str, path: TinkerPath, ttl_seconds: float | None) -> Checkpoint:
     """It disappears `ttl_seconds` from now; None: never."""
+    if ttl_seconds is not None:
+        _check_unnamed(conn, get(conn, tenant, path).uid, str(path), "given a time to live")
     return _change(conn, tenant, path, expires_at=None if ttl_seconds is None else time.time() + ttl_seconds)
 
 
 def delete(conn: Connection, tenant: str, path: TinkerPath) -> Checkpoint:
     """Unlists a checkpoint at once; its folder goes with the next garbage collection."""
     checkpoint = get(conn, tenant, path)
+    _check_unnamed(conn, checkpoint.uid, str(path), "deleted")
     conn.execute(table.update().where(table.c.uid == checkpoint.uid).values(state="deleted"))
     return checkpoint
 
@@ -239,6 +244,15 @@ def total_bytes(conn: Connection, tenant: str | None = None) -> int:
 def expire(conn: Connection, now: float) -> int:
     """Deletes what is past its time to live; how many."""
     return conn.execute(table.update().where((table.c.state == "complete") & _expired(now)).values(state="deleted")).rowcount
+
+
+def _check_unnamed(conn: Connection, uid: str, path: str, what: str) -> None:
+    """Refuses where an adapter's name counts on the checkpoint (everlearn/store/names.py)."""
+    named = tables.named_versions
+    row = conn.execute(sa.select(named.c.name, named.c.number).where(named.c.uid == uid)).first()
+    if row is not None:
+        version = f"{row.name}@{row.number}"
+        raise Conflict(f"{path} is {version} and can't be {what}; first `everlearn adapter delete {version}`, or the name", param="path")
 
 
 def _change(conn: Connection, tenant: str, path: TinkerPath, **values: Any) -> Checkpoint:

@@ -61,7 +61,8 @@ def retire_versions(conn: Connection, now: float, keep: int = KEEP_VERSIONS, idl
 
 
 def garbage(conn: Connection) -> list[str]:
-    """Folders of deleted rows that nothing may still read: no row that lives, no load that may be replayed, no sample that waits."""
+    """Folders of deleted rows that nothing may still read: no row that lives, no name of an
+    adapter, no load that may be replayed, no sample that waits."""
     deleted: set[str] = set()
     needed: set[str] = set()
     for table in OWNERS:
@@ -70,6 +71,7 @@ def garbage(conn: Connection) -> list[str]:
         return []
     for table in OWNERS:
         needed.update(conn.execute(sa.select(table.c.folder).where(table.c.state != "deleted")).scalars())
+    needed.update(conn.execute(sa.select(tables.named_versions.c.folder)).scalars())
     requests, samplers = tables.requests, tables.samplers
     live = sa.select(tables.runs.c.run_id).where(tables.runs.c.state.in_(runs.LIVE_STATES))
     loads = requests.c.folder.is_not(None) & (requests.c.payload_bytes > 0) & requests.c.model_id.in_(live)

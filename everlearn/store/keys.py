@@ -19,12 +19,26 @@ from sqlalchemy.engine import Connection
 from everlearn.errors import InvalidRequest, NotFound
 from everlearn.store import tables
 
-SCOPES = ("train", "sample", "admin")
+SCOPES = ("train", "sample", "read", "admin")
+MAX_LIMIT = 10**12
 TENANT = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
+class Limits(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a key may use; None: as much as there is. `models`: the base models and names of adapters that it may sample."""
+
+    rpm: int | None = None
+    tpm: int | None = None
+    concurrency: int | None = None
+    models: list[str] | None = None
+
+
+NO_LIMITS = Limits()
+
+
 class Key(msgspec.Struct, frozen=True):
-    """A key without its secret; `prefix` is the part that may be shown to tell keys apart."""
+    """A key without its secret; `prefix` is the part that may be shown to tell keys apart. `content` False: of its answers only the
+    figures are recorded."""
 
     key_id: str
     tenant: str
@@ -33,9 +47,13 @@ class Key(msgspec.Struct, frozen=True):
     prefix: str
     created_at: float
     revoked_at: float | None = None
+    limits: Limits = NO_LIMITS
+    content: bool = True
 
 
-def create(conn: Connection, tenant: str, name: str, scopes: Sequence[str] = SCOPES) -> tuple[Key, str]:
+def create(
+    conn: Connection, tenant: str, name: str, scopes: Sequence[str] = SCOPES, limits: Limits = NO_LIMITS, content: bool = True
+) -> tuple[Key, str]:
     """A new key of `tenant` and its secret, which can't be had again."""
     if not TENANT.fullmatch(tenant):
         raise InvalidRequest(f"tenant {tenant!r} must be 1 to 64 letters, digits, '.', '_' or '-'", param="tenant")
@@ -43,9 +61,30 @@ def create(conn: Connection, tenant: str, name: str, scopes: Sequence[str] = SCO
     if unknown or not scopes:
         raise InvalidRequest(f"scopes {sorted(scopes)} must be some of {', '.join(SCOPES)}", param="scopes")
     secret = "tml-" + secrets.token_urlsafe(32)
-    key = Key(f"key-{secrets.token_hex(6)}", tenant, name[:200], sorted(scopes), secret[:10], time.time())
-    conn.execute(tables.keys.insert().values(digest=_digest(secret), **msgspec.structs.asdict(key)))
+    key = Key(f"key-{secrets.token_hex(6)}", tenant, name[:200], sorted(scopes), secret[:10], time.time(), None, check(limits), content)
+    row = msgspec.structs.asdict(key) | {"limits": msgspec.to_builtins(limits)}
+    conn.execute(tables.keys.insert().values(digest=_digest(secret), **row))
     return key, secret
+
+
+def check(limits: Limits) -> Limits:
+    """The limits, if each makes sense; InvalidRequest otherwise."""
+    for name in ("rpm", "tpm", "concurrency"):
+        value = getattr(limits, name)
+        if value is not None and not 1 <= value <= MAX_LIMIT:
+            raise InvalidRequest(f"{name} is {value}; it must lie in 1..{MAX_LIMIT} (leave it out for no limit)", param=name)
+    if limits.models is not None and (not limits.models or not all(0 < len(model) <= 300 for model in limits.models)):
+        raise InvalidRequest(
+            "models must name at least one model, each with 1 to 300 characters; leave it out to allow all", param="models"
+        )
+    return limits
+
+
+def set_limits(conn: Connection, key_id: str, limits: Limits, content: bool) -> Key:
+    """Other limits for a key; a running server heeds them within a second."""
+    values = {"limits": msgspec.to_builtins(check(limits)), "content": content}
+    conn.execute(tables.keys.update().where(tables.keys.c.key_id == key_id).values(**values))
+    return get(conn, key_id)
 
 
 def find(conn: Connection, secret: str) -> Key | None:
@@ -67,6 +106,11 @@ def revoke(conn: Connection, key_id: str) -> Key:
     """Ends a key for good. Revoking twice changes nothing."""
     live = (tables.keys.c.key_id == key_id) & tables.keys.c.revoked_at.is_(None)
     conn.execute(tables.keys.update().where(live).values(revoked_at=time.time()))
+    return get(conn, key_id)
+
+
+def get(conn: Connection, key_id: str) -> Key:
+    """The key with this id, revoked or not."""
     row = conn.execute(sa.select(tables.keys).where(tables.keys.c.key_id == key_id)).first()
     if row is None:
         raise NotFound(f"no key {key_id!r}; `everlearn key list` shows those that exist", param="key_id")
@@ -83,4 +127,5 @@ def _digest(secret: str) -> str:
 
 
 def _key(row: Any) -> Key:
-    return Key(row.key_id, row.tenant, row.name, list(row.scopes), row.prefix, row.created_at, row.revoked_at)
+    limits = msgspec.convert(row.limits or {}, Limits)
+    return Key(row.key_id, row.tenant, row.name, list(row.scopes), row.prefix, row.created_at, row.revoked_at, limits, row.content)

@@ -32,6 +32,8 @@ keys = sa.Table(
     sa.Column("scopes", sa.JSON, nullable=False),
     _time("created_at"),
     _time("revoked_at", null=True),
+    sa.Column("limits", sa.JSON, nullable=True),
+    sa.Column("content", sa.Boolean, nullable=False, server_default=sa.true()),
 )
 
 sessions = sa.Table(
@@ -75,7 +77,8 @@ runs = sa.Table(
 )
 
 # `replays`: the request changes the adapter, so a rebuild must run it again. `folder`: what a load reads, so that garbage
-# collection leaves it alone as long as the load may be replayed.
+# collection leaves it alone as long as the load may be replayed. `key_id`, `subject` (the run or base model), `tokens_in` and
+# `tokens_out` are for the usage alone.
 requests = sa.Table(
     "requests",
     metadata,
@@ -93,6 +96,10 @@ requests = sa.Table(
     sa.Column("error", sa.JSON, nullable=True),
     sa.Column("payload_bytes", sa.BigInteger, nullable=False),
     sa.Column("result_bytes", sa.BigInteger, nullable=False),
+    _text("key_id", null=True),
+    _text("subject", null=True),
+    sa.Column("tokens_in", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("tokens_out", sa.BigInteger, nullable=False, server_default="0"),
     _time("created_at"),
     _time("finished_at", null=True),
     sa.UniqueConstraint("model_id", "is_sample", "seq", name="requests_order"),
@@ -202,4 +209,91 @@ telemetry = sa.Table(
     sa.Column("body", sa.JSON, nullable=False),
     _time("created_at"),
     sa.Index("telemetry_tenant", "tenant", "id"),
+)
+
+# A name of an adapter: `number` is the version that the bare name means now, `last_number` the highest ever given (never reused).
+adapter_names = sa.Table(
+    "adapter_names",
+    metadata,
+    _text("tenant", primary_key=True),
+    _text("name", primary_key=True),
+    sa.Column("number", sa.BigInteger, nullable=False),
+    sa.Column("last_number", sa.BigInteger, nullable=False),
+    _time("created_at"),
+)
+
+# `uid`: the checkpoint behind it, which can't be deleted, expire or be overwritten as long as this row is there.
+named_versions = sa.Table(
+    "named_versions",
+    metadata,
+    _text("tenant", primary_key=True),
+    _text("name", primary_key=True),
+    sa.Column("number", sa.BigInteger, primary_key=True, autoincrement=False),
+    _text("uid"),
+    _text("path"),
+    _text("base_model"),
+    _text("version"),
+    _text("folder"),
+    _text("note"),
+    _time("created_at"),
+    sa.Index("named_versions_uid", "uid"),
+)
+
+name_moves = sa.Table(
+    "name_moves",
+    metadata,
+    sa.Column("id", BigId, primary_key=True, autoincrement=True),
+    _text("tenant"),
+    _text("name"),
+    sa.Column("number", sa.BigInteger, nullable=False),
+    _text("note"),
+    _time("created_at"),
+    sa.Index("name_moves_name", "tenant", "name", "id"),
+)
+
+records = sa.Table(
+    "records",
+    metadata,
+    _text("record_id", primary_key=True),
+    _text("tenant"),
+    _text("key_id", null=True),
+    _text("route"),
+    _text("model"),
+    _text("base_model"),
+    _text("version"),
+    sa.Column("prompt_tokens", sa.BigInteger, nullable=False),
+    sa.Column("completion_tokens", sa.BigInteger, nullable=False),
+    sa.Column("cached_tokens", sa.BigInteger, nullable=False),
+    sa.Column("finish_reasons", sa.JSON, nullable=False),
+    _text("user", null=True),
+    _time("first_token_seconds", null=True),
+    _time("seconds"),
+    sa.Column("body_bytes", sa.BigInteger, nullable=False),
+    _time("created_at"),
+    sa.Index("records_tenant", "tenant", "record_id"),
+    sa.Index("records_age", "created_at"),
+)
+
+record_bodies = sa.Table(
+    "record_bodies",
+    metadata,
+    _text("record_id", primary_key=True),
+    _text("tenant"),
+    sa.Column("body", sa.LargeBinary, nullable=False),
+)
+
+# Sums that outlive the rows they were made of; `kind` is a route ("chat.completions") or a kind of request ("forward_backward").
+usage = sa.Table(
+    "usage",
+    metadata,
+    _text("tenant", primary_key=True),
+    sa.Column("day", sa.BigInteger, primary_key=True, autoincrement=False),
+    _text("key_id", primary_key=True),
+    _text("subject", primary_key=True),
+    _text("kind", primary_key=True),
+    sa.Column("requests", sa.BigInteger, nullable=False),
+    sa.Column("tokens_in", sa.BigInteger, nullable=False),
+    sa.Column("tokens_cached", sa.BigInteger, nullable=False),
+    sa.Column("tokens_out", sa.BigInteger, nullable=False),
+    _time("seconds"),
 )

@@ -1,0 +1,257 @@
+"""Records of answers: what was asked, the token ids and log-probabilities as they were sampled, and which version sampled them.
+
+The raw material of learning from use. A row with the figures is always kept for the retention time; the content (texts, tokens,
+log-probabilities, parameters, metadata) stands beside it as one compressed blob, and is left out for keys that want it so. Rows
+that leave were counted in the usage when they came (everlearn/store/usage.py).
+
+`write` may run twice for the same records and counts them once. Nothing here knows queues or HTTP: everlearn/api/recorder.py
+collects records while answers go out, and writes them behind their backs.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+import zstandard
+from sqlalchemy.engine import Connection
+
+from everlearn.errors import NotFound
+from everlearn.store import tables
+from everlearn.store import usage as totals
+from everlearn.types import Array
+
+rows, bodies = tables.records, tables.record_bodies
+SWEEP_ROWS = 2000  # a call of `sweep` holds the writer for this many rows at most
+LEVEL = 3
+MAX_USER = 200
+
+
+class RecordedChoice(msgspec.Struct, frozen=True):
+    """One sampled sequence: `tokens` int32 [N] and `logprobs` float32 [N] as the engine drew and scored them."""
+
+    tokens: Array
+    logprobs: Array
+    finish_reason: str
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """One answer. `model` is the name as shown to the client (`support@8`, a base model's id, a tinker:// path), `version` the
+    weights' id ("" is the base model). `messages` is what was asked and `answer` what was said, `params` the other fields of the
+    request, each as JSON values; `user` and `metadata` are the client's own. `content` False: only the figures are kept."""
+
+    record_id: str
+    tenant: str
+    key_id: str | None
+    route: str  # chat.completions, completions, responses, messages
+    model: str
+    base_model: str
+    version: str
+    prompt: Array  # int32 [P]
+    choices: list[RecordedChoice]
+    messages: Any = None
+    answer: Any = None
+    params: Any = None
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    cached_tokens: int = 0
+    first_token_seconds: float | None = None
+    seconds: float = 0.0
+    content: bool = True
+    created_at: float = msgspec.field(default_factory=time.time)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self.prompt.shape[0]
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(choice.tokens.shape[0] for choice in self.choices)
+
+
+class Row(msgspec.Struct, frozen=True):
+    """A record's figures, as they are listed. `body_bytes` 0: its content is not kept."""
+
+    record_id: str
+    tenant: str
+    key_id: str | None
+    route: str
+    model: str
+    base_model: str
+    version: str
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    finish_reasons: list[str]
+    user: str | None
+    first_token_seconds: float | None
+    seconds: float
+    body_bytes: int
+    created_at: float
+
+
+class Body(msgspec.Struct, frozen=True):
+    """A record's content. `texts`: messages, answer, params and metadata as one JSON object."""
+
+    prompt: Array
+    choices: list[RecordedChoice]
+    texts: bytes
+
+
+Packed = tuple[Row, bytes]  # the figures, and a Body packed (nothing where the content isn't kept)
+encode_body = msgspec.msgpack.Encoder().encode
+decode_body = msgspec.msgpack.Decoder(Body).decode
+
+
+def new_id(now: float | None = None) -> str:
+    """A record's id: later ones sort behind earlier ones, and none can be guessed."""
+    return f"rec_{int(1000 * (time.time() if now is None else now)):011x}{secrets.token_hex(10)}"
+
+
+def int32(tokens: Sequence[int]) -> Array:
+    """Token ids as an Array."""
+    return Array("int32", [len(tokens)], array("i", tokens).tobytes())
+
+
+def float32(values: Sequence[float]) -> Array:
+    """Log-probabilities as an Array."""
+    return Array("float32", [len(values)], array("f", values).tobytes())
+
+
+def pack(record: Record) -> Packed:
+    """What is stored of a record. Tens of microseconds for each kilobyte, and no database."""
+    data = zstandard.ZstdCompressor(level=LEVEL).compress(encode_body(_body(record))) if record.content else b""
+    names = ("record_id", "tenant", "key_id", "route", "model", "base_model", "version", "prompt_tokens", "completion_tokens")
+    more = ("cached_tokens", "first_token_seconds", "seconds", "created_at")
+    reasons = [choice.finish_reason for choice in record.choices]
+    user = _storable(record.user) if record.user is not None and record.content else None
+    figures = {name: getattr(record, name) for name in (*names, *more)}
+    return Row(finish_reasons=reasons, user=user, body_bytes=len(data), **figures), data
+
+
+def unpack(data: bytes) -> Body:
+    return decode_body(zstandard.ZstdDecompressor().decompress(data))
+
+
+def write(conn: Connection, packed: Sequence[Packed]) -> int:
+    """Stores records and counts them in the usage. Those that are there already are left alone; returns how many were new."""
+    ids = [row.record_id for row, _ in packed]
+    there = set(conn.execute(sa.select(rows.c.record_id).where(rows.c.record_id.in_(ids))).scalars())
+    new = {row.record_id: (row, data) for row, data in packed if row.record_id not in there}
+    if not new:
+        return 0
+    conn.execute(rows.insert(), [msgspec.structs.asdict(row) for row, _ in new.values()])
+    contents = [{"record_id": key, "tenant": row.tenant, "body": data} for key, (row, data) in new.items() if data]
+    if contents:
+        conn.execute(bodies.insert(), contents)
+    totals.add(conn, [_line(row) for row, _ in new.values()])
+    return len(new)
+
+
+def get(conn: Connection, tenant: str, record_id: str) -> tuple[Row, Body | None]:
+    """A record's figures, and its content where that is kept."""
+    found = conn.execute(sa.select(rows).where((rows.c.record_id == record_id) & (rows.c.tenant == tenant))).first()
+    if found is None:
+        raise missing(record_id)
+    row = Row(**found._mapping)
+    if not row.body_bytes:
+        return row, None
+    return row, unpack(conn.execute(sa.select(bodies.c.body).where(bodies.c.record_id == record_id)).scalar_one())
+
+
+def missing(record_id: str) -> NotFound:
+    return NotFound(f"no record {record_id[:100]!r}; GET /v1/records lists yours (they are kept for a while only)", param="record_id")
+
+
+def list_rows(
+    conn: Connection,
+    tenant: str,
+    limit: int = 20,
+    after: str | None = None,
+    model: str | None = None,
+    key_id: str | None = None,
+    user: str | None = None,
+) -> list[Row]:
+    """Figures of the tenant's records, newest first; with `after` those older than that one. A `model` without a number takes all
+    its versions in."""
+    where = rows.c.tenant == tenant
+    if after is not None:
+        where &= rows.c.record_id < after
+    if model is not None:
+        where &= (rows.c.model == model) | rows.c.model.startswith(f"{model}@", autoescape=True)
+    for column, value in ((rows.c.key_id, key_id), (rows.c.user, user)):
+        if value is not None:
+            where &= column == value
+    query = sa.select(rows).where(where).order_by(rows.c.record_id.desc()).limit(limit)
+    return [Row(**row._mapping) for row in conn.execute(query)]
+
+
+def delete(conn: Connection, tenant: str, record_id: str) -> None:
+    """Forgets a record with its content; the usage goes on counting it."""
+    if not _drop(conn, (rows.c.record_id == record_id) & (rows.c.tenant == tenant), 1):
+        raise missing(record_id)
+
+
+def size(conn: Connection) -> int:
+    """Bytes of all contents."""
+    return int(conn.execute(sa.select(sa.func.coalesce(sa.func.sum(rows.c.body_bytes), 0))).scalar_one())
+
+
+def sweep(conn: Connection, before: float, limit: int = SWEEP_ROWS) -> int:
+    """Forgets records made before that time, the oldest first and `limit` at most; how many. Call again while it returns `limit`."""
+    return _drop(conn, rows.c.created_at < before, limit)
+
+
+def oldest_beyond(conn: Connection, max_bytes: int) -> float | None:
+    """The time before which records must go so that the rest has `max_bytes` at most; None: all may stay."""
+    excess = size(conn) - max_bytes
+    if excess <= 0:
+        return None
+    running = sa.func.sum(rows.c.body_bytes).over(order_by=(rows.c.created_at, rows.c.record_id)).label("running")
+    inner = sa.select(rows.c.created_at, running).subquery()
+    edge = conn.execute(sa.select(sa.func.min(inner.c.created_at)).where(inner.c.running >= excess)).scalar_one()
+    return float(edge) + 1e-6  # the record at the edge goes too
+
+
+def _drop(conn: Connection, where: sa.ColumnElement[bool], limit: int) -> int:
+    ids = list(conn.execute(sa.select(rows.c.record_id).where(where).order_by(rows.c.created_at).limit(limit)).scalars())
+    for start in range(0, len(ids), 500):
+        some = ids[start : start + 500]
+        conn.execute(bodies.delete().where(bodies.c.record_id.in_(some)))
+        conn.execute(rows.delete().where(rows.c.record_id.in_(some)))
+    return len(ids)
+
+
+def _body(record: Record) -> Body:
+    texts = {"messages": record.messages, "answer": record.answer, "params": record.params, "metadata": record.metadata}
+    try:
+        encoded = msgspec.json.encode(texts, enc_hook=str)
+    except UnicodeEncodeError:  # half a surrogate pair in what the client sent; slower, but with ASCII escapes it can be kept
+        encoded = json.dumps(texts, default=str).encode()
+    return Body(record.prompt, record.choices, encoded)
+
+
+def _storable(text: str) -> str:
+    """Text that both databases take."""
+    return text[:MAX_USER].encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
+
+
+def _line(row: Row) -> totals.Line:
+    return totals.Line(
+        tenant=row.tenant,
+        day=totals.day_of(row.created_at),
+        key_id=row.key_id or "",
+        subject=row.model,
+        kind=row.route,
+        requests=1,
+        tokens_in=row.prompt_tokens,
+        tokens_cached=row.cached_tokens,
+        tokens_out=row.completion_tokens,
+        seconds=row.seconds,
+    )
