@@ -1,0 +1,1 @@
+"""Between messages and tokens: chat templates, tool calls, reasoning, text of tokens, images. Pure: no torch, no HTTP."""

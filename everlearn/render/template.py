@@ -1,0 +1,235 @@
+"""Messages to the text of a prompt, by the model's own Jinja template.
+
+The template is a program from whoever made the model: it runs in Jinja's immutable sandbox (`everlearn/render/sandbox.py`) with limits
+on time and size, and sees plain data alone. What it needs that OpenAI's messages don't have (arguments as objects, content as one text)
+is prepared here.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jinja2 import TemplateError, nodes
+
+from everlearn.errors import InvalidRequest
+from everlearn.render import sandbox
+from everlearn.render.tokenizer import ChatTokenizer
+
+Message = Mapping[str, Any]
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MAX_MESSAGES = 10_000
+CONTINUE = "\ue000CONTINUE\ue000"  # marks the end of the last message's text; private use, and taken out again
+REASONING = ("reasoning_content", "reasoning", "thinking")  # the same under the names that templates read
+
+
+class Needs(NamedTuple):
+    """What a template expects of messages, found in its syntax tree."""
+
+    names: frozenset[str]  # undeclared variables and string constants: which roles and switches it knows
+    parts: bool  # goes through a content that is a list of parts
+    text_arguments: bool  # joins a call's arguments as text
+
+
+def render(
+    tokenizer: ChatTokenizer,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    add_generation_prompt: bool = True,
+    continue_final: bool = False,
+    kwargs: Mapping[str, Any] = {},
+) -> str:
+    """The prompt. `messages` and `tools` are as OpenAI's API has them; `kwargs` are switches of the template (enable_thinking).
+
+    `continue_final` leaves the last message open, so that the model goes on writing it. A model without a template gets ChatML.
+    Raises InvalidRequest(param="messages") where the template refuses the messages or goes over its limits.
+    """
+    if not messages:
+        raise InvalidRequest("messages is empty; send one message at least", param="messages")
+    if len(messages) > MAX_MESSAGES:
+        raise InvalidRequest(f"{len(messages)} messages; {MAX_MESSAGES} is the limit", param="messages")
+    source = _source(tokenizer, bool(tools))
+    try:
+        template, needs = _compiled(source)
+    except TemplateError as error:
+        raise InvalidRequest(
+            f"the model's chat template can't be compiled: {error}; mend chat_template in its folder", param="model"
+        ) from None
+    plain = [_prepare(message, needs, place) for place, message in enumerate(messages)]
+    if continue_final:
+        add_generation_prompt = False
+        _mark_end(plain[-1])
+    reserved = {"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"} & set(kwargs)
+    if reserved:
+        raise InvalidRequest(f"chat_template_kwargs can't set {', '.join(sorted(reserved))}", param="chat_template_kwargs")
+    variables = {
+        **tokenizer_tokens(tokenizer),
+        **_plain(kwargs),
+        "messages": plain,
+        "tools": _plain(list(tools)) if tools else None,
+        "documents": None,
+        "add_generation_prompt": add_generation_prompt,
+    }
+    text = sandbox.run(template, variables)
+    return _cut(text) if continue_final else text
+
+
+def supports_tools(tokenizer: ChatTokenizer) -> bool:
+    """Whether the model's template shows tools to the model by itself."""
+    source = _source(tokenizer, tools=True)
+    try:
+        return "tools" in _compiled(source)[1].names
+    except TemplateError:
+        return False
+
+
+def knows(tokenizer: ChatTokenizer, name: str) -> bool:
+    """Whether the template reads a variable, or has a constant, of this name (enable_thinking, developer)."""
+    try:
+        return name in _compiled(_source(tokenizer, tools=True))[1].names
+    except TemplateError:
+        return False
+
+
+def tokenizer_tokens(tokenizer: ChatTokenizer) -> dict[str, str]:
+    """Special tokens by the names that templates use."""
+    named = {name: token for name in ("pad_token", "unk_token") if isinstance(token := tokenizer.config.get(name), str)}
+    return {**named, "bos_token": tokenizer.bos, "eos_token": tokenizer.eos}
+
+
+def _source(tokenizer: ChatTokenizer, tools: bool) -> str:
+    if tools and "tool_use" in tokenizer.templates:
+        return tokenizer.templates["tool_use"]
+    return tokenizer.template or CHATML
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(source: str) -> tuple[sandbox.Template, Needs]:
+    tree = sandbox.parse(source)
+    return sandbox.compile_template(source), Needs(_names(tree), _goes_through_content(tree), _joins_arguments(tree))
+
+
+# ---- what the template expects ----
+
+
+def _names(tree: nodes.Template) -> frozenset[str]:
+    names = {node.name for node in tree.find_all(nodes.Name)}
+    return frozenset(names | {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)})
+
+
+def _field(node: nodes.Node) -> str | None:
+    """The name in `message.content` and `message['content']`."""
+    if isinstance(node, nodes.Getattr):
+        return node.attr
+    if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const):
+        return str(node.arg.value)
+    return None
+
+
+def _goes_through_content(tree: nodes.Template) -> bool:
+    """A loop over a message's content, or over a variable that was set to it."""
+    settings = [node for node in tree.find_all(nodes.Assign) if isinstance(node.target, nodes.Name) and _field(node.node) == "content"]
+    carriers = {node.target.name for node in settings if isinstance(node.target, nodes.Name)}
+    loops = [node.iter for node in tree.find_all(nodes.For)]
+    return any(_field(over) == "content" or (isinstance(over, nodes.Name) and over.name in carriers) for over in loops)
+
+
+def _joins_arguments(tree: nodes.Template) -> bool:
+    """`+ call.arguments +` or `{{ call.arguments }}` and nowhere a filter or a test on them: the template takes JSON text."""
+    handled = any(
+        any(_field(child) == "arguments" for child in node.iter_child_nodes())
+        for node in tree.find_all((nodes.Filter, nodes.Test, nodes.Assign, nodes.For, nodes.Getattr))
+    )
+    return not handled and any(
+        any(_field(child) == "arguments" for child in node.iter_child_nodes())
+        for node in tree.find_all((nodes.Add, nodes.Concat, nodes.Output))
+    )
+
+
+# ---- messages as templates take them ----
+
+
+def _prepare(message: Message, needs: Needs, place: int) -> dict[str, Any]:
+    plain: dict[str, Any] = _plain(dict(message))
+    role = plain.get("role")
+    if not isinstance(role, str):
+        raise InvalidRequest(f"messages[{place}] has no role; roles are system, developer, user, assistant and tool", param="messages")
+    if role == "developer" and "developer" not in needs.names:
+        plain["role"] = "system"
+    plain["content"] = _content(plain.get("content"), needs, place)
+    reasoning = next((plain[name] for name in REASONING if isinstance(plain.get(name), str)), None)
+    if reasoning is not None:
+        plain.update(dict.fromkeys(REASONING, reasoning))
+    for call in plain.get("tool_calls") or []:
+        function = call.get("function", call)
+        if isinstance(function.get("arguments"), str) and not needs.text_arguments:
+            function["arguments"] = _arguments(function["arguments"])
+    return plain
+
+
+def _content(content: Any, needs: Needs, place: int) -> Any:
+    """One text, or the parts where the template goes through them."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise InvalidRequest(f"messages[{place}].content is a {type(content).__name__}; it is a text or a list of parts", param="messages")
+    texts = []
+    for number, part in enumerate(content):
+        kind, text = (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
+        if not isinstance(text, str):
+            raise InvalidRequest(
+                f"messages[{place}].content[{number}] is of type {kind!r}; this model reads text alone, so send parts of type 'text'",
+                param="messages",
+            )
+        texts.append(text)
+    if needs.parts:
+        return [{"type": "text", "text": text} for text in texts]
+    return "\n".join(texts)
+
+
+def _arguments(text: str) -> Any:
+    """An object where the text is one; else the text, which is what the model wrote."""
+    try:
+        value = json.loads(text) if text.strip() else {}
+    except ValueError:
+        return text
+    return value if isinstance(value, dict) else text
+
+
+def _plain(value: Any) -> Any:
+    """A copy out of JSON's own types: the sandbox guards attributes, and these have none worth guarding."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    raise InvalidRequest(f"messages and tools hold JSON values; {type(value).__name__} is none", param="messages")
+
+
+# ---- an open last message ----
+
+
+def _mark_end(message: dict[str, Any]) -> None:
+    if isinstance(message["content"], list) and message["content"]:
+        message["content"][-1]["text"] += CONTINUE
+    else:
+        message["content"] = (message["content"] or "") + CONTINUE
+
+
+def _cut(text: str) -> str:
+    place = text.rfind(CONTINUE)
+    if place < 0:
+        raise InvalidRequest("the model's chat template drops the last message's text, so it can't be continued", param="messages")
+    return text[:place]
