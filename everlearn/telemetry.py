@@ -14,6 +14,7 @@ import sys
 import time
 from typing import Any
 
+key_id_var: contextvars.ContextVar[str | None] = contextvars.ContextVar("key_id", default=None)  # of the key that this request came with
 request_id_var: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")
 
 # The attributes every LogRecord has; what `extra=` adds beyond them are the event's fields.

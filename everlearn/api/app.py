@@ -22,8 +22,10 @@ from everlearn.api import errors, ops
 from everlearn.api.auth import KeyCache, authenticate
 from everlearn.api.dispatch import Dispatcher
 from everlearn.api.housekeeping import Housekeeping
+from everlearn.api.limiter import Limiter
 from everlearn.api.limits import BodyLimit
 from everlearn.api.ops import Metrics
+from everlearn.api.recorder import Recorder
 from everlearn.api.services import Services
 from everlearn.api.serving import Serving
 from everlearn.api.supervise import EngineProcess
@@ -73,6 +75,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     app.state.services = svc
     housekeeping = Housekeeping(svc)
     try:
+        svc.records.start()
         await svc.dispatcher.start()
         svc.engine.start()
         housekeeping.start()
@@ -83,6 +86,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await housekeeping.stop()
         await svc.engine.stop(grace=10.0)
         await svc.dispatcher.stop()
+        await asyncio.to_thread(svc.records.close)
         await asyncio.to_thread(svc.db.close)
 
 
@@ -116,7 +120,10 @@ def make_services(settings: Settings, db: Database, catalog: Catalog) -> Service
     dispatcher = Dispatcher(settings, db, engine, metrics)
     serving = Serving(settings, engine, dispatcher, metrics.serving)
     metrics.watch(engine, dispatcher, serving)
-    return Services(settings, db, catalog, engine, dispatcher, metrics, serving)
+    recorder = Recorder(db, metrics.records_total.inc, metrics.records_lost.inc)
+    metrics.records_waiting.set_function(lambda: len(recorder))
+    limiter = Limiter(catalog, recorder.backlog)
+    return Services(settings, db, catalog, engine, dispatcher, metrics, serving, limiter, recorder)
 
 
 class Observe:

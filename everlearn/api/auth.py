@@ -13,30 +13,34 @@ import ipaddress
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
-from fastapi import Request
+from fastapi import Depends, Request, params
 
 from everlearn.api.services import Services, services
 from everlearn.errors import Forbidden, Unauthenticated
 from everlearn.store import keys
+from everlearn.telemetry import key_id_var
 
 DEFAULT_TENANT = "default"
 OPEN_ROUTES = frozenset({"/livez", "/readyz", "/health", "/metrics", "/api/v1/healthz"})
 SIGNED_PREFIX = "/api/v1/files/"
-ALL_SCOPES = frozenset({"train", "sample", "admin"})
+ALL_SCOPES = frozenset(keys.SCOPES)
 CACHE_SECONDS = 1.0  # a revoked key works for this long at most
 CACHE_SIZE = 4096
 
 
 @dataclass(frozen=True)
 class Caller:
+    """`content` False: of this caller's answers only the figures are recorded."""
+
     tenant: str
     key_id: str | None
     scopes: frozenset[str]
+    limits: keys.Limits = keys.NO_LIMITS
+    content: bool = True
 
 
 LOCAL = Caller(DEFAULT_TENANT, None, ALL_SCOPES)
@@ -62,7 +66,7 @@ class KeyCache:
         expires, caller = self._callers.get(digest, (0.0, None))
         if time.monotonic() > expires:
             key = await svc.read(lambda conn: keys.find(conn, secret))
-            caller = Caller(key.tenant, key.key_id, frozenset(key.scopes)) if key else None
+            caller = Caller(key.tenant, key.key_id, frozenset(key.scopes), key.limits, key.content) if key else None
             self._callers[digest] = (time.monotonic() + CACHE_SECONDS, caller)
             if len(self._callers) > CACHE_SIZE:
                 self._callers.popitem(last=False)
@@ -84,6 +88,7 @@ async def authenticate(request: Request) -> None:
         return
     if required:
         request.state.caller = await by_key(svc, cache, request)
+        key_id_var.set(request.state.caller.key_id)
         return
     if not local:
         raise Unauthenticated("this server has no keys yet and answers its own machine only; make one with: everlearn key create")
@@ -148,15 +153,22 @@ def tenant(request: Request) -> str:
     return request.state.caller.tenant
 
 
-def scope(name: str) -> Callable[[Request], Awaitable[None]]:
-    """A dependency for routers: the key must have scope `name` (or admin)."""
+class Scope:
+    """A dependency for routers and routes: the key must have one of these scopes, or admin. Every route has one (a test looks)."""
 
-    async def check(request: Request) -> None:
+    def __init__(self, *names: str):
+        self.allowed = frozenset({*names, "admin"})
+        self.wanted = " or ".join(map(repr, names))
+
+    async def __call__(self, request: Request) -> None:
         scopes = request.state.caller.scopes
-        if name not in scopes and "admin" not in scopes:
-            raise Forbidden(f"this key has no scope {name!r} (it has: {', '.join(sorted(scopes)) or 'none'})")
+        if scopes.isdisjoint(self.allowed):
+            raise Forbidden(f"this key has no scope {self.wanted} (it has: {', '.join(sorted(scopes)) or 'none'}); use another key")
 
-    return check
+
+def scope(*names: str) -> params.Depends:
+    """In a router's or route's `dependencies`."""
+    return Depends(Scope(*names))
 
 
 # -- links that work without a key, for a while ---------------------------------------------------------------------------
@@ -175,7 +187,7 @@ def verify_signed(svc: Services, request: Request) -> Caller:
     expected = sign(svc, request.scope["path"], query.get("tenant", ""), expires)
     if request.method not in ("GET", "HEAD") or expires < time.time() or not hmac.compare_digest(expected, query["signature"]):
         raise Unauthenticated("this link has expired or was changed; ask for a new one")
-    return Caller(query.get("tenant", ""), None, frozenset())
+    return Caller(query.get("tenant", ""), None, frozenset({"read"}))
 
 
 def sign(svc: Services, path: str, tenant: str, expires: int) -> str:

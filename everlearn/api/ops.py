@@ -54,7 +54,12 @@ class Metrics:
         self.serving = ServingMetrics(self.registry)
         self.replayed_total = Counter("everlearn_replayed_commands", "commands sent again after an engine start", registry=self.registry)
         self.snapshots_total = Counter("everlearn_snapshots", "adapter snapshots that became durable", registry=self.registry)
-        self.store_bytes = Gauge("everlearn_store_bytes", "bytes of the request log, by part", ["part"], registry=self.registry)
+        self.store_bytes = Gauge(
+            "everlearn_store_bytes", "bytes in the store: payloads and results of the log, records", ["part"], registry=self.registry
+        )
+        self.records_total = Counter("everlearn_records", "records of answers that became durable", registry=self.registry)
+        self.records_lost = Counter("everlearn_records_lost", "records that could not be stored", registry=self.registry)
+        self.records_waiting = Gauge("everlearn_records_waiting", "records that are not durable yet", registry=self.registry)
 
     def watch(self, engine: EngineProcess, dispatcher: Dispatcher, serving: Serving) -> None:
         """Adds the gauges that are read when somebody asks."""

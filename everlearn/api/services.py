@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
     from everlearn.api.dispatch import Dispatcher
+    from everlearn.api.limiter import Limiter
     from everlearn.api.ops import Metrics
+    from everlearn.api.recorder import Recorder
     from everlearn.api.serving import Serving
     from everlearn.api.supervise import EngineProcess
     from everlearn.models.catalog import Catalog
@@ -39,6 +41,8 @@ class Services:
     dispatcher: Dispatcher
     metrics: Metrics
     serving: Serving
+    limiter: Limiter
+    records: Recorder
     started_at: float = field(default_factory=time.time)
     samplers: dict[tuple[str, str], Sampler] = field(default_factory=dict)  # (tenant, id): those whose weights never change
 
