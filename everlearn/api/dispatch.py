@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from everlearn.api.feed import Feed, PayloadBudget
-from everlearn.api.ledger import Done, Failed, Ledger, Outcome, Pending, Waiting, first, outcome
+from everlearn.api.ledger import Done, Failed, Ledger, Outcome, Pending, Waiting, as_error, first, outcome
 from everlearn.api.quarantine import Quarantine
 from everlearn.api.samples import Samples
 from everlearn.config import Settings
@@ -85,12 +85,18 @@ class Dispatcher:
         seq_id. Raises Conflict (same seq, another payload), Overloaded, Unavailable (store, engine given up, shutdown).
         """
         sequences = command.num_samples if isinstance(command, protocol.Sample) else 0
-        self._admit(tenant, command.request_id, sequences)
         if model_id is None:
             assert not isinstance(command, protocol.Sample), "a Sample is submitted with model_id= and seq="
             model_id = command.model_id
         if seq is None:
             seq = getattr(command, "seq", 0)
+        try:
+            self._admit(tenant, command.request_id, sequences)
+        except Unavailable:  # for what is new; what was accepted before has its answer, or will have it
+            first = await self.first_entry(tenant, model_id, seq, fingerprint, sample=bool(sequences))
+            if first is None:
+                raise
+            return first
         if sequences:
             meta = {**meta, "num_samples": sequences}
         kind = command.__struct_config__.tag
@@ -105,27 +111,25 @@ class Dispatcher:
         model_id: str,
         seq: int,
         request_id: str,
-        kind: str = "forward_backward",
         fingerprint: str,
         error: EverlearnError,
-    ) -> None:
+    ) -> Entry | None:
         """A training request that was refused at the door has used up its seq all the same: the client goes on with the next.
-        So its place is logged, and passes without effect when its turn comes. Never raises for what the log refuses."""
-        cause = {"code": error.code, "message": error.message, "param": error.param}
-        entry = Entry(
-            request_id,
-            tenant,
-            "forward_backward",
-            model_id,
-            seq,
-            fingerprint,
-            {"forward_only": True, "refused": cause},
-            created_at=time.time(),
-        )
+        So its place is logged, and passes without effect when its turn comes. Returns the entry that the same request has there
+        already, if it does: it was accepted, or refused, before. Never raises for what the log refuses."""
+        meta = {"forward_only": True, "refused": as_error(error)}
+        entry = Entry(request_id, tenant, "forward_backward", model_id, seq, fingerprint, meta, created_at=time.time())
         try:
-            await self._uncancelled(self._accept(entry, b""))
+            placed: Entry = await self._uncancelled(self._accept(entry, b""))
         except EverlearnError as problem:
-            log.debug("refused %s request has no place in the log: %s", kind, problem.message)
+            log.debug("the refused request %s has no place in the log: %s", request_id, problem.message)
+            return None
+        return placed if placed.existing else None
+
+    async def first_entry(self, tenant: str, model_id: str, seq: int, fingerprint: str, *, sample: bool = False) -> Entry | None:
+        """The entry that this same request made when it came before."""
+        entry = await self.ledger.read(lambda conn: request_log.find(conn, tenant, model_id, seq, sample))
+        return entry if entry is not None and entry.fingerprint == fingerprint else None
 
     async def _uncancelled(self, work: Any) -> Any:
         """Once a request may be in the log it must be forwarded too, even if its client has gone."""
@@ -151,6 +155,8 @@ class Dispatcher:
 
     async def _accept(self, entry: Entry, payload: bytes) -> Entry:
         entry = await self.ledger.write(lambda conn: request_log.append(conn, entry, payload))
+        if entry.existing:  # what it says, not what came now: a seed or an id may have been drawn anew
+            payload = await self.ledger.read(lambda conn: request_log.payload(conn, entry.request_id) or b"")
         # `existing` alone doesn't tell: the store may have had to run the append twice. What is pending and unknown goes on.
         if entry.status != "pending" or self.ledger.known(entry.request_id):
             return entry

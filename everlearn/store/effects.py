@@ -5,7 +5,7 @@ Keys of `meta` that are read here, by kind (others are the API's own):
 
     create            session_id, model_seq_id, base_model, lora (a LoraSpec as a dict), user_metadata
     load              folder (what it reads; kept until a snapshot covers the load), create; those of `create` when it is set
-    forward_backward  forward_only
+    forward_backward  forward_only; refused (the error of a request of any kind that was refused at the door: it only takes its place)
     save              checkpoint_kind, name, folder, overwrite, ttl_seconds, user_metadata, optimizer
     publish           version, folder, kind (snapshot, inflight), ttl_seconds, user_metadata, and either name and overwrite (a
                       sampler_weights checkpoint) or sampling_session_seq_id (a sampler of the run's session)

@@ -146,6 +146,52 @@ def test_a_refused_request_uses_up_its_seq(tmp_path: Path) -> None:
     asyncio.run(go())
 
 
+def test_the_first_entry_is_the_answer_whatever_is_said_now(tmp_path: Path) -> None:
+    """A request that was accepted stays accepted when it comes again and would be refused, and the other way round."""
+
+    async def go() -> None:
+        async with rig(tmp_path) as r:
+            model = await r.create()
+            accepted = await r.step(model, 1)
+            refusal = {"model_id": model, "error": errors.NotFound("its checkpoint is gone", param="path")}
+            again = await r.dispatcher.refuse("a", seq=1, request_id=f"{model}:1", fingerprint=accepted.fingerprint, **refusal)
+            assert again is not None and again.existing and "refused" not in again.meta
+            command = p.OptimStep(f"{model}:2", model, 2, AdamParams())
+            place = {"seq": 2, "request_id": f"{model}:2", "fingerprint": "f"}
+            assert await r.dispatcher.refuse("a", **place, **refusal) is None, "it is the first"
+            later = await r.dispatcher.submit("a", command, fingerprint="f", meta={})
+            assert later.meta["refused"]["code"] == "not_found"
+            assert await r.dispatcher.refuse("a", **place | {"fingerprint": "other"}, **refusal) is None
+            await r.step(model, 3)
+            assert await r.effects(model, 3) == [0, 1, 3]
+
+    asyncio.run(go())
+
+
+def test_what_was_accepted_is_never_sent_away(tmp_path: Path) -> None:
+    """No queue, no drain and no missing engine concern a request that is in the log."""
+
+    async def go() -> None:
+        async with rig(tmp_path, restart_limit=1) as r:
+            model, sampler = await r.create(), await r.sampler()
+            step, sample = await r.step(model, 1), await r.sample(sampler, 0)
+            await r.outcome(step.request_id)
+            await r.outcome(sample.request_id)
+            r.dispatcher.draining = True
+            assert (await r.step(model, 1)).existing or (await r.step(model, 1)).status == "done"
+            assert (await r.sample(sampler, 0)).request_id == sample.request_id
+            with pytest.raises(errors.Unavailable):
+                await r.sample(sampler, 1)
+            r.dispatcher.draining = False
+            await r.forward(model, 2, wish="die")
+            await r.until(lambda: r.engine.state == "failed")
+            assert (await r.step(model, 1)).status == "done"
+            with pytest.raises(errors.Unavailable):
+                await r.step(model, 3)
+
+    asyncio.run(go())
+
+
 def test_a_failed_request_has_no_effect_after_a_replay(tmp_path: Path) -> None:
     async def go() -> None:
         async with rig(tmp_path) as r:
@@ -277,12 +323,12 @@ def test_an_idle_adapter_leaves_memory_and_comes_back(tmp_path: Path) -> None:
             model = await r.create()
             await r.step(model, 1)
             await r.outcome(f"{model}:1")
-            svc = Services(r.settings, r.db, None, r.engine, r.dispatcher, r.dispatcher.metrics)  # type: ignore[arg-type]
+            svc = Services(r.settings, r.db, None, r.engine, r.dispatcher, r.dispatcher.metrics, None, None, None)  # type: ignore[arg-type]
             housekeeping = Housekeeping(svc)
             housekeeping.start()
             await r.until(lambda: model not in r.dispatcher.feeds)
             await housekeeping.stop()
-            assert [h["op"] for h in r.heard()][-2:] == ["TakeSnapshot", "Unload"]
+            await r.until(lambda: [h["op"] for h in r.heard()][-2:] == ["TakeSnapshot", "Unload"])
             await r.step(model, 2)
             assert await r.effects(model, 2) == [0, 1, 2]
             assert [h["op"] for h in r.heard()][-2:] == ["Restore", "OptimStep"]

@@ -67,6 +67,34 @@ def test_a_refused_form_leaves_no_hole(raw: Raw) -> None:
     assert raw.result(f"{run}:1")["category"] == "user"
 
 
+def test_an_accepted_request_stays_accepted(raw: Raw) -> None:
+    """The answer was lost, and what the request needs has gone since: sent again, it gets the answer that it had."""
+    run = raw.create(4)
+    path = raw.result(raw.ok("/save_weights", model_id=run, seq_id=1, path="short-lived")["request_id"])["path"]
+    load = {"model_id": run, "seq_id": 2, "path": path, "optimizer": False}
+    anew = {"session_id": raw.session, "model_seq_id": 5, "path": path, "optimizer": False}
+    first, born = raw.ok("/load_weights", **load), raw.ok("/load_weights", **anew)
+    raw.result(first["request_id"])
+    raw.result(born["request_id"])
+    assert raw.http.delete(f"/training_runs/{run}/checkpoints/weights/short-lived").status_code < 300
+    assert raw.ok("/load_weights", **load) == first
+    assert raw.ok("/load_weights", **anew) == born
+    assert raw.post("/load_weights", **load | {"seq_id": 3}).status_code == 404
+    assert raw.post("/load_weights", **anew | {"model_seq_id": 6}).status_code == 404
+    assert raw.result(raw.ok("/optim_step", model_id=run, seq_id=4, adam_params={})["request_id"])["type"] == "optim_step"
+
+
+def test_a_refused_request_stays_refused(raw: Raw) -> None:
+    """What it lacked is there when it comes again; but the run has gone on without it, as its client was told."""
+    run = raw.create(7)
+    load = {"model_id": run, "seq_id": 1, "path": f"tinker://{run}/weights/later", "optimizer": False}
+    assert raw.post("/load_weights", **load).status_code == 404
+    raw.result(raw.ok("/save_weights", model_id=run, seq_id=2, path="later")["request_id"])
+    again = raw.post("/load_weights", **load)
+    assert again.status_code == 404 and "no checkpoint" in again.json()["detail"]
+    assert raw.ok("/load_weights", **load | {"seq_id": 3})["request_id"] == f"{run}:3"
+
+
 def test_an_unfinished_poll_is_held_and_says_why(new_server) -> None:
     live = new_server(**{"api.long_poll_seconds": 1.5})
     raw = Raw(live.url, live.model)

@@ -1,14 +1,15 @@
 """The place of a training request in its run's order.
 
 A client numbers its requests before it sends them, and goes on with the next number when one is refused. So a refusal takes its
-place in the log like a result does; otherwise everything after it would wait for it forever.
+place in the log like a result does; otherwise everything after it would wait for it forever. And a place is taken once: a request
+that is sent again gets what its first arrival got, even if the checks would say something else by now.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import msgspec
@@ -18,46 +19,54 @@ from everlearn.api.auth import tenant
 from everlearn.api.dispatch import Loggable
 from everlearn.api.services import Services, services
 from everlearn.api.tinker import checks, forms
-from everlearn.errors import UserError
+from everlearn.errors import BY_CODE, EverlearnError, UserError
 from everlearn.store import runs
 from everlearn.store.log import Entry
 
+Prepared = tuple[Loggable, dict[str, Any]]  # the command, and what its log entry keeps beside it
 
-@dataclass
+
+@dataclass(frozen=True)
 class Ticket:
-    """`async with Ticket(...) as ticket`: a UserError raised inside is logged under the request's number, and then answered."""
+    """`seq` 0 creates the run: what is refused then has no run whose order it could hold up, and leaves nothing behind."""
 
     svc: Services
     tenant: str
-    kind: str
     model_id: str
-    seq_id: int | None
+    seq: int
     fingerprint: str
 
-    async def __aenter__(self) -> Ticket:
-        self.seq = checks.seq(self.seq_id)
-        self.request_id = f"{self.model_id}:{self.seq}"
-        return self
-
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if isinstance(error, UserError):
-            await self.svc.dispatcher.refuse(
-                self.tenant,
-                request_id=self.request_id,
-                kind=self.kind,
-                model_id=self.model_id,
-                seq=self.seq,
-                fingerprint=self.fingerprint,
-                error=error,
-            )
+    @property
+    def request_id(self) -> str:
+        return f"{self.model_id}:{self.seq}"
 
     async def run(self) -> runs.Run:
         """The training run, which must be the tenant's."""
         return await self.svc.read(lambda conn: runs.get_run(conn, self.tenant, self.model_id))
 
-    async def submit(self, command: Loggable, meta: dict[str, Any]) -> dict[str, Any]:
-        """Logs the command durably and answers with a future."""
-        return future(await self.svc.dispatcher.submit(self.tenant, command, fingerprint=self.fingerprint, meta=meta))
+    async def answer(self, prepare: Callable[[], Awaitable[Prepared]]) -> dict[str, Any]:
+        """Logs durably what `prepare` makes, and answers with a future. A UserError of `prepare` takes the request's place instead,
+        unless this request has it already: then the first entry is the answer, be it a future or a refusal."""
+        try:
+            command, meta = await prepare()
+            entry = await self.svc.dispatcher.submit(self.tenant, command, fingerprint=self.fingerprint, meta=meta)
+        except UserError as error:
+            first = await self.refuse(error)
+            if first is None:
+                raise
+            entry = first
+        if refused := entry.meta.get("refused"):
+            raise BY_CODE.get(refused["code"], EverlearnError)(refused["message"], param=refused["param"])
+        return future(entry)
+
+    async def refuse(self, error: UserError) -> Entry | None:
+        """Lets the request's place pass without effect; the entry that this same request made there before, if it did."""
+        dispatcher = self.svc.dispatcher
+        if self.seq == 0:
+            return await dispatcher.first_entry(self.tenant, self.model_id, self.seq, self.fingerprint)
+        return await dispatcher.refuse(
+            self.tenant, model_id=self.model_id, seq=self.seq, request_id=self.request_id, fingerprint=self.fingerprint, error=error
+        )
 
 
 class Numbered(msgspec.Struct):
@@ -67,7 +76,7 @@ class Numbered(msgspec.Struct):
     seq_id: int
 
 
-async def read(request: Request, form: type[forms.F], kind: str) -> forms.F:
+async def read(request: Request, form: type[forms.F]) -> forms.F:
     """`forms.read` for training requests: one whose form is wrong has used up its number too."""
     try:
         return await forms.read(request, form)
@@ -75,9 +84,8 @@ async def read(request: Request, form: type[forms.F], kind: str) -> forms.F:
         body = await request.body()
         with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError, UserError):
             numbered = msgspec.json.decode(body, type=Numbered)
-            ticket = Ticket(services(request), tenant(request), kind, numbered.model_id, numbered.seq_id, checks.fingerprint(body))
-            async with ticket:
-                raise error
+            place = numbered.model_id, checks.seq(numbered.seq_id)
+            await Ticket(services(request), tenant(request), *place, checks.fingerprint(body)).refuse(error)
         raise
 
 

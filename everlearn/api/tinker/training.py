@@ -15,7 +15,7 @@ from everlearn.api.services import Services, services
 from everlearn.api.tinker import checks, codec, codec_json, forms
 from everlearn.api.tinker.codec import ForwardBackwardCall
 from everlearn.api.tinker.recordings import attach_recordings
-from everlearn.api.tinker.ticket import Ticket, future, read
+from everlearn.api.tinker.ticket import Prepared, Ticket, read
 from everlearn.engine import protocol
 from everlearn.errors import InvalidRequest
 from everlearn.losses import spec
@@ -32,20 +32,25 @@ async def create_model(request: Request) -> dict[str, Any]:
     form = await forms.read(request, forms.CreateModel)
     svc, owner = services(request), tenant(request)
     checks.whole(form.model_seq_id, "model_seq_id")
-    checks.optimizer_config(form.optimizer_config)
-    info = svc.catalog.resolve(form.base_model)
-    lora = checks.lora(form.lora_config, svc.settings.engine.max_rank)
-    await svc.read(lambda conn: runs.get_session(conn, owner, form.session_id))
     run_id = runs.run_id(form.session_id, form.model_seq_id)
-    command = protocol.Create(request_id=f"{run_id}:0", model_id=run_id, tenant=owner, base=info.name, lora=lora)
-    meta = {
-        "session_id": form.session_id,
-        "model_seq_id": form.model_seq_id,
-        "base_model": form.base_model,
-        "lora": msgspec.to_builtins(lora),
-        "user_metadata": checks.metadata(form.user_metadata),
-    }
-    return future(await svc.dispatcher.submit(owner, command, fingerprint=checks.fingerprint(form), meta=meta))
+    ticket = Ticket(svc, owner, run_id, 0, checks.fingerprint(form))
+
+    async def prepare() -> Prepared:
+        checks.optimizer_config(form.optimizer_config)
+        info = svc.catalog.resolve(form.base_model)
+        lora = checks.lora(form.lora_config, svc.settings.engine.max_rank)
+        await svc.read(lambda conn: runs.get_session(conn, owner, form.session_id))
+        command = protocol.Create(request_id=ticket.request_id, model_id=run_id, tenant=owner, base=info.name, lora=lora)
+        meta = {
+            "session_id": form.session_id,
+            "model_seq_id": form.model_seq_id,
+            "base_model": form.base_model,
+            "lora": msgspec.to_builtins(lora),
+            "user_metadata": checks.metadata(form.user_metadata),
+        }
+        return command, meta
+
+    return await ticket.answer(prepare)
 
 
 @router.post("/get_info")
@@ -96,7 +101,7 @@ async def forward(request: Request) -> dict[str, Any]:
 
 
 async def forward_backward_json(request: Request, body: bytes, *, forward_only: bool) -> dict[str, Any]:
-    form = await read(request, codec_json.ForwardBackwardForm, "forward_backward")
+    form = await read(request, codec_json.ForwardBackwardForm)
     max_bytes = services(request).settings.api.max_body_bytes
     fingerprint = await aside(body, checks.fingerprint, body + (b"\0forward" if forward_only else b""))
     ticket = open_ticket(request, form.model_id, form.seq_id, fingerprint)
@@ -104,11 +109,11 @@ async def forward_backward_json(request: Request, body: bytes, *, forward_only: 
 
 
 def open_ticket(request: Request, model_id: str, seq_id: int | None, fingerprint: str) -> Ticket:
-    return Ticket(services(request), tenant(request), "forward_backward", model_id, seq_id, fingerprint)
+    return Ticket(services(request), tenant(request), model_id, checks.seq(seq_id), fingerprint)
 
 
 async def submit_batch(ticket: Ticket, body: bytes, decode: Callable[[], ForwardBackwardCall]) -> dict[str, Any]:
-    async with ticket:
+    async def prepare() -> Prepared:
         run = await ticket.run()
         info = ticket.svc.catalog.resolve(run.base_model)
 
@@ -129,7 +134,9 @@ async def submit_batch(ticket: Ticket, body: bytes, decode: Callable[[], Forward
             forward_only=call.forward_only,
         )
         tokens = sum(datum.tokens.shape[0] for datum in call.data)
-        return await ticket.submit(command, {"forward_only": call.forward_only, "tokens": tokens})
+        return command, {"forward_only": call.forward_only, "tokens": tokens}
+
+    return await ticket.answer(prepare)
 
 
 async def aside(body: bytes, function: Callable[..., Any], *args: Any) -> Any:
@@ -139,12 +146,15 @@ async def aside(body: bytes, function: Callable[..., Any], *args: Any) -> Any:
 
 @router.post("/optim_step")
 async def optim_step(request: Request) -> dict[str, Any]:
-    form = await read(request, forms.OptimStep, "optim_step")
-    ticket = Ticket(services(request), tenant(request), "optim_step", form.model_id, form.seq_id, checks.fingerprint(form))
-    async with ticket:
+    form = await read(request, forms.OptimStep)
+    ticket = open_ticket(request, form.model_id, form.seq_id, checks.fingerprint(form))
+
+    async def prepare() -> Prepared:
         adam = checks.adam(form)
         await ticket.run()
-        return await ticket.submit(protocol.OptimStep(ticket.request_id, ticket.model_id, ticket.seq, adam), {})
+        return protocol.OptimStep(ticket.request_id, ticket.model_id, ticket.seq, adam), {}
+
+    return await ticket.answer(prepare)
 
 
 @router.post("/unload_model")

@@ -11,7 +11,7 @@ from everlearn.api.auth import tenant
 from everlearn.api.services import Services, services
 from everlearn.api.tinker import checks, forms
 from everlearn.api.tinker.paths import checkpoint_of, run_of
-from everlearn.api.tinker.ticket import Ticket, future, read
+from everlearn.api.tinker.ticket import Prepared, Ticket, read
 from everlearn.engine import protocol
 from everlearn.errors import Forbidden, InvalidRequest, Unsupported
 from everlearn.store import checkpoints, runs
@@ -23,13 +23,13 @@ SAMPLER_KINDS = ("snapshot", "inflight")
 
 @router.post("/save_weights")
 async def save_weights(request: Request) -> dict[str, Any]:
-    form = await read(request, forms.SaveWeights, "save")
+    form = await read(request, forms.SaveWeights)
     return await save(request, "weights", form, optimizer=True, overwrite=form.overwrite, metadata=form.user_metadata)
 
 
 @router.post("/save_weights_external")
 async def save_weights_external(request: Request) -> dict[str, Any]:
-    form = await read(request, forms.SaveExternal, "save")
+    form = await read(request, forms.SaveExternal)
     return await save(request, "external_weights", form, optimizer=False, overwrite=False, metadata=None)
 
 
@@ -43,8 +43,9 @@ async def save(
     metadata: dict[str, str] | None,
 ) -> dict[str, Any]:
     svc = services(request)
-    ticket = Ticket(svc, tenant(request), "save", form.model_id, form.seq_id, checks.fingerprint(form))
-    async with ticket:
+    ticket = Ticket(svc, tenant(request), form.model_id, checks.seq(form.seq_id), checks.fingerprint(form))
+
+    async def prepare() -> Prepared:
         if isinstance(form, forms.SaveExternal) and form.age_encryption_recipients:
             raise Unsupported("this server doesn't encrypt exports; leave age_encryption_recipients out", param="age_encryption_recipients")
         name = checkpoints.check_name(default_name(ticket) if form.path is None else form.path)
@@ -60,8 +61,9 @@ async def save(
             "user_metadata": checks.metadata(metadata),
             "optimizer": optimizer,
         }
-        command = protocol.Save(ticket.request_id, ticket.model_id, ticket.seq, folder, optimizer, metadata or {})
-        return await ticket.submit(command, meta)
+        return protocol.Save(ticket.request_id, ticket.model_id, ticket.seq, folder, optimizer, metadata or {}), meta
+
+    return await ticket.answer(prepare)
 
 
 async def check_room(svc: Services, wanted: int = 1) -> None:
@@ -78,10 +80,11 @@ def default_name(ticket: Ticket) -> str:
 @router.post("/save_weights_for_sampler")
 async def save_weights_for_sampler(request: Request) -> dict[str, Any]:
     """Persistent under a name (`path`), or ephemeral: a sampler (`sampling_session_seq_id`) whose weights have no name."""
-    form = await read(request, forms.SaveForSampler, "publish")
+    form = await read(request, forms.SaveForSampler)
     svc = services(request)
-    ticket = Ticket(svc, tenant(request), "publish", form.model_id, form.seq_id, checks.fingerprint(form))
-    async with ticket:
+    ticket = Ticket(svc, tenant(request), form.model_id, checks.seq(form.seq_id), checks.fingerprint(form))
+
+    async def prepare() -> Prepared:
         check_sampler_form(form)
         run = await ticket.run()
         version = checkpoints.new_version()
@@ -96,8 +99,9 @@ async def save_weights_for_sampler(request: Request) -> dict[str, Any]:
             folder = checkpoints.version_folder(svc.settings.home, version)
             meta |= {"sampling_session_seq_id": number, "sampling_session_id": runs.sampler_id(run.session_id, number), "ttl_seconds": None}
         meta["folder"] = str(folder)
-        command = protocol.Publish(ticket.request_id, ticket.model_id, ticket.seq, version, str(folder), form.user_metadata or {})
-        return await ticket.submit(command, meta)
+        return protocol.Publish(ticket.request_id, ticket.model_id, ticket.seq, version, str(folder), form.user_metadata or {}), meta
+
+    return await ticket.answer(prepare)
 
 
 def check_sampler_form(form: forms.SaveForSampler) -> None:
@@ -120,7 +124,7 @@ def check_sampler_form(form: forms.SaveForSampler) -> None:
 @router.post("/load_weights")
 async def load_weights(request: Request) -> dict[str, Any]:
     """Into a run that exists (model_id and seq_id), or as the first request of a new one (session_id and model_seq_id)."""
-    form = await read(request, forms.LoadWeights, "load")
+    form = await read(request, forms.LoadWeights)
     new = form.session_id is not None or form.model_seq_id is not None
     if new == (form.model_id is not None):
         raise InvalidRequest("send either model_id and seq_id, or session_id and model_seq_id", param="model_id")
@@ -129,42 +133,48 @@ async def load_weights(request: Request) -> dict[str, Any]:
 
 async def load_into(request: Request, form: forms.LoadWeights) -> dict[str, Any]:
     svc = services(request)
-    ticket = Ticket(svc, tenant(request), "load", form.model_id or "", form.seq_id, checks.fingerprint(form))
-    async with ticket:
+    ticket = Ticket(svc, tenant(request), form.model_id or "", checks.seq(form.seq_id), checks.fingerprint(form))
+
+    async def prepare() -> Prepared:
         if form.optimizer_config is not None or form.base_model is not None:
             raise InvalidRequest("optimizer_config and base_model are for a new run; this one has both already", param="optimizer_config")
         run = await ticket.run()
         checkpoint, source = await source_of(svc, ticket.tenant, form)
         check_fits(svc, run, source, checkpoint)
         command = load_command(svc, ticket.request_id, run, ticket.seq, checkpoint, form.optimizer, create=False)
-        return await ticket.submit(command, {"folder": checkpoint.folder, "path": form.path, "create": False})
+        return command, {"folder": checkpoint.folder, "path": form.path, "create": False}
+
+    return await ticket.answer(prepare)
 
 
 async def load_into_new(request: Request, form: forms.LoadWeights) -> dict[str, Any]:
     svc, owner = services(request), tenant(request)
     if form.session_id is None or form.model_seq_id is None:
         raise InvalidRequest("a new run needs both session_id and model_seq_id", param="session_id")
-    number = checks.whole(form.model_seq_id, "model_seq_id")
-    checks.optimizer_config(form.optimizer_config)
-    session_id = form.session_id
-    await svc.read(lambda conn: runs.get_session(conn, owner, session_id))
-    checkpoint, source = await source_of(svc, owner, form)
-    base_model = form.base_model or source.base_model
-    if svc.catalog.resolve(base_model).name != svc.catalog.resolve(source.base_model).name:
-        raise InvalidRequest(f"{form.path} belongs to base model {source.base_model!r}, not to {base_model!r}", param="base_model")
-    run = msgspec.structs.replace(source, run_id=runs.run_id(session_id, number), tenant=owner, base_model=base_model)
-    command = load_command(svc, f"{run.run_id}:0", run, 0, checkpoint, form.optimizer, create=True)
-    meta = {
-        "folder": checkpoint.folder,
-        "path": form.path,
-        "create": True,
-        "session_id": session_id,
-        "model_seq_id": number,
-        "base_model": base_model,
-        "lora": msgspec.to_builtins(run.lora),
-        "user_metadata": checks.metadata(form.user_metadata),
-    }
-    return future(await svc.dispatcher.submit(owner, command, fingerprint=checks.fingerprint(form), meta=meta))
+    session_id, number = form.session_id, checks.whole(form.model_seq_id, "model_seq_id")
+    ticket = Ticket(svc, owner, runs.run_id(session_id, number), 0, checks.fingerprint(form))
+
+    async def prepare() -> Prepared:
+        checks.optimizer_config(form.optimizer_config)
+        await svc.read(lambda conn: runs.get_session(conn, owner, session_id))
+        checkpoint, source = await source_of(svc, owner, form)
+        base_model = form.base_model or source.base_model
+        if svc.catalog.resolve(base_model).name != svc.catalog.resolve(source.base_model).name:
+            raise InvalidRequest(f"{form.path} belongs to base model {source.base_model!r}, not to {base_model!r}", param="base_model")
+        run = msgspec.structs.replace(source, run_id=ticket.model_id, tenant=owner, base_model=base_model)
+        meta = {
+            "folder": checkpoint.folder,
+            "path": form.path,
+            "create": True,
+            "session_id": session_id,
+            "model_seq_id": number,
+            "base_model": base_model,
+            "lora": msgspec.to_builtins(run.lora),
+            "user_metadata": checks.metadata(form.user_metadata),
+        }
+        return load_command(svc, ticket.request_id, run, 0, checkpoint, form.optimizer, create=True), meta
+
+    return await ticket.answer(prepare)
 
 
 async def source_of(svc: Services, owner: str, form: forms.LoadWeights) -> tuple[checkpoints.Checkpoint, runs.Run]:
