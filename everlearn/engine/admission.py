@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from everlearn.engine.protocol import Sample
 from everlearn.errors import InvalidRequest, TooLarge, Unsupported
 from everlearn.models.load import BaseModel
@@ -18,6 +20,8 @@ def admit(command: Sample, base: BaseModel, cache_tokens: int) -> int:
             raise InvalidRequest(f"the prompt holds token {token}; tokens of {name} are 0 to {base.vocab_size - 1}", param="prompt")
     if command.num_samples < 1:
         raise InvalidRequest(f"num_samples is {command.num_samples}; it must be at least 1", param="num_samples")
+    if not (math.isfinite(command.deadline) and command.deadline >= 0):
+        raise InvalidRequest(f"deadline is {command.deadline}; it must be a number of seconds, or 0 for none", param="deadline")
     if len(prompt) > context:
         raise TooLarge(f"the prompt has {len(prompt)} tokens; {name} takes {context}; shorten it", param="prompt")
     max_new = max(min(params.max_tokens, max(context - len(prompt), 1)), 0)

@@ -179,6 +179,10 @@ def _heartbeat(engine: Engine) -> Heartbeat:
         optimizer_steps=engine.optimizer_steps,
         activity=engine.activity,
         last_progress=engine.last_progress,
+        preemptions=totals.get("preemptions", 0),
+        grammar_compiles=totals.get("grammar_compiles", 0),
+        sampling_compiling=totals.get("compiling", 0),
+        deadlines_passed=totals.get("deadlines_passed", 0),
         rss_bytes=int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"),
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from everlearn.engine.kvcache import next_digest, root_digest
-from everlearn.engine.protocol import Sample
+from everlearn.engine.protocol import Sample, TokenPart, Tokens
 from everlearn.engine.scoring import PromptScores
 from everlearn.engine.stops import StopStrings
 from everlearn.models.lora import AdapterWeights
@@ -29,11 +29,17 @@ class Request:
         self.adapter: AdapterWeights | None = None
         self.admitted = self.prompt_counted = False
         self.hit_tokens = 0
+        self.expires = 0.0  # on the monotonic clock; 0: never
         self.sequences = [Sequence(self, 0)]
 
     @property
     def done(self) -> bool:
         return len(self.sequences) == self.command.num_samples and all(s.stop_reason for s in self.sequences)
+
+    def news(self) -> Tokens:
+        """What its samples have drawn since this was asked last."""
+        parts = [s.part() for s in self.sequences if s.num_told < len(s.generated) or (s.stop_reason and not s.end_told)]
+        return Tokens(self.command.request_id, parts, self.hit_tokens)
 
     def result(self) -> SampleResult:
         scores = self.scores
@@ -62,6 +68,8 @@ class Sequence:
         self.digests: list[bytes] = []
         self.stops: StopStrings | None = None
         self.stop_reason = ""
+        self.begun = False  # waits again, or was forked from a computed prompt
+        self.num_told, self.end_told = 0, False
 
     @property
     def num_tokens(self) -> int:
@@ -91,6 +99,7 @@ class Sequence:
     def fork(self, index: int) -> Sequence:
         """Another sample of the same computed prompt. The caller takes a reference on every block."""
         other = Sequence(self.request, index)
+        other.begun = True
         other.blocks, other.computed, other.digests = list(self.blocks), self.computed, list(self.digests)
         return other
 
@@ -103,6 +112,12 @@ class Sequence:
             self.stop_reason = "stop"
         elif len(self.generated) >= request.max_new:
             self.stop_reason = "length"
+
+    def part(self) -> TokenPart:
+        """The tokens that nobody was told of yet."""
+        first, self.num_told, self.end_told = self.num_told, len(self.generated), bool(self.stop_reason)
+        top_ids, top_logprobs = ([row.tolist() for row in rows[first:]] for rows in (self.topk_ids, self.topk_logprobs))
+        return TokenPart(self.index, self.generated[first:], self.logprobs[first:], top_ids, top_logprobs, self.stop_reason)
 
     def result(self) -> SampledSequence:
         topk = None

@@ -1,0 +1,60 @@
+"""The next token of each sequence of a step: its parameters beside its row of logits, and back from tensors to Python.
+
+What the numbers mean is in logits.py, what a sequence does with its token in sequence.py. Nothing here remembers anything.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from everlearn.engine.logits import Draws, noise_keys, pick, top_logprobs
+from everlearn.engine.scoring import LOGIT_ROWS, MISSING_LOGPROB
+from everlearn.engine.sequence import Sequence
+
+
+class Drawn(NamedTuple):
+    """A token with its log-probability, and the likeliest tokens in its place as int32 and float32 [k] where they were asked for."""
+
+    token: int
+    logprob: float
+    top_ids: np.ndarray | None = None
+    top_logprobs: np.ndarray | None = None
+
+
+def draw(groups: list[list[Sequence]], logits_NV: torch.Tensor) -> list[tuple[Sequence, Drawn | None]]:
+    """One token for every sequence; the sequences of group i draw from row i. None where a row's logits are not finite."""
+    sequences = [s for group in groups for s in group]
+    source = [i for i, group in enumerate(groups) for _ in group]
+    drawn: list[tuple[Sequence, Drawn | None]] = []
+    for first in range(0, len(sequences), LOGIT_ROWS):
+        part, rows = sequences[first : first + LOGIT_ROWS], source[first : first + LOGIT_ROWS]
+        same = len(rows) == len(logits_NV) == len(sequences)
+        part_NV = logits_NV if same else logits_NV[torch.tensor(rows, device=logits_NV.device)]
+        drawn += zip(part, _draw_rows(part, part_NV), strict=True)
+    return drawn
+
+
+def _draw_rows(sequences: list[Sequence], logits_NV: torch.Tensor) -> list[Drawn | None]:
+    params = [s.request.params for s in sequences]
+    keys = noise_keys([p.seed for p in params], [s.index for s in sequences], [len(s.generated) for s in sequences])
+    picked = pick(logits_NV, Draws(keys, [p.temperature for p in params], [p.top_k for p in params], [p.top_p for p in params]))
+    num_top = max(s.request.command.topk_sample_logprobs for s in sequences)
+    if num_top:
+        top_ids, top_values = top_logprobs(logits_NV, picked.log_total_N, num_top)
+    # One transfer a step: ids are exact in float64.
+    packed = torch.stack([picked.tokens_N.double(), picked.logprobs_N.double(), picked.log_total_N.double()]).cpu().numpy()
+    drawn: list[Drawn | None] = []
+    for i, sequence in enumerate(sequences):
+        k = sequence.request.command.topk_sample_logprobs
+        if not np.isfinite(packed[1:, i]).all():
+            drawn.append(None)
+        elif k:
+            fill = k - min(k, top_ids.shape[1])
+            ids, values = np.pad(top_ids[i, :k], (0, fill)), np.pad(top_values[i, :k], (0, fill), constant_values=MISSING_LOGPROB)
+            drawn.append(Drawn(int(packed[0, i]), float(packed[1, i]), ids, values))
+        else:
+            drawn.append(Drawn(int(packed[0, i]), float(packed[1, i])))
+    return drawn
