@@ -79,6 +79,8 @@ class StoreSettings(Section):
     log_max_bytes: int = Field(
         4 * 2**30, gt=0, description="upper bound of the request log; beyond it the oldest adapters are snapshotted and their log dropped"
     )
+    record_retention_seconds: float = Field(30 * 86_400, gt=0, description="how long the record of an answer is kept")
+    record_max_bytes: int = Field(4 * 2**30, gt=0, description="upper bound of the records' content; beyond it the oldest records go")
     checkpoint_max_bytes: int = Field(0, ge=0, description="upper bound of checkpoints on disk; 0: none. Over it a save is refused by name")
 
 

@@ -18,8 +18,8 @@ from fastapi import Depends, FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import everlearn
-from everlearn.api import errors, ops
-from everlearn.api.auth import KeyCache, authenticate
+from everlearn.api import adapters, errors, ops, records, usage
+from everlearn.api.auth import KeyCache, authenticate, scope
 from everlearn.api.dispatch import Dispatcher
 from everlearn.api.housekeeping import Housekeeping
 from everlearn.api.limiter import Limiter
@@ -55,10 +55,12 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.key_cache = KeyCache()
     errors.install(app)
     app.include_router(ops.router)
-    for router in ROUTERS:
-        app.include_router(router)
+    for own in (adapters, records, usage):
+        app.include_router(own.router)
+    for router, scopes in ROUTERS:
+        app.include_router(router, dependencies=[scope(*scopes)])
 
-    @app.get("/openapi.json", include_in_schema=False)
+    @app.get("/openapi.json", include_in_schema=False, dependencies=[scope("train", "sample", "read")])
     async def openapi() -> dict[str, object]:
         return app.openapi()
 

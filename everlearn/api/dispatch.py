@@ -29,6 +29,7 @@ from everlearn.store import checkpoints, rebuild, runs
 from everlearn.store import log as request_log
 from everlearn.store.db import Database
 from everlearn.store.log import Entry
+from everlearn.telemetry import key_id_var
 from everlearn.types import Result
 
 if TYPE_CHECKING:
@@ -97,8 +98,9 @@ class Dispatcher:
             if first is None:
                 raise
             return first
+        meta = {**meta, "key_id": key_id_var.get()}
         if sequences:
-            meta = {**meta, "num_samples": sequences}
+            meta["num_samples"] = sequences
         kind = command.__struct_config__.tag
         assert isinstance(kind, str)
         entry = Entry(command.request_id, tenant, kind, model_id, seq, fingerprint, meta, created_at=time.time())

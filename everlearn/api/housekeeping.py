@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from everlearn.engine import protocol
-from everlearn.store import garbage, runs
+from everlearn.store import garbage, records, runs
 from everlearn.store import log as request_log
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ class Housekeeping:
     async def _expire(self) -> None:
         svc, settings, now = self.svc, self.svc.settings.store, time.time()
         await svc.write(lambda conn: request_log.expire(conn, now, settings.result_retention_seconds))
+        await self._forget_records(now - settings.record_retention_seconds)
         for run in await svc.read(lambda conn: runs.idle_runs(conn, now - SESSION_SILENCE)):
             await svc.write(partial(runs.unload_run, tenant=run.tenant, run_id=run.run_id))
             await svc.dispatcher.forget(run.run_id)
@@ -70,6 +71,14 @@ class Housekeeping:
         svc.metrics.store_bytes.labels("results").set(usage.result_bytes)
         if usage.payload_bytes > settings.log_max_bytes:
             await self._shrink(usage.payload_bytes - settings.log_max_bytes)
+
+    async def _forget_records(self, before: float) -> None:
+        """Those past their time, and the oldest of too many; in pieces, so that others can write in between."""
+        beyond = await self.svc.read(partial(records.oldest_beyond, max_bytes=self.svc.settings.store.record_max_bytes))
+        before = max(before, beyond or 0.0)
+        while await self.svc.write(partial(records.sweep, before=before)) == records.SWEEP_ROWS:
+            await asyncio.sleep(0.05)
+        self.svc.metrics.store_bytes.labels("records").set(await self.svc.read(records.size))
 
     async def _shrink(self, excess: int) -> None:
         """The log is over its bound: the runs that fill it most are asked for snapshots, which let their payloads go."""

@@ -21,7 +21,7 @@ from everlearn.errors import EverlearnError, Expired, Unavailable
 from everlearn.store import log as request_log
 from everlearn.store.db import Database
 from everlearn.store.log import Entry
-from everlearn.types import Result
+from everlearn.types import Result, SampleResult
 
 if TYPE_CHECKING:
     from everlearn.api.ops import Metrics
@@ -133,8 +133,9 @@ class Ledger:
         request_id, attempts = entry.request_id, 0
         while True:
             body = encode_result(result) if error is None else None
+            drawn = sum(sequence.tokens.shape[0] for sequence in result.sequences) if isinstance(result, SampleResult) else 0
             try:
-                finished = await self.write(partial(request_log.finish, request_id=request_id, result=body, error=error))
+                finished = await self.write(partial(request_log.finish, request_id=request_id, result=body, error=error, tokens_out=drawn))
                 break
             except Unavailable as problem:  # a full disk, a database that restarts: the answer is kept until it can be written
                 log.error("the answer of %s can't be stored yet: %s", request_id, problem.message)

@@ -1,8 +1,9 @@
 """What a request means for other rows: when it is accepted, when it is done, when it fails. Each runs in the same transaction as
 the log entry, so a run, a checkpoint or a sampler exists if and only if the request behind it does.
 
-Keys of `meta` that are read here, by kind (others are the API's own):
+Keys of `meta` that are read here and in log.py, by kind (others are the API's own):
 
+    any               key_id, subject (the model that is used, where it isn't the run), tokens: for the usage
     create            session_id, model_seq_id, base_model, lora (a LoraSpec as a dict), user_metadata
     load              folder (what it reads; kept until a snapshot covers the load), create; those of `create` when it is set
     forward_backward  forward_only; refused (the error of a request of any kind that was refused at the door: it only takes its place)

@@ -18,6 +18,7 @@ from sqlalchemy.engine import Connection
 
 from everlearn.errors import Conflict, NotFound
 from everlearn.store import effects, tables
+from everlearn.store import usage as totals
 
 TICKS = 1_000_000  # of a second: the steps of `finished_at`, which a double holds exactly
 NOTHING = b"\xc0"  # msgpack nil: what an answer without content is stored as
@@ -35,7 +36,9 @@ INSERT_REQUEST, INSERT_PAYLOAD, INSERT_RESULT = requests.insert(), payloads.inse
 ANSWER = (
     requests.update()
     .where(requests.c.request_id == sa.bindparam("id"))
-    .values({name: sa.bindparam(f"new_{name}") for name in ("status", "error", "finished_at", "result_bytes", "payload_bytes")})
+    .values(
+        {name: sa.bindparam(f"new_{name}") for name in ("status", "error", "finished_at", "result_bytes", "payload_bytes", "tokens_out")}
+    )
 )
 DROP_PAYLOAD = payloads.delete().where(payloads.c.request_id == sa.bindparam("id"))
 NEWEST = sa.select(sa.func.max(requests.c.finished_at))
@@ -103,21 +106,27 @@ def append(conn: Connection, entry: Entry, payload: bytes) -> Entry:
     values = {name: getattr(entry, name) for name in STORED}
     values |= {"is_sample": sample, "replays": effects.replays(entry), "payload_bytes": len(payload), "result_bytes": 0}
     values |= {"folder": entry.meta.get("folder") if entry.kind in ("load", "sample") else None, "error": None}
+    values |= {
+        "key_id": entry.meta.get("key_id"),
+        "subject": entry.meta.get("subject"),
+        "tokens_in": entry.meta.get("tokens", 0),
+        "tokens_out": 0,
+    }
     conn.execute(INSERT_REQUEST, values)
     conn.execute(INSERT_PAYLOAD, {"request_id": entry.request_id, "tenant": entry.tenant, "body": payload})
     return entry
 
 
-def finish(conn: Connection, request_id: str, result: bytes | None, error: dict[str, Any] | None) -> Entry | None:
-    """Stores the answer (`result`: an encoded types.Result; or `error`: code, message, param) and what follows from it. The first
-    answer stays: None means that there was one already (a replay answers again), or no such request."""
+def finish(conn: Connection, request_id: str, result: bytes | None, error: dict[str, Any] | None, tokens_out: int = 0) -> Entry | None:
+    """Stores the answer (`result`: an encoded types.Result, with `tokens_out` sampled tokens; or `error`: code, message, param) and
+    what follows from it. The first answer stays: None means that there was one already (a replay answers again), or no such request."""
     row = conn.execute(BY_ID, {"id": request_id}).first()
     if row is None or row.status != "pending":
         return None
     now = _next_moment(conn)
     status, body = ("done", result or NOTHING) if error is None else ("failed", b"")
     keep_payload = row.replays and error is None
-    values = {"status": status, "error": error, "finished_at": now, "result_bytes": len(body)}
+    values = {"status": status, "error": error, "finished_at": now, "result_bytes": len(body), "tokens_out": tokens_out}
     values["payload_bytes"] = row.payload_bytes if keep_payload else 0
     conn.execute(ANSWER, {"id": request_id, **{f"new_{name}": value for name, value in values.items()}})
     if error is None:
@@ -214,13 +223,15 @@ def compact(conn: Connection, model_id: str, seq: int) -> int:
 
 
 def expire(conn: Connection, now: float, retention: float) -> tuple[int, int]:
-    """Forgets answers older than `retention` seconds, and entries that are needed neither for an answer nor for a rebuild. Returns
-    how many answers and entries went."""
+    """Forgets answers older than `retention` seconds, and entries that are needed neither for an answer nor for a rebuild (the usage
+    keeps their sums). Returns how many answers and entries went."""
     old = requests.c.finished_at <= now - retention
     stale = sa.select(requests.c.request_id).where(old & (requests.c.result_bytes > 0))
     gone = conn.execute(results.delete().where(results.c.request_id.in_(stale))).rowcount
     conn.execute(requests.update().where(old & (requests.c.result_bytes > 0)).values(result_bytes=0))
-    entries = conn.execute(requests.delete().where(old & (requests.c.payload_bytes == 0) & (requests.c.status != "pending"))).rowcount
+    over = old & (requests.c.payload_bytes == 0) & (requests.c.status != "pending")
+    totals.add(conn, totals.of_log(conn, over))
+    entries = conn.execute(requests.delete().where(over)).rowcount
     if conn.dialect.name == "sqlite":
         _give_space_back(conn)
     return gone, entries

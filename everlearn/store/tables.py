@@ -271,7 +271,7 @@ records = sa.Table(
     sa.Column("body_bytes", sa.BigInteger, nullable=False),
     _time("created_at"),
     sa.Index("records_tenant", "tenant", "record_id"),
-    sa.Index("records_age", "created_at"),
+    sa.Index("records_age", "created_at", "body_bytes"),
 )
 
 record_bodies = sa.Table(

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from fastapi import APIRouter, Request, Response
 from sqlalchemy import Connection
 
-from everlearn.api.auth import secret_of, tenant
+from everlearn.api.auth import scope, secret_of, tenant
 from everlearn.api.services import services
 from everlearn.api.tinker import forms
 from everlearn.api.tinker.rest import iso
@@ -19,6 +19,7 @@ from everlearn.store import checkpoints, keys, runs, tables
 
 router = APIRouter(prefix="/api/v1", tags=["tinker: account"])
 
+READS = [scope("read")]
 MAX_WINDOW = timedelta(days=14)
 LIVE_SECONDS = 120.0
 EVENT_TYPES = ("all", "checkpoints", "projects", "teams", "organizations")
@@ -48,7 +49,7 @@ async def revoke_key(request: Request) -> Response:
     return Response(status_code=204)
 
 
-@router.get("/billing/usage/events")
+@router.get("/billing/usage/events", dependencies=READS)
 async def usage_events(request: Request, starting_on: datetime, ending_before: datetime) -> dict[str, Any]:
     """Tokens by hour, session and kind, of requests that are still in the log (older ones are behind snapshots and gone)."""
     start, end = (moment if moment.tzinfo else moment.replace(tzinfo=UTC) for moment in (starting_on, ending_before))
@@ -90,7 +91,7 @@ def _event(hour: float, session_id: str, kind: str, amount: int) -> dict[str, An
     return {"bucket_start": iso(hour), "bucket_end": iso(hour + 3600), "session_id": session_id, "event_info": info}
 
 
-@router.get("/billing/usage/checkpoints/current")
+@router.get("/billing/usage/checkpoints/current", dependencies=READS)
 async def checkpoint_storage(request: Request, project_id: str | None = None) -> dict[str, Any]:
     owner = tenant(request)
 
@@ -112,7 +113,7 @@ async def checkpoint_storage(request: Request, project_id: str | None = None) ->
     return await services(request).read(read)
 
 
-@router.get("/audit")
+@router.get("/audit", dependencies=READS)
 async def audit(request: Request, event_type: str = "all", day: date | None = None) -> dict[str, Any]:
     """The creation of checkpoints that are still there; other events are not recorded."""
     if event_type not in EVENT_TYPES:
@@ -128,7 +129,7 @@ async def audit(request: Request, event_type: str = "all", day: date | None = No
     return {"entries": entries}
 
 
-@router.post("/sessions/search")
+@router.post("/sessions/search", dependencies=READS)
 async def search_sessions(request: Request) -> dict[str, Any]:
     form = await forms.read(request, forms.SearchSessions)
     if not 1 <= form.limit <= 200:

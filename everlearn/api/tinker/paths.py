@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from everlearn.api.services import Services
-from everlearn.errors import NotFound, Unauthenticated
+from everlearn.errors import Forbidden, NotFound, Unauthenticated
 from everlearn.store import checkpoints, keys, runs
 
 parse_source = checkpoints.parse_path
@@ -16,6 +16,10 @@ async def checkpoint_of(svc: Services, tenant: str, path: str, access_token: str
         key = await svc.read(lambda conn: keys.find(conn, access_token))
         if key is None:
             raise Unauthenticated("weights_access_token is no key of this server, or a revoked one", param="weights_access_token")
+        if not {"train", "read", "admin"}.intersection(key.scopes):
+            raise Forbidden(
+                "weights_access_token is a key without the scope to read weights; ask for one with scope read", param="weights_access_token"
+            )
         tenant = key.tenant
     return await svc.read(lambda conn: checkpoints.get(conn, tenant, parsed, public=True))
 

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Query, Request, Response
 from sqlalchemy import Connection
 
-from everlearn.api.auth import tenant
+from everlearn.api.auth import scope, tenant
 from everlearn.api.services import services
 from everlearn.api.tinker import checks, forms
 from everlearn.api.tinker.paths import checkpoint_of, run_of
@@ -20,6 +20,7 @@ router = APIRouter(prefix="/api/v1", tags=["tinker: rest"])
 
 TYPES = {"weights": "training", "sampler_weights": "sampler", "external_weights": "external"}
 SCOPES = ("owned", "accessible")
+CHANGES = [scope("train")]
 Limit = Query(20, ge=0, le=1000)
 Offset = Query(0, ge=0, le=2**31)
 
@@ -107,12 +108,12 @@ def path_of(run_id: str, checkpoint_id: str) -> TinkerPath:
     return TinkerPath(run_id, *checkpoints.parse_id(checkpoint_id))
 
 
-@router.post("/training_runs/{run_id}/checkpoints/{checkpoint_id:path}/publish", status_code=204)
+@router.post("/training_runs/{run_id}/checkpoints/{checkpoint_id:path}/publish", status_code=204, dependencies=CHANGES)
 async def publish(request: Request, run_id: str, checkpoint_id: str) -> Response:
     return await set_public(request, path_of(run_id, checkpoint_id), True)
 
 
-@router.delete("/training_runs/{run_id}/checkpoints/{checkpoint_id:path}/publish", status_code=204)
+@router.delete("/training_runs/{run_id}/checkpoints/{checkpoint_id:path}/publish", status_code=204, dependencies=CHANGES)
 async def unpublish(request: Request, run_id: str, checkpoint_id: str) -> Response:
     return await set_public(request, path_of(run_id, checkpoint_id), False)
 
@@ -123,7 +124,7 @@ async def set_public(request: Request, path: TinkerPath, public: bool) -> Respon
     return Response(status_code=204)
 
 
-@router.put("/training_runs/{run_id}/checkpoints/{checkpoint_id:path}/ttl", status_code=204)
+@router.put("/training_runs/{run_id}/checkpoints/{checkpoint_id:path}/ttl", status_code=204, dependencies=CHANGES)
 async def set_ttl(request: Request, run_id: str, checkpoint_id: str) -> Response:
     """null removes the time to live."""
     form = await forms.read(request, forms.Ttl)
@@ -132,7 +133,7 @@ async def set_ttl(request: Request, run_id: str, checkpoint_id: str) -> Response
     return Response(status_code=204)
 
 
-@router.delete("/training_runs/{run_id}/checkpoints/{checkpoint_id:path}", status_code=204)
+@router.delete("/training_runs/{run_id}/checkpoints/{checkpoint_id:path}", status_code=204, dependencies=CHANGES)
 async def delete_checkpoint(request: Request, run_id: str, checkpoint_id: str) -> Response:
     owner, path = tenant(request), path_of(run_id, checkpoint_id)
     await services(request).write(lambda conn: checkpoints.delete(conn, owner, path))
@@ -181,7 +182,7 @@ async def get_session(request: Request, session_id: str, access_scope: str = "ow
     return await services(request).read(read)
 
 
-@router.put("/sessions/{session_id}/project", status_code=204)
+@router.put("/sessions/{session_id}/project", status_code=204, dependencies=CHANGES)
 async def set_project(request: Request, session_id: str) -> Response:
     form = await forms.read(request, forms.Project)
     if not form.project_id:

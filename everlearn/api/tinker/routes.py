@@ -6,14 +6,15 @@ from fastapi import APIRouter
 
 from everlearn.api.tinker import account, archives, copies, futures, rest, sampling, service, training, weights
 
-ROUTERS: list[APIRouter] = [
-    service.router,
-    training.router,
-    weights.router,
-    copies.router,
-    sampling.router,
-    futures.router,
-    archives.router,
-    account.router,
-    rest.router,
+# Each router with the scopes of which a key needs one; routes that change what others only read ask for more themselves.
+ROUTERS: list[tuple[APIRouter, tuple[str, ...]]] = [
+    (service.router, ("train", "sample", "read")),
+    (training.router, ("train",)),
+    (weights.router, ("train",)),
+    (copies.router, ("train",)),
+    (sampling.router, ("sample",)),
+    (futures.router, ("train", "sample")),
+    (archives.router, ("read", "train")),
+    (account.router, ("train", "sample", "read")),
+    (rest.router, ("read", "train")),
 ]

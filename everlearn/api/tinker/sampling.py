@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from everlearn.api.auth import tenant
+from everlearn.api.auth import caller, tenant
 from everlearn.api.services import Services, services
 from everlearn.api.tinker import checks, forms
 from everlearn.api.tinker.paths import base_model_of, parse_source
@@ -85,7 +85,9 @@ async def asample(request: Request) -> dict[str, Any]:
     sampler = await sampler_of(svc, owner, sampler_id)
     request_id = f"{sampler_id}:{seq}"
     command, meta = build(svc, owner, sampler, form, request_id)
-    entry = await svc.dispatcher.submit(owner, command, model_id=sampler_id, seq=seq, fingerprint=checks.fingerprint(form), meta=meta)
+    wanted = meta["tokens"] + form.num_samples * command.params.max_tokens
+    with svc.limiter.admit(caller(request), sampler.model_path or sampler.base_model, wanted):
+        entry = await svc.dispatcher.submit(owner, command, model_id=sampler_id, seq=seq, fingerprint=checks.fingerprint(form), meta=meta)
     return {
         "request_id": entry.request_id,
         "model_id": sampler_id,
@@ -131,7 +133,8 @@ def build(
         target_prompt_logprobs=targets,
         prompt_alt_tokens_k=form.prompt_alt_tokens_k,
     )
-    meta: dict[str, Any] = {"num_samples": form.num_samples, "tokens": int(tokens.size)}
+    subject = sampler.model_path or sampler.model_id or sampler.base_model
+    meta: dict[str, Any] = {"num_samples": form.num_samples, "tokens": int(tokens.size), "subject": subject}
     if layout is not None:
         meta["layout"] = layout
     if sampler.kind == "inflight":

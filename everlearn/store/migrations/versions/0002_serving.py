@@ -85,7 +85,7 @@ def _create_records() -> None:
         sa.Column("body_bytes", sa.BigInteger(), nullable=False),
         sa.Column("created_at", sa.Double(), nullable=False),
     )
-    op.create_index("records_age", "records", ["created_at"])
+    op.create_index("records_age", "records", ["created_at", "body_bytes"])
     op.create_index("records_tenant", "records", ["tenant", "record_id"])
     op.create_table(
         "record_bodies",

@@ -1,0 +1,27 @@
+"""Listings in OpenAI's form: at most `limit` things behind the one whose id is `after`, and whether there are more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastapi import Query, Request
+
+from everlearn.errors import InvalidRequest
+
+Limit = Query(20, ge=1, le=1000)
+After = Query(None, max_length=200)
+
+
+def page(found: Sequence[Any], limit: int, shown: Callable[[Any], dict[str, Any]], key: str = "id") -> dict[str, Any]:
+    """`found` holds one more than `limit` where there are more; `key` names the field that `after` takes."""
+    data = [shown(item) for item in found[:limit]]
+    ends = {"first_id": data[0][key], "last_id": data[-1][key]} if data else {"first_id": None, "last_id": None}
+    return {"object": "list", "data": data, **ends, "has_more": len(found) > limit}
+
+
+def refuse_unknown(request: Request, *known: str) -> None:
+    """A misspelt filter must not list everything."""
+    for name in request.query_params:
+        if name not in known:
+            raise InvalidRequest(f"query parameter {name[:60]!r} is not known here; known are {', '.join(known)}", param=name[:60])
