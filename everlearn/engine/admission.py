@@ -7,6 +7,10 @@ import math
 from everlearn.engine.protocol import Sample
 from everlearn.errors import InvalidRequest, TooLarge, Unsupported
 from everlearn.models.load import BaseModel
+from everlearn.types import SamplingParams
+
+# What may be added to a logit: far beyond any use, and float32 stays finite.
+MOST_ADDED = 1000
 
 
 def admit(command: Sample, base: BaseModel, cache_tokens: int) -> int:
@@ -33,8 +37,27 @@ def admit(command: Sample, base: BaseModel, cache_tokens: int) -> int:
         )
     if any(params.stop_strings) and base.tokenizer is None:
         raise Unsupported(f"{name} has no tokenizer, so stop strings can't be found; send stop tokens", param="stop")
+    _check_edits(params, base.vocab_size)
     _check_targets(command, len(prompt) - 1, base.vocab_size)
     return max_new
+
+
+def _check_edits(params: SamplingParams, vocab: int) -> None:
+    """The API has ranges of its own; these are the ones that the arithmetic needs."""
+    rules = {
+        "min_p": (0.0 <= params.min_p <= 1.0, "0 to 1"),
+        "presence_penalty": (abs(params.presence_penalty) <= MOST_ADDED, f"-{MOST_ADDED} to {MOST_ADDED}"),
+        "frequency_penalty": (abs(params.frequency_penalty) <= MOST_ADDED, f"-{MOST_ADDED} to {MOST_ADDED}"),
+        "repetition_penalty": (1 / MOST_ADDED <= params.repetition_penalty <= MOST_ADDED, f"{1 / MOST_ADDED} to {MOST_ADDED}"),
+        "min_tokens": (0 <= params.min_tokens <= params.max_tokens, f"0 to max_tokens ({params.max_tokens})"),
+    }
+    for name, (fine, rule) in rules.items():
+        if not fine:
+            raise InvalidRequest(f"{name} is {getattr(params, name)}; it must be {rule}", param=name)
+    for token, bias in params.logit_bias.items():
+        if not (0 <= token < vocab and abs(bias) <= MOST_ADDED):
+            message = f"logit_bias gives token {token} {bias}; tokens are 0 to {vocab - 1} and biases -{MOST_ADDED} to {MOST_ADDED}"
+            raise InvalidRequest(message, param="logit_bias")
 
 
 def _check_targets(command: Sample, num_rows: int, vocab: int) -> None:

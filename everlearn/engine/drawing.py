@@ -5,11 +5,12 @@ What the numbers mean is in logits.py, what a sequence does with its token in se
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from everlearn.engine.edits import Edits, Pairs
 from everlearn.engine.logits import Draws, noise_keys, pick, top_logprobs
 from everlearn.engine.scoring import LOGIT_ROWS, MISSING_LOGPROB
 from everlearn.engine.sequence import Sequence
@@ -40,7 +41,8 @@ def draw(groups: list[list[Sequence]], logits_NV: torch.Tensor) -> list[tuple[Se
 def _draw_rows(sequences: list[Sequence], logits_NV: torch.Tensor) -> list[Drawn | None]:
     params = [s.request.params for s in sequences]
     keys = noise_keys([p.seed for p in params], [s.index for s in sequences], [len(s.generated) for s in sequences])
-    picked = pick(logits_NV, Draws(keys, [p.temperature for p in params], [p.top_k for p in params], [p.top_p for p in params]))
+    columns = ([p.temperature for p in params], [p.top_k for p in params], [p.top_p for p in params], [p.min_p for p in params])
+    picked = pick(logits_NV, Draws(keys, *columns), edits_of(sequences))
     num_top = max(s.request.command.topk_sample_logprobs for s in sequences)
     if num_top:
         top_ids, top_values = top_logprobs(logits_NV, picked.log_total_N, num_top)
@@ -58,3 +60,23 @@ def _draw_rows(sequences: list[Sequence], logits_NV: torch.Tensor) -> list[Drawn
         else:
             drawn.append(Drawn(int(packed[0, i]), float(packed[1, i])))
     return drawn
+
+
+def edits_of(sequences: list[Sequence], allowed_NU: np.ndarray | None = None) -> Edits | None:
+    """What these sequences ask for; None if nobody asks for anything. A row that a grammar masks has its bans in the mask."""
+    asking = [(row, s) for row, s in enumerate(sequences) if s.request.edited]
+    penalised = _pairs([(row, *s.penalties()) for row, s in asking if s.request.penalises])
+    biased = _pairs([(row, *s.request.bias) for row, s in asking if s.request.bias is not None])
+    banned = _pairs([(row, s.request.stop_ids) for row, s in asking if s.too_short and s.request.params.grammar is None])
+    if penalised is None and biased is None and banned is None and allowed_NU is None:
+        return None
+    return Edits(penalised, biased, banned, allowed_NU)
+
+
+def _pairs(parts: list[tuple[Any, ...]]) -> Pairs | None:
+    """Joins (row, tokens, *values) of several rows."""
+    if not parts:
+        return None
+    rows = [np.full(len(tokens), row) for row, tokens, *_ in parts]
+    rows_M, tokens_M, *values = (np.concatenate(column) for column in (rows, *zip(*(part[1:] for part in parts), strict=True)))
+    return Pairs(rows_M, tokens_M, tuple(values))

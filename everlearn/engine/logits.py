@@ -12,11 +12,13 @@ Axes: N rows, V vocabulary, K draws of a row, C tiles, W entries of a tile.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from everlearn.engine.edits import Edits
 
 TILE = 256
 # Rows with top_p look at this many candidates first; a full sort of the vocabulary is the exception.
@@ -95,6 +97,7 @@ class Draws:
     temperatures: list[float]
     top_ks: list[int]
     top_ps: list[float]
+    min_ps: list[float] = field(default_factory=list)  # empty: nobody asks
 
 
 @dataclass(frozen=True)
@@ -104,28 +107,32 @@ class Picked:
     log_total_N: torch.Tensor  # not finite where the row's logits hold NaN or infinity
 
 
-def pick(logits_NV: torch.Tensor, draws: Draws) -> Picked:
-    """One token of each row. Log-probabilities are those of the raw logits: temperature 1, nothing truncated.
+def pick(logits_NV: torch.Tensor, draws: Draws, edits: Edits | None = None) -> Picked:
+    """One token of each row. Log-probabilities are those of the raw logits: temperature 1, nothing edited or truncated.
 
     Shifts `logits_NV` in place so that each row's largest is 0; `log_total_N` belongs to the shifted logits.
     """
-    shifted_NV = logits_NV.sub_(logits_NV.amax(dim=1, keepdim=True))
+    peak_N1 = logits_NV.amax(dim=1, keepdim=True)
+    shifted_NV = logits_NV.sub_(peak_N1)
     weights_NV = shifted_NV.exp()
     log_total_N = weights_NV.sum(dim=1).log_()
+    scores_NV = shifted_NV if edits is None else edits.apply(shifted_NV, peak_N1)
     greedy = [t <= 0.0 for t in draws.temperatures]
     if all(greedy):
-        tokens_N = shifted_NV.argmax(dim=1)
+        tokens_N = scores_NV.argmax(dim=1)
     else:
-        if any(t != 1.0 for t in draws.temperatures):
+        if edits is not None or any(t != 1.0 for t in draws.temperatures):
             divisors = [1.0 if g else t for g, t in zip(greedy, draws.temperatures, strict=True)]
-            weights_NV = torch.div(shifted_NV, torch.tensor(divisors, device=logits_NV.device).unsqueeze(1), out=weights_NV).exp_()
+            weights_NV = torch.div(scores_NV, torch.tensor(divisors, device=logits_NV.device).unsqueeze(1), out=weights_NV).exp_()
         cut = [i for i, (k, p, g) in enumerate(zip(draws.top_ks, draws.top_ps, greedy, strict=True)) if (k > 0 or p < 1.0) and not g]
         if cut:
             rows = torch.tensor(cut, device=logits_NV.device)
             weights_NV[rows] = truncate(weights_NV[rows], [draws.top_ks[i] for i in cut], [draws.top_ps[i] for i in cut])
+        if any(p > 0.0 for p in draws.min_ps):  # of the likeliest token's weight, which is 1
+            weights_NV[weights_NV < torch.tensor(draws.min_ps, device=logits_NV.device).unsqueeze(1)] = 0.0
         tokens_N = draw(weights_NV, draws.keys[:, None])[:, 0]
         if any(greedy):
-            tokens_N = torch.where(torch.tensor(greedy, device=logits_NV.device), shifted_NV.argmax(dim=1), tokens_N)
+            tokens_N = torch.where(torch.tensor(greedy, device=logits_NV.device), scores_NV.argmax(dim=1), tokens_N)
     logprobs_N = shifted_NV.gather(1, tokens_N.unsqueeze(1))[:, 0] - log_total_N
     return Picked(tokens_N, logprobs_N, log_total_N)
 

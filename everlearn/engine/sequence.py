@@ -25,6 +25,12 @@ class Request:
         self.root = root_digest(command.cache_salt, command.base, command.version)
         self.stop_tokens = frozenset(command.params.stop_tokens)
         self.stop_strings = [s for s in command.params.stop_strings if s]
+        self.stop_ids = np.array(sorted(self.stop_tokens), np.int64)
+        params = command.params
+        self.penalises = bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0)
+        ids, values = np.array(list(params.logit_bias), np.int64), np.array(list(params.logit_bias.values()), np.float32)
+        self.bias = (ids, values) if len(ids) else None
+        self.edited = bool(self.penalises or len(ids) or params.min_tokens or params.grammar is not None)
         self.scores = PromptScores(command, prompt)
         self.adapter: AdapterWeights | None = None
         self.admitted = self.prompt_counted = False
@@ -54,6 +60,27 @@ class Request:
         )
 
 
+class TokenCounts:
+    """The different tokens of a sequence and how often each was generated (0 for those of the prompt alone)."""
+
+    def __init__(self, prompt: np.ndarray):
+        known = np.unique(prompt)
+        self.place = {int(token): i for i, token in enumerate(known)}
+        self.tokens, self.times = np.zeros(len(known) + 64, np.int64), np.zeros(len(known) + 64, np.float32)
+        self.tokens[: len(known)] = known
+
+    def add(self, token: int) -> None:
+        i = self.place.setdefault(token, len(self.place))
+        if i == len(self.tokens):
+            self.tokens, self.times = (np.concatenate([array, np.zeros_like(array)]) for array in (self.tokens, self.times))
+        self.tokens[i] = token
+        self.times[i] += 1
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """int64 tokens [M] and float32 times [M]; views."""
+        return self.tokens[: len(self.place)], self.times[: len(self.place)]
+
+
 class Sequence:
     """One sample: its tokens, how many of them are computed, and the blocks that hold them."""
 
@@ -70,6 +97,7 @@ class Sequence:
         self.stop_reason = ""
         self.begun = False  # waits again, or was forked from a computed prompt
         self.num_told, self.end_told = 0, False
+        self.counts: TokenCounts | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -87,6 +115,22 @@ class Sequence:
     def token(self, position: int) -> int:
         split = len(self.request.prompt)
         return self.generated[position - split] if position >= split else int(self.request.prompt[position])
+
+    @property
+    def too_short(self) -> bool:
+        """Stop tokens may not be drawn yet."""
+        return len(self.generated) < self.request.params.min_tokens
+
+    def penalties(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens, what repetition divides their logits by, and what presence and frequency subtract from them; [M] each."""
+        params = self.request.params
+        if self.counts is None:
+            self.counts = TokenCounts(self.request.prompt if params.repetition_penalty != 1.0 else self.request.prompt[:0])
+            for token in self.generated:
+                self.counts.add(token)
+        tokens, times = self.counts.arrays()
+        subtracted = params.frequency_penalty * times + params.presence_penalty * (times > 0)
+        return tokens, np.full(len(tokens), params.repetition_penalty, np.float32), subtracted.astype(np.float32)
 
     def block_digests(self, num: int, block_size: int) -> list[bytes]:
         """Digests of the first `num` blocks, which must be full."""
@@ -108,6 +152,8 @@ class Sequence:
         request = self.request
         self.generated.append(token)
         self.logprobs.append(logprob)
+        if self.counts is not None:
+            self.counts.add(token)
         if token in request.stop_tokens or (self.stops is not None and self.stops.add(token)):
             self.stop_reason = "stop"
         elif len(self.generated) >= request.max_new:
