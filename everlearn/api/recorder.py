@@ -15,6 +15,8 @@ import threading
 from collections.abc import Callable
 from functools import partial
 
+from sqlalchemy.exc import InterfaceError, OperationalError
+
 from everlearn.errors import Unavailable
 from everlearn.store import records
 from everlearn.store.db import Database
@@ -115,12 +117,12 @@ class Recorder:
                 self.db.write(partial(records.write, packed=batch)).result()
                 self._problem = ""
                 return self._gone(ids, self.written)
-            except Unavailable as error:
+            except (Unavailable, OperationalError, InterfaceError) as error:
                 if not self._problem:
-                    log.warning("%d records wait: %s", len(self._waiting), error.message)
-                self._problem = error.message
+                    log.warning("%d records wait: %s", len(self._waiting), error)
+                self._problem = str(error)[:300]
                 if last:
-                    log.error("%d records are lost: %s", len(ids), error.message)
+                    log.error("%d records are lost: %s", len(ids), error)
                     return self._gone(ids, self.lost)
                 self._closing.wait(RETRY_SECONDS)
             except Exception:  # not the store's state but something in the batch
