@@ -32,7 +32,7 @@ REASONING = ("reasoning_content", "reasoning", "thinking")  # the same under the
 class Needs(NamedTuple):
     """What a template expects of messages, found in its syntax tree."""
 
-    names: frozenset[str]  # undeclared variables and string constants: which roles and switches it knows
+    names: frozenset[str]  # variables, attributes and string constants: which fields, roles and switches it knows
     parts: bool  # goes through a content that is a list of parts
     text_arguments: bool  # joins a call's arguments as text
 
@@ -120,7 +120,7 @@ def _compiled(source: str) -> tuple[sandbox.Template, Needs]:
 
 
 def _names(tree: nodes.Template) -> frozenset[str]:
-    names = {node.name for node in tree.find_all(nodes.Name)}
+    names = {node.name for node in tree.find_all(nodes.Name)} | {node.attr for node in tree.find_all(nodes.Getattr)}
     return frozenset(names | {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)})
 
 

@@ -1,0 +1,275 @@
+"""Grammars that hold a reply to a family's tool calls, in llguidance's dialect of Lark.
+
+Marks that are special tokens of the model's tokenizer are written as token references, which text can't imitate; others as strings.
+Around the arguments a call is written exactly as the family was trained to, the arguments are JSON of the tool's schema. Before the
+calls stands a thought where the model thinks. Pure text in, text out: the engine compiles what comes out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from everlearn.errors import InvalidRequest
+from everlearn.render.parameters import FUNCTION_END, PARAMETER, PARAMETER_END, kinds
+from everlearn.render.reasoning import CLOSE, OPEN, closed_by, opened_by
+from everlearn.render.syntaxes import (
+    CHANNEL,
+    CONSTRAIN,
+    DEEPSEEK_CALL,
+    DEEPSEEK_CALL_END,
+    DEEPSEEK_SECTION,
+    DEEPSEEK_SECTION_END,
+    DEEPSEEK_SEP,
+    END,
+    FUNCTION,
+    KIMI_ARGUMENTS,
+    KIMI_CALL,
+    KIMI_CALL_END,
+    KIMI_SECTION,
+    KIMI_SECTION_END,
+    MESSAGE,
+    PYTHON_TAG,
+    START,
+    TOOL_CALL,
+    TOOL_CALL_END,
+)  # fmt: skip
+from everlearn.types import Grammar
+
+# JSON as models write it: on one line, a space after a colon or comma or none. Free white space lets a small model write nothing else.
+SPACING = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+ANYTHING = "/(?s:.*)/"
+MAX_CALLS = 64
+MAX_MESSAGES = 4  # harmony's thoughts and preambles before a call
+
+
+class Signature(NamedTuple):
+    """A tool as far as a grammar sees it."""
+
+    name: str
+    schema: Mapping[str, Any]
+    strict: bool
+
+
+class Lark:
+    """A grammar in the making: rules by name, and how a mark is written."""
+
+    def __init__(self, special: Collection[str]):
+        self.special = special
+        self.rules: list[str] = []
+
+    def mark(self, mark: str) -> str:
+        return mark if mark in self.special else literal(mark)
+
+    def rule(self, body: str, options: str = "") -> str:
+        """Adds a rule; its name."""
+        name = f"r{len(self.rules)}"
+        self.rules.append(f"{name}{options}: {body}")
+        return name
+
+    def until(self, mark: str) -> str:
+        """Any text up to and with the mark, which the text doesn't contain."""
+        if mark in self.special:
+            return f"{ANYTHING} {mark}"
+        return self.rule(f"/(?s:.*){_escaped(mark)}/", "[lazy]")
+
+    def json(self, signature: Signature) -> str:
+        return self.rule("%json " + json.dumps(json_schema(signature.schema, signature.strict), ensure_ascii=False))
+
+    def source(self, start: str) -> str:
+        return "\n".join(["%llguidance {}", f"start: {start}", *self.rules]) + "\n"
+
+
+Rules = Callable[[Lark, Sequence[Signature], bool, bool], str]  # (lark, tools, text may come instead, several calls may come)
+
+
+def build(
+    rules: Rules,
+    tools: Sequence[Signature],
+    tool_choice: str | Mapping[str, Any],
+    parallel: bool,
+    special: Collection[str],
+    thinks: bool,
+    prompt: str,
+) -> Grammar | None:
+    """None where anything may come. Raises InvalidRequest(param="tool_choice") for a choice that can't be made."""
+    mode, chosen = choose(tools, tool_choice)
+    if mode == "none" or (mode == "auto" and not any(tool.strict for tool in chosen)):
+        return None
+    lark = Lark(special)
+    before = _thought(lark, rules, thinks, prompt)
+    body = lark.rule(rules(lark, chosen, mode == "auto", parallel and mode != "named"))
+    return Grammar("lark", lark.source(f"{before} {body}".strip()))
+
+
+def answer(rules: Rules, schema: Mapping[str, Any] | bool, special: Collection[str], thinks: bool, prompt: str) -> Grammar:
+    lark = Lark(special)
+    before = _thought(lark, rules, thinks, prompt)
+    if not before and rules is not harmony:
+        return Grammar("json_schema", json.dumps(schema, ensure_ascii=False))
+    body = lark.rule("%json " + json.dumps(schema, ensure_ascii=False))
+    if rules is harmony:
+        body = f'{lark.mark(CHANNEL)} "final" {lark.mark(MESSAGE)} {body}'
+    return Grammar("lark", lark.source(f"{before} {body}".strip()))
+
+
+def choose(tools: Sequence[Signature], tool_choice: str | Mapping[str, Any]) -> tuple[str, list[Signature]]:
+    """(none, auto, required or named; the tools that may be called)."""
+    known = {tool.name: tool for tool in tools}
+    if isinstance(tool_choice, str):
+        if tool_choice not in ("none", "auto", "required"):
+            raise InvalidRequest(f"tool_choice is {tool_choice[:80]!r}; it is none, auto, required or a tool", param="tool_choice")
+        if tool_choice == "required" and not known:
+            raise InvalidRequest("tool_choice is required and there are no tools; send tools", param="tool_choice")
+        return ("none" if not known else tool_choice), list(tools)
+    allowed = tool_choice.get("allowed_tools", tool_choice) if tool_choice.get("type") == "allowed_tools" else None
+    named = [tool_choice] if allowed is None else allowed.get("tools", [])
+    names = [entry.get("function", entry).get("name") for entry in named]
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise InvalidRequest(f"tool_choice names {unknown[:1] or 'no tool'}; tools are {', '.join(known) or 'none'}", param="tool_choice")
+    if allowed is None:
+        return "named", [known[names[0]]]
+    mode = allowed.get("mode", "auto")
+    if mode not in ("auto", "required"):
+        raise InvalidRequest(f"the mode of allowed_tools is {mode!r}; it is auto or required", param="tool_choice")
+    return mode, [known[name] for name in names]
+
+
+def json_schema(schema: Mapping[str, Any], strict: bool) -> dict[str, Any]:
+    """`schema` for llguidance. A tool that isn't strict may use keywords that a grammar can't hold a model to: they are passed over."""
+    return {**schema, "x-guidance": {**SPACING, "lenient": not strict}}
+
+
+def literal(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([^\w\s])", lambda found: "\\" + found[1] if ord(found[1]) < 128 else found[1], text)
+
+
+def _thought(lark: Lark, rules: Rules, thinks: bool, prompt: str) -> str:
+    """What comes before the answer."""
+    if rules is harmony:
+        message = f'{lark.mark(CHANNEL)} ("analysis" | "commentary") {lark.mark(MESSAGE)} {lark.until(END)} {lark.mark(START)} "assistant"'
+        return f"({lark.rule(message)}){{0,{MAX_MESSAGES}}}"
+    if opened_by(prompt):
+        return f"{lark.until(CLOSE)} /\\s{{0,4}}/"
+    if thinks and not closed_by(prompt):
+        return f"({lark.mark(OPEN)} {lark.until(CLOSE)} /\\s{{0,4}}/)?"
+    return ""
+
+
+def _without(lark: Lark, *patterns: str) -> str:
+    """Any text in which none of the patterns occurs; one that begins with ^ only counts at the beginning."""
+    refused = [f"~/{pattern[1:] if pattern.startswith('^') else '(?s:.*)' + pattern}(?s:.*)/" for pattern in patterns]
+    name = f"TEXT{len(lark.rules)}"
+    lark.rules.append(f"{name}: {' & '.join([ANYTHING, *refused])}")
+    return name
+
+
+def _more(between: str, call: str, several: bool) -> str:
+    return f"({between} {call}){{0,{MAX_CALLS - 1}}}" if several else ""
+
+
+def _behind(lark: Lark, mark: str, rest: str, text: bool) -> str:
+    """`rest` behind its mark; with `text`, any text before it or instead of it."""
+    if not text:
+        return f"{lark.mark(mark)} {rest}"
+    if mark in lark.special:
+        return f"{ANYTHING} ({mark} {rest})?"
+    return f"{lark.until(mark)} {rest} | {_without(lark, _escaped(mark))}"
+
+
+# ---- the families ----
+
+
+def hermes(lark: Lark, tools: Sequence[Signature], text: bool, several: bool) -> str:
+    """`<tool_call>\\n{"name": "NAME", "arguments": {...}}\\n</tool_call>`, one after another."""
+    calls = [f'"\\n" {_named_object(lark, tool, "arguments")} "\\n" {lark.mark(TOOL_CALL_END)}' for tool in tools]
+    return _tagged(lark, calls, text, several)
+
+
+def qwen3_coder(lark: Lark, tools: Sequence[Signature], text: bool, several: bool) -> str:
+    """`<tool_call>\\n<function=NAME>\\n<parameter=KEY>\\nVALUE\\n</parameter>\\n</function>\\n</tool_call>`."""
+    calls = [f"{_elements(lark, tool)} {lark.mark(TOOL_CALL_END)}" for tool in tools]
+    return _tagged(lark, calls, text, several)
+
+
+def llama3(lark: Lark, tools: Sequence[Signature], text: bool, several: bool) -> str:
+    """`{"name": "NAME", "parameters": {...}}`, several with a semicolon between."""
+    call = lark.rule(" | ".join(_named_object(lark, tool, "parameters") for tool in tools))
+    calls = f"{call} {_more(literal('; '), call, several)}"
+    if not text:
+        return calls
+    other = _without(lark, r"^\s*[{]", r"\n[{]\s*\"name\"", _escaped(FUNCTION), _escaped(PYTHON_TAG))
+    return f"{calls} | {other}"
+
+
+def kimi_k2(lark: Lark, tools: Sequence[Signature], text: bool, several: bool) -> str:
+    """A section of `<|tool_call_begin|>functions.NAME:INDEX<|tool_call_argument_begin|>{...}<|tool_call_end|>`."""
+    begin, middle, end = lark.mark(KIMI_CALL), lark.mark(KIMI_ARGUMENTS), lark.mark(KIMI_CALL_END)
+    calls = [f"{begin} {literal(f'functions.{tool.name}:')} /[0-9]{{1,3}}/ {middle} {lark.json(tool)} {end}" for tool in tools]
+    return _section(lark, calls, "", KIMI_SECTION[0], KIMI_SECTION_END[0], text, several)
+
+
+def deepseek_v3(lark: Lark, tools: Sequence[Signature], text: bool, several: bool) -> str:
+    """A section of `<｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME`, the arguments in a code block, `<｜tool▁call▁end｜>`."""
+    begin, middle, end = lark.mark(DEEPSEEK_CALL), lark.mark(DEEPSEEK_SEP), lark.mark(DEEPSEEK_CALL_END)
+    block = "\n```json\n"
+    calls = [f'{begin} "function" {middle} {literal(tool.name + block)} {lark.json(tool)} "\\n```" {end}' for tool in tools]
+    return _section(lark, calls, literal("\n"), DEEPSEEK_SECTION, DEEPSEEK_SECTION_END, text, several)
+
+
+def deepseek_v31(lark: Lark, tools: Sequence[Signature], text: bool, several: bool) -> str:
+    """A section of `<｜tool▁call▁begin｜>NAME<｜tool▁sep｜>{...}<｜tool▁call▁end｜>`."""
+    begin, middle, end = lark.mark(DEEPSEEK_CALL), lark.mark(DEEPSEEK_SEP), lark.mark(DEEPSEEK_CALL_END)
+    calls = [f"{begin} {literal(tool.name)} {middle} {lark.json(tool)} {end}" for tool in tools]
+    return _section(lark, calls, "", DEEPSEEK_SECTION, DEEPSEEK_SECTION_END, text, several)
+
+
+def harmony(lark: Lark, tools: Sequence[Signature], text: bool, several: bool) -> str:
+    """`<|channel|>commentary to=functions.NAME <|constrain|>json<|message|>{...}`; the end of the turn is the end of the call."""
+    channel, message = lark.mark(CHANNEL), lark.mark(MESSAGE)
+    head = f'{lark.mark(CONSTRAIN)} "json" {message}'
+    calls = [f"{channel} {literal(f'commentary to=functions.{tool.name} ')} {head} {lark.json(tool)}" for tool in tools]
+    return " | ".join([*calls, *([f'{channel} "final" {message} {ANYTHING}'] if text else [])])
+
+
+def _tagged(lark: Lark, calls: Sequence[str], text: bool, several: bool) -> str:
+    call = lark.rule(" | ".join(calls))
+    return _behind(lark, TOOL_CALL, f"{call} {_more(f'{literal(chr(10))} {lark.mark(TOOL_CALL)}', call, several)}", text)
+
+
+def _section(lark: Lark, calls: Sequence[str], between: str, begin: str, end: str, text: bool, several: bool) -> str:
+    call = lark.rule(" | ".join(calls))
+    return _behind(lark, begin, f"{call} {_more(between, call, several)} {lark.mark(end)}", text)
+
+
+def _named_object(lark: Lark, tool: Signature, key: str) -> str:
+    before = f'{{"name": {json.dumps(tool.name, ensure_ascii=False)}, "{key}": '
+    return f"{literal(before)} {lark.json(tool)} {literal('}')}"
+
+
+def _elements(lark: Lark, tool: Signature) -> str:
+    """One element for each parameter, in the schema's order; text parameters hold any text without their end tag."""
+    required = tool.schema.get("required", ())
+    parts = [literal(f"\n{FUNCTION}{tool.name}>\n")]
+    for name, schema in tool.schema.get("properties", {}).items():
+        element = f"{literal(f'{PARAMETER}{name}>' + chr(10))} {_element_value(lark, tool, schema)}"
+        parts.append(element if name in required else f"({element})?")
+    return " ".join([*parts, literal(f"{FUNCTION_END}\n")])
+
+
+def _element_value(lark: Lark, tool: Signature, schema: Any) -> str:
+    end = f"\n{PARAMETER_END}\n"
+    if isinstance(schema, Mapping) and all(isinstance(value, str) for value in schema.get("enum", [0])):
+        return f"({' | '.join(literal(value + end) for value in schema['enum'])})"
+    wanted = kinds(schema)
+    if not wanted or "string" in wanted:
+        return lark.until(end)
+    shared = {key: tool.schema[key] for key in ("$defs", "definitions") if key in tool.schema}
+    return f"{lark.json(Signature(tool.name, {**shared, **schema}, tool.strict))} {literal(end)}"

@@ -1,0 +1,108 @@
+"""Qwen3-Coder's arguments: an XML element for each parameter, whose text becomes the JSON that the tool's schema asks for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from everlearn.render.reader import BrokenError, Marks, Reader, Step
+from everlearn.render.replies import Writer
+
+PARAMETER, PARAMETER_END, FUNCTION_END = "<parameter=", "</parameter>", "</function>"
+# A missing end tag is seen by what can only come after it, at the beginning of a line.
+ENDS = Marks(PARAMETER_END, "\n" + PARAMETER, "\n" + FUNCTION_END)
+KINDS: dict[str, type | tuple[type, ...]] = {
+    "integer": int, "number": (int, float), "boolean": bool, "object": dict, "array": list, "string": str, "null": type(None),
+}  # fmt: skip
+
+
+def parameters(reader: Reader, out: Writer, commit: Callable[[], None], schemas: Mapping[str, Any]) -> Step[None]:
+    """Elements up to `</function>`. Writes them as one JSON object, strings as they come; `commit` is called at the first."""
+    between, stop = "{", ""
+    while True:
+        if between != "{":
+            reader.keep("")  # what can't be read from here on is text after a call
+        yield from reader.space()
+        if stop == "\n" + FUNCTION_END or (not stop.strip() and (yield from reader.comes(FUNCTION_END))):
+            if between == "{":
+                commit()
+            out.arguments("{}" if between == "{" else "}")
+            return
+        if stop != "\n" + PARAMETER and not (yield from reader.comes(PARAMETER)):
+            if between == "{":
+                raise BrokenError("a function without parameters and without an end")
+            if (yield from reader.peek()):
+                out.arguments("}")
+                out.problems.append("a function isn't closed by </function>")
+            return
+        pieces: list[str] = []
+        if (yield from reader.until(Marks(">", "\n"), pieces.append)) != ">":
+            raise BrokenError("<parameter= without a name")
+        name = "".join(pieces).strip()
+        if between == "{":
+            commit()
+        reader.forget()
+        out.arguments(f"{between}{json.dumps(name, ensure_ascii=False)}: ")
+        stop = yield from _value(reader, out, kinds(schemas.get(name)))
+        if not stop:
+            return
+        if stop != PARAMETER_END:
+            out.problems.append(f"parameter {name!r} isn't closed by {PARAMETER_END}")
+        between, stop = ", ", "" if stop == PARAMETER_END else stop
+
+
+def _value(reader: Reader, out: Writer, wanted: frozenset[str]) -> Step[str]:
+    """A parameter's text; the line breaks next to its tags aren't part of it. Returns the mark that ended it, "" at the end of the text."""
+    yield from reader.comes("\n")
+    held = ""
+    if wanted != {"string"}:
+        pieces: list[str] = []
+        stop = yield from reader.until(ENDS, pieces.append)
+        text = "".join(pieces)
+        if stop:
+            out.arguments(convert(text.removesuffix("\n"), wanted))
+        else:
+            out.arguments(text)
+        return stop
+
+    def emit(piece: str) -> None:
+        nonlocal held
+        piece = held + piece
+        held = "\n" if piece.endswith("\n") else ""
+        out.arguments(json.dumps(piece.removesuffix("\n"), ensure_ascii=False)[1:-1])
+
+    out.arguments('"')
+    stop = yield from reader.until(ENDS, emit)
+    if stop:
+        out.arguments('"')
+    return stop
+
+
+def kinds(schema: Any) -> frozenset[str]:
+    """The JSON types that `schema` allows; none where it doesn't say."""
+    if not isinstance(schema, Mapping):
+        return frozenset()
+    given = schema.get("type")
+    found = {given} if isinstance(given, str) else set(given) if isinstance(given, list) else set()
+    for key in ("anyOf", "oneOf"):
+        for option in schema.get(key) or ():
+            found |= kinds(option)
+    for value in [*schema.get("enum", ()), *([schema["const"]] if "const" in schema else ())] if not found else ():
+        found |= {name for name, kind in KINDS.items() if isinstance(value, kind) and (name == "boolean") == isinstance(value, bool)}
+    return frozenset(found)
+
+
+def convert(text: str, wanted: frozenset[str]) -> str:
+    """`text` as JSON of one of the `wanted` types; a string where it is none of the others."""
+    bare = {"None": "null", "True": "true", "False": "false"}.get(text.strip(), text.strip())  # models were shown Python's words too
+    try:
+        value = json.loads(bare)
+    except (ValueError, RecursionError):
+        return json.dumps(text, ensure_ascii=False)
+    fits = any(
+        isinstance(value, KINDS[name]) and (name == "boolean") == isinstance(value, bool)
+        for name in wanted or KINDS
+        if name in KINDS and name != "string"
+    )
+    return bare if fits else json.dumps(text, ensure_ascii=False)
