@@ -8,7 +8,6 @@ calls stands a thought where the model thinks. Pure text in, text out: the engin
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -40,7 +39,7 @@ from everlearn.types import Grammar
 
 # JSON as models write it: on one line, a space after a colon or comma or none. Free white space lets a small model write nothing else.
 SPACING = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
-ANYTHING = "/(?s:.*)/"
+ANYTHING = "ANYTHING"
 MAX_CALLS = 64
 MAX_MESSAGES = 4  # harmony's thoughts and preambles before a call
 
@@ -73,13 +72,13 @@ class Lark:
         """Any text up to and with the mark, which the text doesn't contain."""
         if mark in self.special:
             return f"{ANYTHING} {mark}"
-        return self.rule(f"/(?s:.*){_escaped(mark)}/", "[lazy]")
+        return self.rule(f"{ANYTHING} {literal(mark)}", "[lazy]")
 
     def json(self, signature: Signature) -> str:
         return self.rule("%json " + json.dumps(json_schema(signature.schema, signature.strict), ensure_ascii=False))
 
     def source(self, start: str) -> str:
-        return "\n".join(["%llguidance {}", f"start: {start}", *self.rules]) + "\n"
+        return "\n".join(["%llguidance {}", f"start: {start}", *self.rules, f"{ANYTHING}: /(?s:.*)/"]) + "\n"
 
 
 Rules = Callable[[Lark, Sequence[Signature], bool, bool], str]  # (lark, tools, text may come instead, several calls may come)
@@ -147,10 +146,6 @@ def literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _escaped(text: str) -> str:
-    return re.sub(r"([^\w\s])", lambda found: "\\" + found[1] if ord(found[1]) < 128 else found[1], text)
-
-
 def _thought(lark: Lark, rules: Rules, thinks: bool, prompt: str) -> str:
     """What comes before the answer."""
     if rules is harmony:
@@ -163,9 +158,9 @@ def _thought(lark: Lark, rules: Rules, thinks: bool, prompt: str) -> str:
     return ""
 
 
-def _without(lark: Lark, *patterns: str) -> str:
-    """Any text in which none of the patterns occurs; one that begins with ^ only counts at the beginning."""
-    refused = [f"~/{pattern[1:] if pattern.startswith('^') else '(?s:.*)' + pattern}(?s:.*)/" for pattern in patterns]
+def _without(lark: Lark, *patterns: str, begins: str = "") -> str:
+    """Any text in which none of the patterns occurs (literals and regular expressions of Lark), and that doesn't begin with `begins`."""
+    refused = [f"~({ANYTHING} {pattern} {ANYTHING})" for pattern in patterns] + ([f"~({begins} {ANYTHING})"] if begins else [])
     name = f"TEXT{len(lark.rules)}"
     lark.rules.append(f"{name}: {' & '.join([ANYTHING, *refused])}")
     return name
@@ -181,7 +176,7 @@ def _behind(lark: Lark, mark: str, rest: str, text: bool) -> str:
         return f"{lark.mark(mark)} {rest}"
     if mark in lark.special:
         return f"{ANYTHING} ({mark} {rest})?"
-    return f"{lark.until(mark)} {rest} | {_without(lark, _escaped(mark))}"
+    return f"{lark.until(mark)} {rest} | {_without(lark, literal(mark))}"
 
 
 # ---- the families ----
@@ -205,7 +200,7 @@ def llama3(lark: Lark, tools: Sequence[Signature], text: bool, several: bool) ->
     calls = f"{call} {_more(literal('; '), call, several)}"
     if not text:
         return calls
-    other = _without(lark, r"^\s*[{]", r"\n[{]\s*\"name\"", _escaped(FUNCTION), _escaped(PYTHON_TAG))
+    other = _without(lark, r'/\n\{\s*"name"/', literal(FUNCTION), literal(PYTHON_TAG), begins=r"/\s*\{/")
     return f"{calls} | {other}"
 
 
