@@ -37,6 +37,9 @@ class ApiSettings(Section):
     request_seconds: float = Field(
         600.0, gt=0, description="longest time for a chat or completion; then it ends with what it has, as if at max_tokens"
     )
+    gap_seconds: float = Field(
+        600.0, gt=0, description="how long a training request waits for one with a lower number that hasn't come; then it goes on without"
+    )
     log_format: Literal["text", "json"] = Field("text", description="how log lines are written")
     shutdown_grace_seconds: float = Field(20.0, ge=0, description="time that requests in flight get after SIGTERM")
     telemetry: bool = Field(True, description="keep what clients send to /telemetry (it never leaves this machine)")

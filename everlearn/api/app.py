@@ -29,6 +29,7 @@ from everlearn.api.recorder import Recorder
 from everlearn.api.services import Services
 from everlearn.api.serving import Serving
 from everlearn.api.supervise import EngineProcess
+from everlearn.api.tinker import places
 from everlearn.api.tinker.routes import ROUTERS
 from everlearn.config import Settings
 from everlearn.models.catalog import Catalog
@@ -64,7 +65,7 @@ def create_app(settings: Settings) -> FastAPI:
     async def openapi() -> dict[str, object]:
         return app.openapi()
 
-    app.add_middleware(BodyLimit, max_bytes=settings.api.max_body_bytes)
+    app.add_middleware(BodyLimit, max_bytes=settings.api.max_body_bytes, on_refusal=places.keep_of_refused)
     app.add_middleware(Observe, app_state=app.state)
     return app
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from everlearn.engine import protocol
-from everlearn.errors import EverlearnError, Unavailable
+from everlearn.errors import Conflict, EverlearnError, Unavailable
 from everlearn.store import checkpoints, rebuild
 from everlearn.store import log as request_log
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WINDOW_COMMANDS, WINDOW_BYTES = 64, 32 * 2**20  # what the engine may hold of one run unanswered: more only where one command is larger
+MAX_GAP = 1024  # numbers that are passed over at most
 EFFECTS = ("create", "load", "forward_backward", "optim_step")
 
 
@@ -73,6 +74,7 @@ class Feed:
     sent: dict[str, tuple[int, int]] = field(default_factory=dict)  # unanswered in the engine: seq, bytes
     effect_seq: int = -1  # the last command sent that changes the adapter, and the newest snapshot
     snapshot_seq: int = -1
+    gap: tuple[int, float] = (-1, 0.0)  # the seq whose turn it is and which hasn't come, and since when
     wanted: bool = False  # to be brought into the engine though nothing waits
     active_at: float = field(default_factory=time.monotonic)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
@@ -141,6 +143,7 @@ class Feed:
             elif self.next_seq in self.queued:
                 item = self.queued[self.next_seq]
             else:
+                await self._mind_the_gap()
                 return
             payload = (
                 item.payload
@@ -155,6 +158,30 @@ class Feed:
             if not self.dispatcher.may_send(item.request_id):
                 return
             self._send(item, payload)
+
+    async def _mind_the_gap(self) -> None:
+        """A request that never comes must not hold up the others for ever: its client has given it up, or it was refused and nobody
+        could tell where it belonged. If it comes later all the same, it is told so. (Numbers far ahead are a client's mistake.)"""
+        now, patience = time.monotonic(), self.dispatcher.settings.api.gap_seconds
+        missing = range(self.next_seq, min(self.queued, default=0))
+        if not 0 < len(missing) <= MAX_GAP:
+            return
+        if self.gap[0] == missing[0] and now - self.gap[1] >= patience:
+            for seq in missing:
+                await self._pass_over(seq, patience)
+        if self.gap[0] != missing[0] or now - self.gap[1] >= patience:  # from now on, or again if the store couldn't be written
+            self.gap = missing[0], now
+            asyncio.get_running_loop().call_later(patience, self.wake.set)
+
+    async def _pass_over(self, seq: int, patience: float) -> None:
+        log.warning("run %s goes on without request %d, which has not come for %g s", self.model_id, seq, patience)
+        error = Conflict(
+            f"request {seq} of {self.model_id} did not come within {patience:g} s of those after it (api.gap_seconds), "
+            "so the run went on without it",
+            param="seq_id",
+        )
+        request_id = f"{self.model_id}:{seq}"
+        await self.dispatcher.refuse(self.tenant, model_id=self.model_id, seq=seq, request_id=request_id, fingerprint="", error=error)
 
     def _full(self) -> bool:
         return len(self.sent) >= WINDOW_COMMANDS or sum(size for _, size in self.sent.values()) >= WINDOW_BYTES

@@ -1,7 +1,8 @@
 """How much a request may bring: bodies are counted after decompression, while they are read, before anything parses them.
 
 The middleware reads the whole body (every route needs it whole), inflates zstd and gzip with a ceiling, and hands it on in one
-piece. A body over the limit is a 413 and never exists in memory as a whole. It knows nothing of routes.
+piece. A body over the limit is a 413 and never exists in memory as a whole. It knows nothing of routes: whom a refusal concerns
+besides its client is told what the body began and ended with.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import io
 import zlib
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 import zstandard
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -20,17 +23,39 @@ PIECE = 1024
 # After a refusal the rest of a body is read and dropped up to here, because a client that is still writing would see a broken
 # connection instead of the 413.
 DRAIN_BYTES = 256 << 20
+# A zstd frame gives out its first bytes when its first block is there, which may take 128 KiB.
+HEAD_BYTES, TAIL_BYTES = 192 << 10, 2 << 10
+
+
+@dataclass
+class Ends:
+    """What a refused body began and ended with, as it came over the wire."""
+
+    head: bytes = b""
+    tail: bytes = b""
+
+    def add(self, piece: bytes) -> None:
+        self.head += piece[: HEAD_BYTES - len(self.head)]
+        self.tail = (self.tail + piece[-TAIL_BYTES:])[-TAIL_BYTES:]
+
+
+OnRefusal = Callable[[Scope, Ends, EverlearnError], Awaitable[None]]
+
+
+async def nobody_else(scope: Scope, ends: Ends, error: EverlearnError) -> None:
+    """The refusal concerns its client alone."""
 
 
 class BodyLimit:
-    def __init__(self, app: ASGIApp, max_bytes: int):
-        self.app, self.max_bytes = app, max_bytes
+    def __init__(self, app: ASGIApp, max_bytes: int, on_refusal: OnRefusal = nobody_else):
+        self.app, self.max_bytes, self.on_refusal = app, max_bytes, on_refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             return await self.app(scope, receive, send)
         headers = dict(scope["headers"])
         more = True  # whether the client may still be writing
+        pieces: list[bytes] = []
 
         async def counted() -> Message:
             nonlocal more
@@ -39,25 +64,29 @@ class BodyLimit:
             return message
 
         try:
-            body = await self.read(headers, counted)
+            body = await self.read(headers, counted, pieces)
             if body is None:
                 return None  # the client has gone
             if encoding := headers.get(b"content-encoding", b"").decode("latin-1").strip().lower():
                 body = await self.inflate(encoding, body)
                 scope["headers"] = [(k, v) for k, v in scope["headers"] if k not in (b"content-encoding", b"content-length")]
         except EverlearnError as error:
+            ends = Ends()
+            for piece in pieces:
+                ends.add(piece)
             if more:
-                await self.drain(receive)
+                await self.drain(receive, ends)
+            await self.on_refusal(scope, ends, error)
             status = 413 if isinstance(error, TooLarge) else 400
             return await error_response(status, error.code, error.message, error.param, {"connection": "close"})(scope, receive, send)
         await self.app(scope, replay(body, receive), send)
         return None
 
-    async def read(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
+    async def read(self, headers: dict[bytes, bytes], receive: Receive, pieces: list[bytes]) -> bytes | None:
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.max_bytes:
             raise self.too_large(f"{int(length):,} bytes")
-        pieces, total = [], 0
+        total = 0
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
@@ -89,13 +118,14 @@ class BodyLimit:
             f"the request body is limited to {self.max_bytes:,} bytes (api.max_body_bytes); this one has {what}; send less at a time"
         )
 
-    async def drain(self, receive: Receive) -> None:
+    async def drain(self, receive: Receive, ends: Ends) -> None:
         dropped = 0
         try:
             async with asyncio.timeout(10):
                 while dropped < DRAIN_BYTES:
                     message = await receive()
                     dropped += len(message.get("body", b""))
+                    ends.add(message.get("body", b""))
                     if message["type"] == "http.disconnect" or not message.get("more_body"):
                         return
         except TimeoutError:
@@ -127,6 +157,24 @@ def inflate_zlib(body: bytes, max_bytes: int) -> bytes | None:
     if not inflater.eof:
         raise EOFError("it ends too early")
     return inflated
+
+
+def inflated_head(encoding: str, head: bytes, enough: int) -> bytes:
+    """The first bytes of what `head` is the compressed beginning of, as far as they can be had: at least `enough`, or all."""
+    if encoding not in ("zstd", "gzip", "deflate"):
+        return head
+    out = b""
+    try:
+        if encoding != "zstd":
+            return zlib.decompressobj(wbits=47).decompress(head, enough)
+        inflater = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj()
+        for start in range(0, len(head), PIECE):
+            out += inflater.decompress(head[start : start + PIECE])
+            if len(out) >= enough or inflater.eof:
+                break
+    except (zstandard.ZstdError, zlib.error):
+        return out
+    return out
 
 
 def replay(body: bytes, receive: Receive) -> Receive:

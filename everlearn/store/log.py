@@ -281,6 +281,8 @@ def _same(row: Any, entry: Entry) -> Entry:
     if row.tenant != entry.tenant:
         raise NotFound(f"no model {entry.model_id!r}", param="model_id")
     refused = "refused" in row.meta or "refused" in entry.meta  # whatever kind it is, it is this request
+    if not row.fingerprint:
+        raise Conflict(row.meta["refused"]["message"], param="seq_id")
     if row.fingerprint != entry.fingerprint or not (refused or row.kind == entry.kind):
         raise Conflict(
             f"seq_id {entry.seq} of {entry.model_id} was used before for another request ({row.kind}); use the next number", param="seq_id"

@@ -111,9 +111,9 @@ class Rig:
 
 
 @contextlib.asynccontextmanager
-async def rig(home: Path, session: str = "", **engine_settings: Any) -> AsyncIterator[Rig]:
+async def rig(home: Path, session: str = "", api: dict[str, Any] | None = None, **engine_settings: Any) -> AsyncIterator[Rig]:
     """A fresh process in effect: database, engine process and dispatcher opened, and ended as a crash would (nothing drained)."""
-    settings = Settings.model_validate({"home": home, "engine": engine_settings})
+    settings = Settings.model_validate({"home": home, "api": api or {}, "engine": engine_settings})
     db = open_database(settings.store_url)
     garbage.boot_sweep(db, home, time.time())
     engine = EngineProcess(settings, module="tests.api.peer")

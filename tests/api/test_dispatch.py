@@ -192,6 +192,27 @@ def test_what_was_accepted_is_never_sent_away(tmp_path: Path) -> None:
     asyncio.run(go())
 
 
+def test_a_request_that_never_comes_is_passed_over(tmp_path: Path) -> None:
+    async def go() -> None:
+        async with rig(tmp_path, api={"gap_seconds": 0.5}) as r:
+            model = await r.create()
+            await r.step(model, 3)
+            waiting = await r.outcome(f"{model}:3", timeout=0.1)
+            assert isinstance(waiting, Waiting)
+            await r.forward(model, 1)
+            assert await r.effects(model, 3) == [0, 1, 3]
+            with pytest.raises(errors.Conflict, match=r"did not come within 0\.5 s"):
+                await r.forward(model, 2)
+            assert (await r.failed(f"{model}:2"))["code"] == "conflict"
+            await r.step(model, 6)
+            await r.kill()
+            assert await r.effects(model, 6) == [0, 1, 3, 6]
+            far = await r.step(model, 10**12)
+            assert isinstance(await r.outcome(far.request_id, timeout=1.5), Waiting), "no such gap comes from a client that counts"
+
+    asyncio.run(go())
+
+
 def test_a_failed_request_has_no_effect_after_a_replay(tmp_path: Path) -> None:
     async def go() -> None:
         async with rig(tmp_path) as r:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+import zstandard
 
-from tests.live import LiveServer
+from tests.live import LiveServer, start_server
 from tests.wire.raw import Raw, batch, sample
 
 REPEATED = {408, 409, 429, *range(500, 600)}
@@ -107,6 +110,61 @@ def test_another_payload_under_a_used_seq_is_a_conflict_that_nobody_repeats(raw:
     reply = raw.forward_backward(batch(run, 1, tokens=[1, 2, 3]).SerializeToString())
     refused(reply, 400, "seq")
     assert reply.json()["error"]["code"] == "conflict"
+
+
+BIG = {"tokens": [1] * 20_000, "inputs": {"target_tokens": np.full(20_000, 43), "weights": np.ones(20_000, np.float32)}}
+
+
+@pytest.fixture(scope="module")
+def narrow(tiny_model, tmp_path_factory) -> Iterator[Raw]:
+    """A server that takes 100,000 bytes at once, and long waits for nobody."""
+    live = start_server(tmp_path_factory.mktemp("narrow"), tiny_model, {"api.max_body_bytes": 100_000})
+    yield Raw(live.url, live.model)
+    live.stop()
+
+
+def goes_on(raw: Raw, run: str, seq: int) -> None:
+    assert raw.result(raw.ok("/optim_step", model_id=run, seq_id=seq, adam_params={})["request_id"])["type"] == "optim_step"
+
+
+def test_a_request_that_is_too_large_uses_up_its_seq(narrow: Raw) -> None:
+    """Announced, in pieces, compressed, or in the JSON of old clients: what it belongs to is read off its ends."""
+    run, protobuf = narrow.create(0), {"content-type": "application/x-protobuf"}
+    body = batch(run, 1, **BIG).SerializeToString()
+    assert [narrow.forward_backward(body).status_code for _ in range(2)] == [413, 413]
+    goes_on(narrow, run, 2)
+    body = batch(run, 3, **BIG).SerializeToString()
+    pieces = (body[start : start + 5000] for start in range(0, len(body), 5000))
+    assert narrow.http.post("/forward_backward", content=pieces, headers=protobuf).status_code == 413
+    goes_on(narrow, run, 4)
+    packed = zstandard.ZstdCompressor().compress(batch(run, 5, **BIG).SerializeToString())
+    assert len(packed) < 100_000
+    assert narrow.forward_backward(packed, **{"content-encoding": "zstd"}).status_code == 413
+    goes_on(narrow, run, 6)
+    text = json.dumps({"forward_backward_input": {"data": [1] * 50_000}, "model_id": run, "seq_id": 7})
+    assert narrow.http.post("/forward_backward", content=text, headers={"content-type": "application/json"}).status_code == 413
+    goes_on(narrow, run, 8)
+    assert narrow.result(f"{run}:7")["category"] == "user"
+    assert "limited to 100,000 bytes" in narrow.result(f"{run}:1")["error"]
+
+
+def test_a_damaged_request_uses_up_its_seq_where_it_can_be_read(raw: Raw) -> None:
+    run = raw.create(12)
+    assert raw.forward_backward(batch(run, 1).SerializeToString()[:-3]).status_code == 400
+    goes_on(raw, run, 2)
+    body = batch(run, 3).SerializeToString()
+    packed = zstandard.ZstdCompressor().compress(body + np.random.default_rng(0).bytes(300_000))[:-100]
+    assert raw.forward_backward(packed, **{"content-encoding": "zstd"}).status_code == 400
+    goes_on(raw, run, 4)
+    text = f'{{"model_id": "{run}", "seq_id": 5, "adam_params": {{"learning_rate": oops}}}}'
+    assert raw.http.post("/optim_step", content=text, headers={"content-type": "application/json"}).status_code == 400
+    goes_on(raw, run, 6)
+
+
+def test_a_stranger_takes_no_places(raw: Raw) -> None:
+    """Another run's number in a request that nobody could read: it is the run's owner, or nothing happens."""
+    assert raw.forward_backward(batch("sess-x:train:0", 1).SerializeToString()[:-3]).status_code == 400
+    assert raw.poll("sess-x:train:0:1").status_code == 404
 
 
 def test_a_body_over_the_limit_is_refused(raw: Raw) -> None:

@@ -202,11 +202,22 @@ def test_wide_sparse_targets_equal_their_dense_form(training) -> None:
     assert one.metrics["loss:sum"] == two.metrics["loss:sum"] and one.loss_fn_outputs[0]["logprobs"].shape == [4, 12]
 
 
-def test_many_chunks_in_parallel_come_back_in_order(service, server, training) -> None:
-    """More datums than one chunk takes: the client sends the chunks at once, the first last."""
+def test_many_chunks_come_back_in_order(service, server, training) -> None:
+    """More datums than one chunk takes."""
     lengths = [2 + i % 5 for i in range(2500)]
     output = training.forward([datum([1] + [30] * n) for n in lengths], "cross_entropy").result()
     assert [len(item["logprobs"].tolist()) for item in output.loss_fn_outputs] == lengths
+
+
+def test_a_refused_chunk_stops_neither_the_client_nor_the_run(service, server) -> None:
+    """The SDK counts a chunk that is refused, and what comes after it must not wait: neither here nor in the client."""
+    client = service.create_lora_training_client(server.model, rank=2, seed=1).result(timeout=60)
+    for bad in (0, 1030):
+        data = [datum([1, 40, 41])] * 1040
+        data[bad] = datum([1, 512, 41])
+        with pytest.raises(tinker.BadRequestError, match="512"):
+            client.forward_backward(data, "cross_entropy").result(timeout=60)
+        assert step(client).metrics["loss:sum"] > 0
 
 
 def test_states_are_saved_loaded_and_overwritten(training, saved) -> None:

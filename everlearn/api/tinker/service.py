@@ -17,10 +17,11 @@ router = APIRouter(prefix="/api/v1", tags=["tinker: service"])
 FINISH_REASONS = ("success", "errored", "interrupted")
 MAX_TELEMETRY_BYTES = 2**20
 
-# What differs from the SDK's own defaults, for clients of every age. Chunks may be sent in parallel: requests are put in order here.
+# What differs from the SDK's own defaults, for clients of every age. Chunks are sent one after the other: in parallel, the SDK sends the
+# first one last, and when another is refused it doesn't send it at all; then it waits for itself for ever.
 CLIENT_CONFIG: dict[str, Any] = {
     "pjwt_auth_enabled": False,
-    "parallel_fwdbwd_chunks": True,
+    "parallel_fwdbwd_chunks": False,
     "proto_write_fwdbwd": True,
     "fwd_via_fwdbwd": True,
     "create_model_via_load_weights": True,

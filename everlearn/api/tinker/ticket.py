@@ -7,18 +7,12 @@ that is sent again gets what its first arrival got, even if the checks would say
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
-from fastapi import Request
-
-from everlearn.api.auth import tenant
 from everlearn.api.dispatch import Loggable
-from everlearn.api.services import Services, services
-from everlearn.api.tinker import checks, forms
+from everlearn.api.services import Services
 from everlearn.errors import BY_CODE, EverlearnError, UserError
 from everlearn.store import runs
 from everlearn.store.log import Entry
@@ -67,26 +61,6 @@ class Ticket:
         return await dispatcher.refuse(
             self.tenant, model_id=self.model_id, seq=self.seq, request_id=self.request_id, fingerprint=self.fingerprint, error=error
         )
-
-
-class Numbered(msgspec.Struct):
-    """What every training request has, whatever else is wrong with it."""
-
-    model_id: str
-    seq_id: int
-
-
-async def read(request: Request, form: type[forms.F]) -> forms.F:
-    """`forms.read` for training requests: one whose form is wrong has used up its number too."""
-    try:
-        return await forms.read(request, form)
-    except UserError as error:
-        body = await request.body()
-        with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError, UserError):
-            numbered = msgspec.json.decode(body, type=Numbered)
-            place = numbered.model_id, checks.seq(numbered.seq_id)
-            await Ticket(services(request), tenant(request), *place, checks.fingerprint(body)).refuse(error)
-        raise
 
 
 def future(entry: Entry) -> dict[str, Any]:

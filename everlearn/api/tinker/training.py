@@ -12,12 +12,12 @@ from fastapi import APIRouter, Request
 
 from everlearn.api.auth import is_loopback, tenant
 from everlearn.api.services import Services, services
-from everlearn.api.tinker import checks, codec, codec_json, forms
+from everlearn.api.tinker import checks, codec, codec_json, forms, places
 from everlearn.api.tinker.codec import ForwardBackwardCall
 from everlearn.api.tinker.recordings import attach_recordings
-from everlearn.api.tinker.ticket import Prepared, Ticket, read
+from everlearn.api.tinker.ticket import Prepared, Ticket
 from everlearn.engine import protocol
-from everlearn.errors import InvalidRequest
+from everlearn.errors import InvalidRequest, UserError
 from everlearn.losses import spec
 from everlearn.store import runs
 from everlearn.types import BaseModelInfo
@@ -82,7 +82,11 @@ async def forward_backward(request: Request) -> dict[str, Any]:
     body = await request.body()
     max_bytes = services(request).settings.api.max_body_bytes
     if request.headers.get("content-type", "").startswith(codec.CONTENT_TYPE):
-        message, fingerprint = await aside(body, parse, body)
+        try:
+            message, fingerprint = await aside(body, parse, body)
+        except UserError as error:  # damaged, but where it belongs may still be read
+            await places.keep(request, places.in_message(body), body, error)
+            raise
         ticket = open_ticket(request, message.model_id, message.seq_id, fingerprint)
         return await submit_batch(ticket, body, lambda: codec.forward_backward_call(message, max_bytes))
     return await forward_backward_json(request, body, forward_only=False)
@@ -101,7 +105,7 @@ async def forward(request: Request) -> dict[str, Any]:
 
 
 async def forward_backward_json(request: Request, body: bytes, *, forward_only: bool) -> dict[str, Any]:
-    form = await read(request, codec_json.ForwardBackwardForm)
+    form = await places.read(request, codec_json.ForwardBackwardForm)
     max_bytes = services(request).settings.api.max_body_bytes
     fingerprint = await aside(body, checks.fingerprint, body + (b"\0forward" if forward_only else b""))
     ticket = open_ticket(request, form.model_id, form.seq_id, fingerprint)
@@ -146,7 +150,7 @@ async def aside(body: bytes, function: Callable[..., Any], *args: Any) -> Any:
 
 @router.post("/optim_step")
 async def optim_step(request: Request) -> dict[str, Any]:
-    form = await read(request, forms.OptimStep)
+    form = await places.read(request, forms.OptimStep)
     ticket = open_ticket(request, form.model_id, form.seq_id, checks.fingerprint(form))
 
     async def prepare() -> Prepared:

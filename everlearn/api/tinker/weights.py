@@ -9,9 +9,9 @@ from fastapi import APIRouter, Request
 
 from everlearn.api.auth import tenant
 from everlearn.api.services import Services, services
-from everlearn.api.tinker import checks, forms
+from everlearn.api.tinker import checks, forms, places
 from everlearn.api.tinker.paths import checkpoint_of, run_of
-from everlearn.api.tinker.ticket import Prepared, Ticket, read
+from everlearn.api.tinker.ticket import Prepared, Ticket
 from everlearn.engine import protocol
 from everlearn.errors import Forbidden, InvalidRequest, Unsupported
 from everlearn.store import checkpoints, runs
@@ -23,13 +23,13 @@ SAMPLER_KINDS = ("snapshot", "inflight")
 
 @router.post("/save_weights")
 async def save_weights(request: Request) -> dict[str, Any]:
-    form = await read(request, forms.SaveWeights)
+    form = await places.read(request, forms.SaveWeights)
     return await save(request, "weights", form, optimizer=True, overwrite=form.overwrite, metadata=form.user_metadata)
 
 
 @router.post("/save_weights_external")
 async def save_weights_external(request: Request) -> dict[str, Any]:
-    form = await read(request, forms.SaveExternal)
+    form = await places.read(request, forms.SaveExternal)
     return await save(request, "external_weights", form, optimizer=False, overwrite=False, metadata=None)
 
 
@@ -80,7 +80,7 @@ def default_name(ticket: Ticket) -> str:
 @router.post("/save_weights_for_sampler")
 async def save_weights_for_sampler(request: Request) -> dict[str, Any]:
     """Persistent under a name (`path`), or ephemeral: a sampler (`sampling_session_seq_id`) whose weights have no name."""
-    form = await read(request, forms.SaveForSampler)
+    form = await places.read(request, forms.SaveForSampler)
     svc = services(request)
     ticket = Ticket(svc, tenant(request), form.model_id, checks.seq(form.seq_id), checks.fingerprint(form))
 
@@ -124,7 +124,7 @@ def check_sampler_form(form: forms.SaveForSampler) -> None:
 @router.post("/load_weights")
 async def load_weights(request: Request) -> dict[str, Any]:
     """Into a run that exists (model_id and seq_id), or as the first request of a new one (session_id and model_seq_id)."""
-    form = await read(request, forms.LoadWeights)
+    form = await places.read(request, forms.LoadWeights)
     new = form.session_id is not None or form.model_seq_id is not None
     if new == (form.model_id is not None):
         raise InvalidRequest("send either model_id and seq_id, or session_id and model_seq_id", param="model_id")
