@@ -20,10 +20,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import everlearn
 from everlearn.api import adapters, errors, ops, records, usage
 from everlearn.api.auth import KeyCache, authenticate, scope
+from everlearn.api.chatmodels import ChatModels
 from everlearn.api.dispatch import Dispatcher
 from everlearn.api.housekeeping import Housekeeping
 from everlearn.api.limiter import Limiter
 from everlearn.api.limits import BodyLimit
+from everlearn.api.openai import routes as openai
 from everlearn.api.ops import Metrics
 from everlearn.api.recorder import Recorder
 from everlearn.api.services import Services
@@ -58,6 +60,9 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(ops.router)
     for own in (adapters, records, usage):
         app.include_router(own.router)
+    for prefix in openai.PREFIXES:
+        for router in openai.ROUTERS:
+            app.include_router(router, prefix=prefix)
     for router, scopes in ROUTERS:
         app.include_router(router, dependencies=[scope(*scopes)])
 
@@ -126,7 +131,7 @@ def make_services(settings: Settings, db: Database, catalog: Catalog) -> Service
     recorder = Recorder(db, metrics.records_total.inc, metrics.records_lost.inc)
     metrics.records_waiting.set_function(lambda: len(recorder))
     limiter = Limiter(catalog, recorder.backlog)
-    return Services(settings, db, catalog, engine, dispatcher, metrics, serving, limiter, recorder)
+    return Services(settings, db, catalog, engine, dispatcher, metrics, serving, ChatModels(catalog), limiter, recorder)
 
 
 class Observe:

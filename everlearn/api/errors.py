@@ -24,6 +24,7 @@ STATUS = {
     "error": 500,
     "user_error": 400,
     "invalid_request": 400,
+    "context_length_exceeded": 400,  # OpenAI's word, which clients look for
     "unsupported": 400,
     "unauthenticated": 401,
     "forbidden": 403,

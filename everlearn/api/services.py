@@ -19,6 +19,7 @@ from everlearn.config import Settings
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
+    from everlearn.api.chatmodels import ChatModels
     from everlearn.api.dispatch import Dispatcher
     from everlearn.api.limiter import Limiter
     from everlearn.api.ops import Metrics
@@ -41,6 +42,7 @@ class Services:
     dispatcher: Dispatcher
     metrics: Metrics
     serving: Serving
+    chat_models: ChatModels
     limiter: Limiter
     records: Recorder
     started_at: float = field(default_factory=time.time)

@@ -104,6 +104,14 @@ class Generation:
         assert self.value is not None
         return self.value
 
+    async def begun(self, timeout: float) -> None:
+        """Returns once something was drawn, or after `timeout` seconds. Raises the error that ended the request before."""
+        if not self._parts and not self._done.done():
+            self._waiter = asyncio.get_running_loop().create_future()
+            await asyncio.wait({self._waiter}, timeout=timeout)
+        if not self._parts and self.error is not None:
+            raise self.error
+
     def cancel(self) -> None:
         """Its client has gone, or needs no more. Nothing happens if it had ended."""
         self._serving.cancel(self)

@@ -1,0 +1,10 @@
+"""The routers of the OpenAI API, and where they are: at its usual path, and at the one that Tinker uses for it."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from everlearn.api.openai import chat, completions, models
+
+PREFIXES = ("/v1", "/oai/api/v1")
+ROUTERS: list[APIRouter] = [chat.router, completions.router, models.router]

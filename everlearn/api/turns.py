@@ -1,0 +1,233 @@
+"""From a conversation to what is sent to the engine: render, encode, check, and know how to read what comes back.
+
+A dialect (everlearn/api/openai, ...) turns its request into a `Turn` (what was said, with which tools) and a `Draw` (how to draw), in the
+shapes of chat templates and of no API. What it gets is `Opened`: the spec for `svc.serving.generate`, and a `Reply` for each sequence.
+
+    target = await resolve(svc, tenant, model)
+    opened = await open_turn(svc, tenant, target, turn, draw, stream=True)
+    generation = await svc.serving.generate(opened.spec)
+    replies = opened.replies()
+    async for parts in generation:
+        for part in parts:
+            step = replies[part.index].feed(part)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from typing import Any
+
+import msgspec
+
+from everlearn.api.chatmodels import ChatModel
+from everlearn.api.replies import Reply
+from everlearn.api.services import Services
+from everlearn.api.serving import GenerationSpec
+from everlearn.api.target import Target
+from everlearn.errors import InvalidRequest, Unsupported
+from everlearn.render import template
+from everlearn.types import Grammar, SamplingParams
+
+INLINE_CHARS = 8192  # a longer conversation is rendered and encoded in a thread: the event loop has others to serve
+
+
+class Draw(msgspec.Struct, frozen=True, kw_only=True):
+    """How to draw, checked against the bounds by its dialect already. `top_logprobs` None: no log-probabilities are reported."""
+
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    seed: int | None = None
+    stop_strings: list[str] = []
+    stop_tokens: list[int] = []
+    ignore_eos: bool = False
+    n: int = 1
+    top_logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    deadline: float | None = None
+
+
+class Turn(msgspec.Struct, frozen=True, kw_only=True):
+    """What was said and may be answered. `messages` and `tools` as chat templates take them (OpenAI's field names; `arguments` of calls
+    may be JSON text). `tool_choice` is auto, none, required or {"type": "function", "function": {"name": ...}}. The answer matches
+    `answer_schema`, or `grammar`, if there is one. `switches` are variables of the template (enable_thinking). `continue_final`: go on
+    writing the last message. `chars`: about how long all of it is."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] = []
+    tool_choice: str | dict[str, Any] = "auto"
+    parallel_calls: bool = True
+    answer_schema: dict[str, Any] | None = None
+    grammar: Grammar | None = None
+    switches: dict[str, Any] = {}
+    continue_final: bool = False
+    chars: int = 0
+
+    @property
+    def offered(self) -> list[dict[str, Any]]:
+        """The tools that may be called."""
+        return [] if self.tool_choice == "none" else self.tools
+
+
+class Opened(msgspec.Struct, frozen=True):
+    """A request that can be sent. `text` is the prompt's. `turn` None: a bare text is continued, and nothing is looked for in it."""
+
+    chat: ChatModel
+    spec: GenerationSpec
+    text: str
+    turn: Turn | None
+    scored: bool
+
+    @property
+    def most_tokens(self) -> int:
+        """What it may use at most, for limits."""
+        return len(self.spec.prompt) + self.spec.n * self.spec.params.max_tokens
+
+    def replies(self) -> list[Reply]:
+        return [self._reply() for _ in range(self.spec.n)]
+
+    def _reply(self) -> Reply:
+        params, turn, format = self.spec.params, self.turn, self.chat.format
+        return Reply(
+            self.chat.tokenizer,
+            parser=None if turn is None else format.stream(turn.offered, self.text),
+            stop_tokens=params.stop_tokens,
+            stop_strings=params.stop_strings,
+            keep=() if turn is None else format.keep_ids,
+            scored=self.scored,
+            continues=turn is None or turn.continue_final,
+        )
+
+
+async def open_turn(svc: Services, tenant: str, target: Target, turn: Turn, draw: Draw, *, stream: bool) -> Opened:
+    """Raises UserErrors for what this model can't do, or hasn't room for."""
+    chat = await svc.chat_models.get(target.base)
+    text, prompt = await encode_turn(chat, turn)
+    extra = {chat.eos_id} if chat.eos_id is not None and not draw.ignore_eos else set()
+    params = _params(svc, target, len(prompt), draw, _grammar(chat, turn, text), "messages", extra)
+    return Opened(chat, _spec(svc, tenant, target, prompt, draw, params, stream), text, turn, draw.top_logprobs is not None)
+
+
+async def open_text(
+    svc: Services, tenant: str, target: Target, prompt: str | list[int], draw: Draw, *, grammar: Grammar | None, stream: bool
+) -> Opened:
+    """A bare prompt, as text or as token ids."""
+    chat = await svc.chat_models.get(target.base)
+    ids = prompt if isinstance(prompt, list) else await encode_text(chat, prompt)
+    vocab = target.base.vocab_size
+    if ids and not 0 <= min(ids) <= max(ids) < vocab:
+        raise InvalidRequest(f"prompt holds token ids outside of 0..{vocab - 1}, those of {target.base.name}", param="prompt")
+    params = _params(svc, target, len(ids), draw, grammar, "prompt", set())
+    text = prompt if isinstance(prompt, str) else ""
+    return Opened(chat, _spec(svc, tenant, target, ids, draw, params, stream), text, None, draw.top_logprobs is not None)
+
+
+async def encode_turn(chat: ChatModel, turn: Turn) -> tuple[str, list[int]]:
+    """The prompt as text and as tokens."""
+
+    def encode() -> tuple[str, list[int]]:
+        tools, format = turn.offered, chat.format
+        text = template.render(
+            chat.tokenizer,
+            format.inject(turn.messages, tools),
+            [_shown(tool) for tool in tools] if tools and format.native else None,
+            continue_final=turn.continue_final,
+            kwargs=turn.switches,
+        )
+        return text, chat.tokenizer.encode(text)
+
+    return await asyncio.to_thread(encode) if turn.chars > INLINE_CHARS else encode()
+
+
+async def encode_text(chat: ChatModel, text: str) -> list[int]:
+    """A text's tokens, with those that the tokenizer itself puts around a text."""
+    if len(text) > INLINE_CHARS:
+        return await asyncio.to_thread(chat.tokenizer.encode, text, True)
+    return chat.tokenizer.encode(text, True)
+
+
+def _shown(tool: dict[str, Any]) -> dict[str, Any]:
+    """`strict` is for the grammar; models have not seen it."""
+    function = tool["function"]
+    return tool if "strict" not in function else {**tool, "function": {k: v for k, v in function.items() if k != "strict"}}
+
+
+def _grammar(chat: ChatModel, turn: Turn, text: str) -> Grammar | None:
+    """What the reply must match: its calls' syntax, its answer's schema, or nothing."""
+    calls = chat.format.grammar(turn.offered, turn.tool_choice, turn.parallel_calls, prompt=text) if turn.offered else None
+    answer = turn.grammar
+    if turn.answer_schema is not None:
+        answer = (
+            chat.format.answer_grammar(turn.answer_schema, text)
+            if chat.format.thinks
+            else Grammar("json_schema", msgspec.json.encode(turn.answer_schema).decode())
+        )
+    if turn.offered and answer is not None:
+        raise Unsupported(
+            "a format of the answer can't be combined with tools that may be called instead; leave one out, or set tool_choice to none",
+            param="response_format",
+        )
+    return calls or answer
+
+
+def _spec(
+    svc: Services, tenant: str, target: Target, prompt: list[int], draw: Draw, params: SamplingParams, stream: bool
+) -> GenerationSpec:
+    most = svc.settings.api.request_seconds
+    return GenerationSpec(
+        tenant=tenant,
+        target=target,
+        prompt=prompt,
+        params=params,
+        n=draw.n,
+        top_logprobs=draw.top_logprobs or 0,
+        prompt_logprobs=draw.prompt_logprobs,
+        deadline=min(draw.deadline or most, most),
+        stream=stream,
+    )
+
+
+def _params(
+    svc: Services, target: Target, length: int, draw: Draw, grammar: Grammar | None, field: str, stop_tokens: set[int]
+) -> SamplingParams:
+    base = target.base
+    room = base.max_context
+    if svc.engine.ready is not None:
+        room = min(room, svc.engine.ready.kv_tokens)
+    if length == 0:
+        raise InvalidRequest(f"{field} is empty; there is nothing to answer", param=field)
+    if length >= room + (draw.max_tokens == 0):
+        raise InvalidRequest(
+            f"{field} takes {length} tokens and {base.name} has room for {room}, its answer included; shorten it",
+            param=field,
+            code="context_length_exceeded",
+        )
+    vocab = base.vocab_size
+    for name, ids in (("logit_bias", draw.logit_bias), ("stop_token_ids", draw.stop_tokens)):
+        if bad := [number for number in ids if not 0 <= number < vocab]:
+            raise InvalidRequest(f"{name} names token {bad[0]}; those of {base.name} are 0 to {vocab - 1}", param=name)
+    ends = stop_tokens if draw.ignore_eos else stop_tokens | set(base.eos_token_ids)
+    return SamplingParams(
+        max_tokens=room - length if draw.max_tokens is None else min(draw.max_tokens, room - length),
+        seed=secrets.randbits(62) if draw.seed is None else draw.seed,
+        temperature=draw.temperature,
+        top_k=min(draw.top_k, vocab),
+        top_p=draw.top_p,
+        stop_tokens=sorted(ends | set(draw.stop_tokens)),
+        stop_strings=draw.stop_strings,
+        min_p=draw.min_p,
+        presence_penalty=draw.presence_penalty,
+        frequency_penalty=draw.frequency_penalty,
+        repetition_penalty=draw.repetition_penalty,
+        logit_bias=draw.logit_bias,
+        min_tokens=min(draw.min_tokens, room - length),
+        grammar=grammar,
+    )
