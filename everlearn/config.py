@@ -123,11 +123,12 @@ class ClientEnviron(NamedTuple):
 
     url: str
     key: str
+    no_color: bool = False
 
 
 def client_environ(environ: Mapping[str, str] | None = None) -> ClientEnviron:
     environ = os.environ if environ is None else environ
-    return ClientEnviron(environ.get(PREFIX + "URL", ""), environ.get(PREFIX + "API_KEY", ""))
+    return ClientEnviron(environ.get(PREFIX + "URL", ""), environ.get(PREFIX + "API_KEY", ""), bool(environ.get("NO_COLOR")))
 
 
 def load(path: Path | None = None, environ: Mapping[str, str] | None = None, flags: Mapping[str, Any] | None = None) -> Loaded:

@@ -92,5 +92,6 @@ def test_every_setting_says_what_it_is():
 
 def test_the_client_s_part_of_the_environment_is_no_setting():
     environ = {"EVERLEARN_URL": "http://h:1", "EVERLEARN_API_KEY": "tml-x"}
-    assert client_environ(environ) == ("http://h:1", "tml-x")
+    assert client_environ(environ) == ("http://h:1", "tml-x", False)
+    assert client_environ({"NO_COLOR": "1"}) == ("", "", True)
     assert load(None, environ).settings.api.port == 8000
