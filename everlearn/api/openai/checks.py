@@ -48,9 +48,6 @@ def draw_of(form: DrawForm, max_tokens: int | None, top_logprobs: int | None, *,
         raise InvalidRequest(f"{limit_name} is {max_tokens}; it must lie in 1..{bounds.MAX_TOKENS}", param=limit_name)
     top_k = int(within(form, "top_k", -1, 2**31, -1))
     penalty = bounds.MAX_PENALTY
-    repetition = within(form, "repetition_penalty", 0.0, penalty, 1.0)
-    if repetition <= 0:
-        raise InvalidRequest("repetition_penalty is 0; it must be above (1 is off)", param="repetition_penalty")
     min_tokens = int(within(form, "min_tokens", 0, bounds.MAX_TOKENS, 0))
     if max_tokens is not None and min_tokens > max_tokens:
         raise InvalidRequest(f"min_tokens is {min_tokens}, above {limit_name} ({max_tokens})", param="min_tokens")
@@ -67,7 +64,7 @@ def draw_of(form: DrawForm, max_tokens: int | None, top_logprobs: int | None, *,
         min_p=within(form, "min_p", 0.0, 1.0, 0.0),
         presence_penalty=within(form, "presence_penalty", -penalty, penalty, 0.0),
         frequency_penalty=within(form, "frequency_penalty", -penalty, penalty, 0.0),
-        repetition_penalty=repetition,
+        repetition_penalty=repetition_penalty(form),
         logit_bias=logit_bias(form.logit_bias),
         seed=seed(form.seed),
         stop_strings=stops(form.stop),
@@ -77,6 +74,13 @@ def draw_of(form: DrawForm, max_tokens: int | None, top_logprobs: int | None, *,
         top_logprobs=top_logprobs,
         deadline=deadline(form.deadline),
     )
+
+
+def repetition_penalty(form: Any) -> float:
+    value = within(form, "repetition_penalty", 0.0, bounds.MAX_PENALTY, 1.0)
+    if value == 0:
+        raise InvalidRequest("repetition_penalty is 0; it must be above (1 is off)", param="repetition_penalty")
+    return value
 
 
 def logit_bias(given: dict[str, float] | None) -> dict[int, float]:
@@ -150,7 +154,7 @@ def metadata(given: dict[str, str] | None) -> dict[str, str] | None:
     return given
 
 
-def asked(form: DrawForm, caller: Caller, route: str, said: Any, field: str) -> Asked:
+def asked(form: Any, caller: Caller, route: str, said: Any, field: str) -> Asked:
     """What the record says of a request: `said` under its own name, every other field that was sent among the parameters."""
     if form.store and not caller.content:
         raise Unsupported("store: what is said with this key isn't kept (its owner wants it so); leave store out", param="store")
@@ -279,16 +283,21 @@ def tools_and_choice(form: ChatForm) -> tuple[list[dict[str, Any]], str | dict[s
     offered = tool_list(form.tools or [])
     choice = form.tool_choice
     if isinstance(choice, AllowedTools):
-        names = {tool.get("function", {}).get("name") for tool in choice.allowed_tools.tools}
-        allowed = [tool for tool in offered if tool["function"]["name"] in names]
-        if len(allowed) < len(names):
-            raise InvalidRequest("tool_choice allows a tool that is not in tools; add it there", param="tool_choice")
-        return allowed, choice.allowed_tools.mode
+        names = [tool.function.name for tool in choice.allowed_tools.tools]
+        return allowed(names, offered), choice.allowed_tools.mode
     if isinstance(choice, NamedTool):
         return offered, named_choice(choice.function.name, offered)
     if choice == "required" and not offered:
         raise InvalidRequest("tool_choice is 'required', and there are no tools; send tools", param="tool_choice")
     return offered, choice or "auto"
+
+
+def allowed(names: list[str], offered: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The tools of these names."""
+    found = [tool for tool in offered if tool["function"]["name"] in names]
+    if not found or len(found) < len(set(names)):
+        raise InvalidRequest("tool_choice allows a tool that is not in tools, or none at all; name some of tools", param="tool_choice")
+    return found
 
 
 def named_choice(name: str, offered: list[dict[str, Any]]) -> dict[str, Any]:

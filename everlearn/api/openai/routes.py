@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from everlearn.api.openai import chat, completions, models
+from everlearn.api.openai import chat, completions, models, responses
 
 PREFIXES = ("/v1", "/oai/api/v1")
-ROUTERS: list[APIRouter] = [chat.router, completions.router, models.router]
+ROUTERS: list[APIRouter] = [chat.router, completions.router, models.router, responses.router]

@@ -120,7 +120,7 @@ class NamedTool(Form, tag_field="type", tag="function"):
 
 class AllowedSet(Form):
     mode: Literal["auto", "required"]
-    tools: list[dict[str, Any]]
+    tools: list[NamedTool]
 
 
 class AllowedTools(Form, tag_field="type", tag="allowed_tools"):
@@ -264,17 +264,18 @@ def parse(body: bytes, form: type[F]) -> F:
     try:
         return msgspec.json.decode(body, type=form)
     except msgspec.ValidationError as error:
-        raise _named(str(error)) from None
+        raise named(str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"the body is not valid JSON: {error}") from None
     except RecursionError:
         raise InvalidRequest("the body is nested too deeply") from None
 
 
-def _named(message: str) -> InvalidRequest:
+def named(message: str, prefix: str = "") -> InvalidRequest:
     """msgspec's finding, with the field's name where clients look for it."""
     place = PLACE.search(message)
-    path = place[1].removeprefix(".") if place else ""
+    path = prefix + (place[1] if place else "")
+    path = path.removeprefix(".")
     what = message[: place.start()] if place else message
     if unknown := UNKNOWN.fullmatch(what):
         path = f"{path}.{unknown[1]}" if path else unknown[1]
