@@ -18,7 +18,7 @@ from fastapi import Depends, FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import everlearn
-from everlearn.api import adapters, errors, ops, records, usage
+from everlearn.api import adapters, capabilities, errors, ops, records, usage
 from everlearn.api.auth import KeyCache, authenticate, scope
 from everlearn.api.chatmodels import ChatModels
 from everlearn.api.dispatch import Dispatcher
@@ -58,7 +58,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.key_cache = KeyCache()
     errors.install(app)
     app.include_router(ops.router)
-    for own in (adapters, records, usage):
+    for own in (adapters, capabilities, records, usage):
         app.include_router(own.router)
     for prefix in openai.PREFIXES:
         for router in openai.ROUTERS:

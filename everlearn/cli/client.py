@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -15,7 +18,7 @@ class Client:
     """Talks to one server. Raises Unavailable with code `unreachable` when nobody answers there."""
 
     def __init__(self, url: str, key: str = "", timeout: float = 60.0):
-        self.url = url.rstrip("/")
+        self.url, self.key = url.rstrip("/"), key
         headers = {"X-API-Key": key} if key else {}
         try:
             self._http = httpx.Client(base_url=self.url, headers=headers, timeout=httpx.Timeout(timeout, connect=5.0))
@@ -57,20 +60,60 @@ class Client:
                 break
         return rows
 
+    def all(self, path: str) -> list[dict[str, Any]]:
+        """All rows of a listing that goes on behind its last id."""
+        rows: list[dict[str, Any]] = []
+        after: str | None = None
+        while True:
+            page = self.get(path, limit=1000, after=after)
+            rows += page["data"]
+            if not page["has_more"]:
+                return rows
+            after = page["last_id"]
+
+    @contextmanager
+    def events(self, path: str, body: Any) -> Iterator[tuple[httpx.Headers, Iterator[dict[str, Any]]]]:
+        """The headers of a streamed answer, and its events until it is done. Leaving the block early ends the answer on the server."""
+        try:
+            with self._http.stream("POST", path, json=body) as response:
+                if not response.is_success:
+                    response.read()
+                    raise _as_error(response)
+                yield response.headers, _events(response)
+        except (httpx.TransportError, httpx.UnsupportedProtocol) as error:
+            raise self._unreachable(error) from None
+
     def _request(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
         try:
             return self._http.request(method, path, **kwargs)
         except (httpx.TransportError, httpx.UnsupportedProtocol) as error:
-            raise Unavailable(
-                f"no server answers at {self.url} ({error}); start one with `everlearn serve`, or name another with --url",
-                code="unreachable",
-            ) from None
+            raise self._unreachable(error) from None
+
+    def _unreachable(self, error: Exception) -> Unavailable:
+        return Unavailable(
+            f"no server answers at {self.url} ({error}); start one with `everlearn serve`, or name another with --url",
+            code="unreachable",
+        )
 
     def _send(self, method: str, path: str, **kwargs: Any) -> Any:
         response = self._request(method, path, **kwargs)
         if response.is_success:
             return response.json() if response.content else None
         raise _as_error(response)
+
+
+def _events(response: httpx.Response) -> Iterator[dict[str, Any]]:
+    """Each `data:` line as JSON; an error event is raised."""
+    for line in response.iter_lines():
+        if not line.startswith("data:"):
+            continue
+        data = line[5:].strip()
+        if data == "[DONE]":
+            return
+        event = json.loads(data)
+        if "error" in event:
+            raise _error(event["error"])
+        yield event
 
 
 def _as_error(response: httpx.Response) -> EverlearnError:
@@ -81,6 +124,10 @@ def _as_error(response: httpx.Response) -> EverlearnError:
     details = body.get("error") if isinstance(body, dict) else None
     if not isinstance(details, dict):
         details = {"message": f"{response.request.url} answered {response.status_code}: {response.text[:200]!r}"}
-    code = details.get("code") or BY_STATUS.get(response.status_code, "")
-    cls = BY_CODE.get(code, NotFound if response.status_code == 404 else EverlearnError)
+    return _error(details, response.status_code)
+
+
+def _error(details: dict[str, Any], status: int = 500) -> EverlearnError:
+    code = str(details.get("code") or BY_STATUS.get(status, ""))
+    cls = BY_CODE.get(code, NotFound if status == 404 else EverlearnError)
     return cls(str(details.get("message")), param=details.get("param"), code=code or None)

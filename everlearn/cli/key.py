@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -13,10 +13,10 @@ from everlearn.cli.console import Console, Noun, pass_console
 
 if TYPE_CHECKING:
     from everlearn.store.db import Database
-    from everlearn.store.keys import Key
+    from everlearn.store.keys import Key, Limits
 
 command = Noun("key", help="API keys and their tenants.")
-SCOPES = ("train", "sample", "admin")
+SCOPES = ("train", "sample", "read", "admin")
 
 
 @contextmanager
@@ -40,22 +40,55 @@ def _row(key: Key) -> dict[str, Any]:
         "tenant": key.tenant,
         "scopes": ",".join(key.scopes),
         "prefix": key.prefix,
+        "rpm": key.limits.rpm,
+        "tpm": key.limits.tpm,
+        "concurrency": key.limits.concurrency,
+        "models": ",".join(key.limits.models) if key.limits.models else None,
+        "content": key.content,
         "created": day(key.created_at),
         "revoked": day(key.revoked_at),
     }
+
+
+def limit_options(verb: Callable[..., None]) -> Callable[..., None]:
+    """What a key may use, for the two verbs that say it."""
+    number = click.IntRange(min=1)
+    for option in (
+        click.option("--no-content", is_flag=True, help="record only figures of its answers: no texts, no tokens"),
+        click.option(
+            "--models",
+            multiple=True,
+            metavar="NAME,...",
+            help="base models and adapters that it may sample [default: all]; may be repeated",
+        ),
+        click.option("--concurrency", type=number, metavar="N", help="requests at once"),
+        click.option("--tpm", type=number, metavar="N", help="tokens a minute, prompts and answers together"),
+        click.option("--rpm", type=number, metavar="N", help="requests a minute"),
+    ):
+        verb = option(verb)
+    return verb
+
+
+def _limits(rpm: int | None, tpm: int | None, concurrency: int | None, models: tuple[str, ...]) -> Limits:
+    from everlearn.store.keys import Limits
+
+    names = [name.strip() for text in models for name in text.split(",") if name.strip()]
+    return Limits(rpm, tpm, concurrency, names or None)
 
 
 @command.command("create")
 @click.argument("name")
 @click.option("--tenant", default="default", show_default=True, help="whose runs, checkpoints and samples the key opens")
 @click.option("--scope", "scopes", type=click.Choice(SCOPES), multiple=True, help="what the key may do; may be repeated [default: all]")
+@limit_options
 @pass_console
-def create(console: Console, name: str, tenant: str, scopes: tuple[str, ...]) -> None:
+def create(console: Console, name: str, tenant: str, scopes: tuple[str, ...], no_content: bool, **limits: Any) -> None:
     """Create a key called NAME and print it; it can't be printed again."""
     from everlearn.store import keys
 
+    given = _limits(**limits)
     with _store(console) as database:
-        key, secret = database.write(lambda conn: keys.create(conn, tenant, name, scopes or SCOPES)).result()
+        key, secret = database.write(lambda conn: keys.create(conn, tenant, name, scopes or SCOPES, given, not no_content)).result()
     console.result({"key": secret, **_row(key)})
     console.note("keep the key: only its hash is stored. From now on every request needs a key")
 
@@ -69,7 +102,23 @@ def list_keys(console: Console, tenant: str | None) -> None:
 
     with _store(console) as database:
         rows = [_row(key) for key in database.read(lambda conn: keys.list_keys(conn, tenant))]
-    console.table(rows, ["key_id", "name", "tenant", "scopes", "prefix", "created", "revoked"])
+    console.table(
+        rows, ["key_id", "name", "tenant", "scopes", "prefix", "rpm", "tpm", "concurrency", "models", "content", "created", "revoked"]
+    )
+
+
+@command.command("limit")
+@click.argument("key_id")
+@limit_options
+@pass_console
+def limit(console: Console, key_id: str, no_content: bool, **limits: Any) -> None:
+    """Say anew what the key with KEY_ID may use; what isn't given is no longer limited. A running server heeds it within a second."""
+    from everlearn.store import keys
+
+    given = _limits(**limits)
+    with _store(console) as database:
+        key = database.write(lambda conn: keys.set_limits(conn, key_id, given, not no_content)).result()
+    console.result(_row(key))
 
 
 @command.command("revoke")

@@ -17,15 +17,19 @@ from everlearn.errors import EverlearnError
 # name -> its line in `everlearn --help`; the command lives in everlearn/cli/<name>.py as `command`.
 ACTS = {
     "serve": "Start the server.",
+    "chat": "Talk to a model or an adapter of the running server.",
     "demo": "Teach the embedded model twenty facts and show before and after.",
     "ps": "What the running server is doing now.",
+    "usage": "Requests, tokens and seconds by day, key and model.",
     "doctor": "Check this machine; each failure comes with its fix.",
 }
 NOUNS = {
     "model": "Base models on this machine.",
     "run": "Training runs.",
     "checkpoint": "Saved weights of training runs.",
+    "adapter": "Names of adapters and the versions that they mean.",
     "key": "API keys and their tenants.",
+    "bench": "Measure a running server.",
     "config": "Settings and where each one came from.",
 }
 # By EverlearnError.code; everything else that goes wrong is 1. click itself exits 2 on a usage error.
@@ -53,7 +57,7 @@ class LazyGroup(Noun):
 def build() -> LazyGroup:
     group = LazyGroup(
         "everlearn",
-        help="Train LoRA adapters through the Tinker API and sample from them, on one copy of the model.",
+        help="Train LoRA adapters through the Tinker API and serve them through the OpenAI API, on one copy of the model.",
         epilog="Exit codes: 0 ok, 1 failed, 2 usage, 3 server unreachable, 4 not found.",
         params=global_options(),
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},

@@ -1,0 +1,56 @@
+"""/v1/capabilities: what this server can do and how much of it, before anybody runs into it. Every bound here is enforced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request
+
+import everlearn
+from everlearn.api import bounds
+from everlearn.api.auth import caller, scope
+from everlearn.api.services import services
+from everlearn.types import BaseModelInfo
+
+router = APIRouter(prefix="/v1", tags=["capabilities"], dependencies=[scope("train", "sample", "read")])
+
+
+@router.get("/capabilities")
+async def capabilities(request: Request) -> dict[str, Any]:
+    """The server's models and bounds, and what the caller's key may use."""
+    svc, who = services(request), caller(request)
+    settings = svc.settings
+    return {
+        "object": "capabilities",
+        "version": everlearn.__version__,
+        "models": [model_json(info) for info in svc.catalog.list()],
+        "limits": {
+            "body_bytes": settings.api.max_body_bytes,
+            "request": bounds.BOUNDS,
+            "request_seconds": settings.api.request_seconds,
+            "live_sequences": settings.engine.max_batch + settings.api.live_queue,
+            "pending_requests": settings.api.max_pending_requests,
+            "lora_rank": settings.engine.max_rank,
+            "kv_tokens": svc.engine.ready.kv_tokens if svc.engine.ready else None,
+            "record_retention_seconds": settings.store.record_retention_seconds,
+            "result_retention_seconds": settings.store.result_retention_seconds,
+        },
+        "key": {
+            "key_id": who.key_id,
+            "tenant": who.tenant,
+            "scopes": sorted(who.scopes),
+            "limits": msgspec.structs.asdict(who.limits),
+            "content_recorded": who.content,
+        },
+    }
+
+
+def model_json(info: BaseModelInfo) -> dict[str, Any]:
+    return {
+        "id": info.name,
+        "aliases": info.aliases,
+        "architecture": info.architecture,
+        "context": info.max_context,
+        "vocabulary": info.vocab_size,
+    }

@@ -1,0 +1,178 @@
+"""`everlearn adapter`, `usage`, `chat` and `bench serve` against a running server with a trained adapter."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from typing import Any
+
+import pytest
+
+from everlearn.cli import load
+from everlearn.cli.main import run
+from tests.live import KEY, LiveServer
+
+
+@pytest.fixture(scope="module")
+def paths(server: LiveServer) -> list[str]:
+    """tinker:// paths of a run's sampler weights before and after a step."""
+    import tinker
+    from tinker import types
+
+    tokens = [5, 6, 7, 8, 9, 10]
+    inputs = {"target_tokens": tokens[1:], "weights": [1.0] * 5}
+    datum = types.Datum(model_input=types.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=inputs)
+    with tinker.ServiceClient(base_url=server.url, api_key=KEY) as service:
+        training = service.create_lora_training_client(server.model, rank=4).result()
+        first = training.save_weights_for_sampler("first").result().path
+        training.forward_backward([datum], "cross_entropy").result()
+        training.optim_step(types.AdamParams(learning_rate=0.05)).result()
+        return [first, training.save_weights_for_sampler("second").result().path]
+
+
+def answer(capsys: pytest.CaptureFixture[str], server: LiveServer, *argv: str) -> Any:
+    """What the command prints as JSON."""
+    capsys.readouterr()
+    code = run([*argv, "--url", server.url, "-f", "json"])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    return json.loads(captured.out or "null")
+
+
+def said(capsys: pytest.CaptureFixture[str], server: LiveServer, *argv: str, code: int = 0) -> tuple[str, str]:
+    capsys.readouterr()
+    assert run([*argv, "--url", server.url]) == code, capsys.readouterr().err
+    return tuple(capsys.readouterr())  # type: ignore[return-value]
+
+
+@pytest.fixture
+def named(server: LiveServer, paths: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The name `talk`, which means its first version and has a second."""
+    for path in paths:
+        answer(capsys, server, "adapter", "name", "talk", path)
+    answer(capsys, server, "adapter", "move", "talk", "1")
+    return "talk"
+
+
+def test_an_adapter_s_life(server, paths, capsys):
+    made = answer(capsys, server, "adapter", "name", "cli-test", paths[0], "--note", "first try")
+    assert (made["model"], made["current"], made["note"]) == ("cli-test@1", True, "first try")
+    out, err = said(capsys, server, "adapter", "name", "cli-test", paths[1])
+    assert "cli-test@2" in out and "everlearn adapter move cli-test 2" in err
+    assert answer(capsys, server, "adapter", "move", "cli-test", "2", "--expected", "1")["current"]
+    said(capsys, server, "adapter", "move", "cli-test", "1", "--expected", "1", code=1)
+    assert {row["model"]: row["path"] for row in answer(capsys, server, "adapter", "list")}["cli-test@2"] == paths[1]
+    out, _ = said(capsys, server, "adapter", "show", "cli-test")
+    assert "cli-test@1" in out and "first try" in out
+    assert answer(capsys, server, "adapter", "show", "cli-test@1")["path"] == paths[0]
+    _, err = said(capsys, server, "checkpoint", "delete", paths[1], "--yes", code=1)
+    assert "everlearn adapter delete" in err
+    said(capsys, server, "adapter", "delete", "cli-test", code=2)
+    said(capsys, server, "adapter", "delete", "cli-test", "--yes")
+    said(capsys, server, "adapter", "show", "cli-test", code=4)
+
+
+def test_chat_says_one_message(server, named, capsys):
+    settings = ("--set", "temperature", "0", "--set", "max_tokens", "8", "--set", "ignore_eos", "true")
+    first, err = said(capsys, server, "chat", named, "-m", "what is the capital of france?", *settings)
+    assert first.strip() and "[talk@1: 8 tokens" in err and "rec_" in err
+    again, _ = said(capsys, server, "chat", "talk@1", "-m", "what is the capital of france?", *settings)
+    assert again == first
+    other, err = said(capsys, server, "chat", "talk@2", "-m", "what is the capital of france?", *settings)
+    assert other != first and "[talk@2: 8 tokens" in err
+    base, err = said(capsys, server, "chat", "-m", "what is the capital of france?", *settings)
+    assert "[tiny: 8 tokens" in err
+    assert base == first, "a fresh adapter changes nothing"
+
+
+def test_chat_obeys_commands(server, named, capsys, monkeypatch):
+    script = [
+        "/set max_tokens 4",
+        "/set ignore_eos true",
+        "/set temperature 0",
+        "hello",
+        "/adapter talk@2",
+        "/logprobs 2",
+        "hello again",
+        "/adapters",
+    ]
+    script += ["/system be brief", "hi", "/new", "/quit", "never said"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(script) + "\n"))
+    out, err = said(capsys, server, "chat", named)
+    assert len(out.splitlines()) >= 3 and "never" not in out
+    for part in ("[talk@1: 4 tokens", "talking to talk@2", "[talk@2: 4 tokens", "with 2 alternatives", "* talk@2", "a new conversation"):
+        assert part in err or part.lstrip("* ") in err, (part, err)
+    scored = [line for line in err.splitlines() if line.endswith("%")]
+    assert len(scored) >= 4, err
+
+
+@pytest.mark.parametrize(
+    ("script", "what"),
+    [
+        ("/adapter nobody", "no model 'nobody'"),
+        ("/dance", "no command /dance"),
+        ("/logprobs 99", "from 0 to 20"),
+        ("/set top_k -7\nhi", "top_k"),
+    ],
+)
+def test_chat_refuses_in_two_lines(server, capsys, monkeypatch, script, what):
+    monkeypatch.setattr("sys.stdin", io.StringIO(script + "\n"))
+    _, err = said(capsys, server, "chat", code=2)
+    assert what in err
+
+
+def test_bench_prints_figures(server, named, capsys):
+    options = ("--requests", "12", "--concurrency", "4", "--prompt-words", "4:12", "--output-tokens", "6:10", "--shared-words", "8")
+    told = answer(capsys, server, "bench", "serve", "tiny", named, *options)
+    assert told["requests"] == {"sent": 12, "ok": 12, "errors": {}}
+    assert 72 <= told["tokens"]["output"] <= 120 and told["tokens"]["prompt"] > 0
+    for name in ("ttft_seconds", "tpot_seconds", "request_seconds"):
+        assert 0 < told[name]["p50"] <= told[name]["p99"] <= told[name]["max"]
+    assert 0 <= told["goodput"]["share"] <= 1 and told["throughput"]["output_tokens_per_second"] > 0
+    out, _ = said(capsys, server, "bench", "serve", *options, "--rate", "50", "--no-stream")
+    assert "12 of 12 answered" in out and "time to first token" not in out
+    told = answer(capsys, server, "bench", "serve", "tiny", "--requests", "2", "--ttft", "0")
+    assert told["goodput"]["share"] == 0
+
+
+def test_a_bench_without_an_answer_fails_and_says_why(server, capsys):
+    _, err = said(capsys, server, "bench", "serve", "--output-tokens", "0", code=2)
+    assert "is no span" in err
+    out, _ = said(capsys, server, "bench", "serve", "nobody", "--requests", "3", code=1)
+    assert "0 of 3 answered" in out and "3 404 " in out
+
+
+def test_usage_is_summed_and_written_as_csv(server, named, capsys):
+    said(capsys, server, "bench", "serve", named, "--requests", "3", "--output-tokens", "5")
+    recorded = answer(capsys, server, "usage", "--by", "model")
+    mine = next(row for row in recorded if row["model"] == "talk@1")
+    assert mine["requests"] >= 3 and mine["tokens_out"] >= 15 and "day" not in mine
+    out, _ = said(capsys, server, "usage", "--csv")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert {"day", "key_id", "model", "kind", "requests", "tokens_in", "tokens_out", "seconds"} <= set(rows[0])
+    assert {row["kind"] for row in rows} >= {"chat.completions", "forward_backward"}
+    said(capsys, server, "usage", "--since", "yesterday", code=2)
+
+
+def test_a_load_is_the_same_for_the_same_seed():
+    spec = load.Load(models=("a", "b"), requests=20, concurrency=2, prompt_words=(1, 30), output_tokens=(1, 99), shared_words=5, seed=3)
+    assert list(load.bodies(spec)) == list(load.bodies(spec))
+    made = list(load.bodies(spec))
+    assert {body["model"] for body in made} == {"a", "b"}
+    assert len({" ".join(body["messages"][0]["content"].split()[:5]) for body in made}) == 1
+    assert len({body["seed"] for body in made}) == 20
+
+
+def test_figures_of_a_load():
+    spec = load.Load(models=("a",), requests=4, concurrency=1)
+    fast = load.Seen("a", 0.0, 200, first=0.1, seconds=1.1, tokens=11, prompt_tokens=5)
+    slow = load.Seen("a", 0.0, 200, first=3.0, seconds=4.0, tokens=11, prompt_tokens=5)
+    limp = load.Seen("a", 0.0, 200, first=0.1, seconds=10.1, tokens=11, prompt_tokens=5)
+    lost = load.Seen("a", 0.0, 429, error="rate_limited")
+    told = load.report(spec, [fast, slow, limp, lost], 10.0, ttft=2.0, tpot=0.2)
+    assert told["goodput"]["share"] == 0.25 and told["goodput"]["requests_per_second"] == 0.1
+    assert told["requests"] == {"sent": 4, "ok": 3, "errors": {"429 rate_limited": 1}}
+    assert told["throughput"] == {"requests_per_second": 0.3, "output_tokens_per_second": 3.3, "total_tokens_per_second": 4.8}
+    assert told["ttft_seconds"]["p50"] == 0.1 and told["ttft_seconds"]["max"] == 3.0
+    assert told["tpot_seconds"]["p99"] == 1.0
