@@ -125,11 +125,11 @@ class Writer:
                 return
             text = "\n" + text if kind in self._said else text
             self._kind, self._begun = kind, True
-            self._said.add(kind)
         text = self._space + text
         end = len(text.rstrip()) if hold else len(text)
         text, self._space = text[:end], text[end:]
         if text:
+            self._said.add(kind)
             self._deltas.append(kind(text))
 
 

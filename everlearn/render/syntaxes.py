@@ -336,6 +336,7 @@ def harmony(reader: Reader, out: Writer, prompt: str) -> Step[None]:
             pieces = [mark]
             if (yield from reader.until(HARMONY_HEAD_ENDS, pieces.append)) == MESSAGE:
                 reader.forget()
+                out.separate()
                 mark = yield from harmony_body(reader, out, "".join(pieces))
                 continue
             out.problems.append("left as text: a message's header without a message")
@@ -347,7 +348,6 @@ def harmony_body(reader: Reader, out: Writer, header: str) -> Step[str]:
     """A message after its header; returns the mark that ended it."""
     recipient, channel = RECIPIENT.search(header), CHANNEL_NAME.search(header)
     called = recipient is not None and recipient[1] != "assistant"
-    out.separate()
     if recipient is not None and called and out.calls:
         commit(reader, out, recipient[1].removeprefix("functions."))
         yield from reader.space()

@@ -85,7 +85,8 @@ class ReplyParser:
 
 
 class ToolFormat(msgspec.Struct, frozen=True):
-    """A row of the table. What the model's template doesn't show by itself, `inject` turns into text.
+    """A row of the table. `native`: the model's template shows tools, so give them to `template.render`; `shows_calls`: it shows calls
+    and their results. What it doesn't show, `inject` turns into text. `thinks`: the model may think before it answers.
 
     `marks` are the strings that must reach the parser although they may be special tokens; `special` are those that the model's
     tokenizer has as one token each, `keep_ids` their ids (give them to TextStream as `keep`). Both are empty in `FORMATS`.
@@ -95,7 +96,7 @@ class ToolFormat(msgspec.Struct, frozen=True):
     parser: syntaxes.Parser
     grammar_of: callgrammar.Rules
     marks: tuple[str, ...] = ()
-    shows_tools: bool = True
+    native: bool = True
     shows_calls: bool = True
     special: frozenset[str] = frozenset()
     keep_ids: frozenset[int] = frozenset()
@@ -106,7 +107,7 @@ class ToolFormat(msgspec.Struct, frozen=True):
         copies = [dict(message) for message in messages]
         if not self.shows_calls:
             copies = _calls_as_text(copies)
-        if tools and not self.shows_tools:
+        if tools and not self.native:
             copies = _with_section(copies, section(self.name, tools))
         return copies
 
@@ -170,14 +171,14 @@ _HERMES = (syntaxes.TOOL_CALL, syntaxes.TOOL_CALL_END, OPEN, CLOSE)
 FORMATS = {
     row.name: row
     for row in (
-        ToolFormat("prompted", syntaxes.HERMES, callgrammar.hermes, _HERMES, shows_tools=False, shows_calls=False),
+        ToolFormat("prompted", syntaxes.HERMES, callgrammar.hermes, _HERMES, native=False, shows_calls=False),
         ToolFormat("hermes", syntaxes.HERMES, callgrammar.hermes, _HERMES),
         ToolFormat("qwen3_coder", syntaxes.QWEN3_CODER, callgrammar.qwen3_coder, _HERMES),
         ToolFormat("llama3", syntaxes.llama, callgrammar.llama3, (syntaxes.PYTHON_TAG, OPEN, CLOSE)),
         ToolFormat("kimi_k2", syntaxes.KIMI, callgrammar.kimi_k2, (*syntaxes.KIMI_ALL, OPEN, CLOSE)),
         ToolFormat("deepseek_v3", syntaxes.DEEPSEEK, callgrammar.deepseek_v3, (*syntaxes.DEEPSEEK_ALL, OPEN, CLOSE)),
         ToolFormat("deepseek_v31", syntaxes.DEEPSEEK, callgrammar.deepseek_v31, (*syntaxes.DEEPSEEK_ALL, OPEN, CLOSE)),
-        ToolFormat("harmony", syntaxes.harmony, callgrammar.harmony, syntaxes.HARMONY_ALL),
+        ToolFormat("harmony", syntaxes.harmony, callgrammar.harmony, syntaxes.HARMONY_ALL, thinks=True),
     )
 }
 # In order: the first whose strings the model's template holds all is its format.
@@ -208,11 +209,11 @@ def format_for(tokenizer: ChatTokenizer, architecture: str = "", model_type: str
     special = {mark: tokenizer.added[mark] for mark in row.marks if mark in tokenizer.added}
     return msgspec.structs.replace(
         row,
-        shows_tools=shows_tools,
+        native=shows_tools,
         shows_calls=shows_calls,
         special=frozenset(special),
         keep_ids=frozenset(special.values()),
-        thinks=OPEN in special,
+        thinks=row.thinks or OPEN in special,
     )
 
 
