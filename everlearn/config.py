@@ -73,6 +73,8 @@ class EngineSettings(Section):
     )
     restart_limit: int = Field(20, ge=1, description="engine restarts within ten minutes before the server gives up and says so")
     queue_limit: int = Field(4096, ge=1, description="sampling sequences that may wait in the engine; more is a 429")
+    grammar_seconds: float = Field(5.0, gt=0, description="time that compiling a grammar may take; more is a 400")
+    grammar_cache: int = Field(256, ge=1, description="compiled grammars kept in memory")
     recompute: bool = Field(False, description="recompute activations in the backward pass: less memory, a third more work")
 
 

@@ -12,8 +12,10 @@ import torch
 
 from everlearn.engine.edits import Edits, Pairs
 from everlearn.engine.logits import Draws, noise_keys, pick, top_logprobs
+from everlearn.engine.masks import Masks
 from everlearn.engine.scoring import LOGIT_ROWS, MISSING_LOGPROB
-from everlearn.engine.sequence import Sequence
+from everlearn.engine.sequence import Request, Sequence
+from everlearn.errors import InvalidRequest
 
 
 class Drawn(NamedTuple):
@@ -25,34 +27,37 @@ class Drawn(NamedTuple):
     top_logprobs: np.ndarray | None = None
 
 
-def draw(groups: list[list[Sequence]], logits_NV: torch.Tensor) -> list[tuple[Sequence, Drawn | None]]:
-    """One token for every sequence; the sequences of group i draw from row i. None where a row's logits are not finite."""
+def draw(groups: list[list[Sequence]], logits_NV: torch.Tensor, masks: Masks) -> list[tuple[Sequence, Drawn | InvalidRequest]]:
+    """One token for every sequence; the sequences of group i draw from row i. An error where a row can't be drawn from."""
     sequences = [s for group in groups for s in group]
     source = [i for i, group in enumerate(groups) for _ in group]
-    drawn: list[tuple[Sequence, Drawn | None]] = []
+    drawn: list[tuple[Sequence, Drawn | InvalidRequest]] = []
     for first in range(0, len(sequences), LOGIT_ROWS):
         part, rows = sequences[first : first + LOGIT_ROWS], source[first : first + LOGIT_ROWS]
         same = len(rows) == len(logits_NV) == len(sequences)
         part_NV = logits_NV if same else logits_NV[torch.tensor(rows, device=logits_NV.device)]
-        drawn += zip(part, _draw_rows(part, part_NV), strict=True)
+        drawn += zip(part, _draw_rows(part, part_NV, masks), strict=True)
     return drawn
 
 
-def _draw_rows(sequences: list[Sequence], logits_NV: torch.Tensor) -> list[Drawn | None]:
+def _draw_rows(sequences: list[Sequence], logits_NV: torch.Tensor, masks: Masks) -> list[Drawn | InvalidRequest]:
     params = [s.request.params for s in sequences]
     keys = noise_keys([p.seed for p in params], [s.index for s in sequences], [len(s.generated) for s in sequences])
     columns = ([p.temperature for p in params], [p.top_k for p in params], [p.top_p for p in params], [p.min_p for p in params])
-    picked = pick(logits_NV, Draws(keys, *columns), edits_of(sequences))
+    allowed_NU, failed = masks.fill(sequences)
+    picked = pick(logits_NV, Draws(keys, *columns), edits_of(sequences, allowed_NU))
     num_top = max(s.request.command.topk_sample_logprobs for s in sequences)
     if num_top:
         top_ids, top_values = top_logprobs(logits_NV, picked.log_total_N, num_top)
     # One transfer a step: ids are exact in float64.
     packed = torch.stack([picked.tokens_N.double(), picked.logprobs_N.double(), picked.log_total_N.double()]).cpu().numpy()
-    drawn: list[Drawn | None] = []
+    drawn: list[Drawn | InvalidRequest] = []
     for i, sequence in enumerate(sequences):
         k = sequence.request.command.topk_sample_logprobs
         if not np.isfinite(packed[1:, i]).all():
-            drawn.append(None)
+            drawn.append(diverged(sequence.request))
+        elif i in failed:
+            drawn.append(failed[i])
         elif k:
             fill = k - min(k, top_ids.shape[1])
             ids, values = np.pad(top_ids[i, :k], (0, fill)), np.pad(top_values[i, :k], (0, fill), constant_values=MISSING_LOGPROB)
@@ -60,6 +65,11 @@ def _draw_rows(sequences: list[Sequence], logits_NV: torch.Tensor) -> list[Drawn
         else:
             drawn.append(Drawn(int(packed[0, i]), float(packed[1, i])))
     return drawn
+
+
+def diverged(request: Request) -> InvalidRequest:
+    version = request.command.version or "the base model"
+    return InvalidRequest(f"{version}: the logits are not finite, its weights have diverged; sample an earlier version")
 
 
 def edits_of(sequences: list[Sequence], allowed_NU: np.ndarray | None = None) -> Edits | None:

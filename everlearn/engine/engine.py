@@ -52,6 +52,7 @@ log = logging.getLogger(__name__)
 QUEUED = ForwardBackward | OptimStep | Save | Publish | Load | TakeSnapshot
 CPU_MICRO_BATCH, GPU_MICRO_BATCH = 512, 8192
 RECENT_SECONDS = 2.0
+COMPILING_WAIT = 0.005
 
 
 class Served:
@@ -259,7 +260,7 @@ class Engine:
         side = self.scheduler.pick(wants)
         if side is None:
             self.activity = "idle"
-            return 0.5
+            return COMPILING_WAIT if any(s.sampler.compiling for s in self.served.values()) else 0.5
         if side == TRAIN and not sampling and (wait := self._window(training)) > 0:
             return wait
         started = time.perf_counter()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import logging
+import os
 import time
 from collections import deque
 
@@ -18,10 +19,12 @@ import torch
 from everlearn.config import Settings
 from everlearn.engine.admission import admit
 from everlearn.engine.blocks import Blocks
-from everlearn.engine.drawing import Drawn, draw
+from everlearn.engine.drawing import Drawn, diverged, draw
 from everlearn.engine.fairness import FairQueue
 from everlearn.engine.faults import as_error
+from everlearn.engine.grammar import Grammars
 from everlearn.engine.kvcache import BlockPool, KVCache, num_blocks_for
+from everlearn.engine.masks import Masks, advance
 from everlearn.engine.paged import Chunk, PagedBatch, segments_of
 from everlearn.engine.protocol import Completed, Failed, Sample, Tokens
 from everlearn.engine.scoring import LOGIT_ROWS
@@ -53,6 +56,9 @@ class Sampler:
         heads_GD = (base.num_kv_heads, base.head_dim)
         self.cache = KVCache(base.num_layers, num_blocks, engine.block_size, heads_GD, base.device, base.dtype)
         self.blocks = Blocks(self.pool, self.cache)
+        self.grammars = Grammars(base, engine.grammar_seconds, engine.grammar_cache)
+        self.masks = Masks(self.grammars, engine.threads or os.cpu_count() or 1)
+        self.compiling: list[Request] = []
         self.requests: dict[str, Request] = {}
         self.running: list[Sequence] = []
         self.begun: deque[Sequence] = deque()  # lost their blocks, or were forked from a prompt: they go before all others
@@ -68,12 +74,15 @@ class Sampler:
         """Queues a request. Raises a UserError where it can't be honoured."""
         if command.request_id in self.requests:
             return
-        request = Request(command, admit(command, self.base, self.pool.num_tokens))
+        request = Request(command, admit(command, self.base, self.pool.num_tokens), self.base.info.eos_token_ids)
+        if command.params.grammar is not None:
+            request.compilation = self.grammars.compile(command.params.grammar, command.cache_salt)
         self.requests[command.request_id] = request
         if command.deadline:
             request.expires = time.monotonic() + command.deadline
             heapq.heappush(self.deadlines, (request.expires, command.request_id))
-        self.waiting.append(command.cache_salt, request.sequences[0])
+        self.compiling.append(request)
+        self._take_compiled()
 
     def cancel(self, request_id: str) -> bool:
         """Frees everything a request holds; False if it isn't here."""
@@ -83,10 +92,12 @@ class Sampler:
         return request is not None
 
     def has_work(self) -> bool:
-        return bool(self.running or self.begun or self.waiting or self.events)
+        self._take_compiled()
+        return bool(self.running or self.begun or self.waiting or self.events or self._expired())
 
     def step(self) -> list[Tokens | Completed | Failed]:
         """One packed row, what was drawn for those who stream, and what finished by it."""
+        self._take_compiled()
         self._end_expired()
         with torch.inference_mode():
             chunks = self._schedule()
@@ -110,6 +121,7 @@ class Sampler:
         return {
             "running": len(self.running),
             "waiting": len(self.begun) + len(self.waiting),
+            "compiling": len(self.compiling),
             "kv_blocks_used": self.pool.num_used,
             "kv_blocks_total": self.pool.num_blocks - 1,
             "sampled_tokens": self.sampled_tokens,
@@ -117,9 +129,22 @@ class Sampler:
             "prefix_hit_tokens": self.prefix_hit_tokens,
             "preemptions": self.preemptions,
             "deadlines_passed": self.deadlines_passed,
+            "grammar_compiles": self.grammars.compiles,
         }
 
     # --- schedule ---
+
+    def _take_compiled(self) -> None:
+        """Requests whose grammar is ready, or that have none, begin to wait for their turn."""
+        if not self.compiling:
+            return
+        self.grammars.tend()
+        for request in [r for r in self.compiling if r.compilation is None or r.compilation.done]:
+            if request.compilation is not None and request.compilation.error is not None:
+                self._fail(request, request.compilation.error)
+            else:
+                self.compiling.remove(request)
+                self.waiting.append(request.command.cache_salt, request.sequences[0])
 
     def _schedule(self) -> list[Chunk]:
         """What to compute now. Running sequences go first, in order; then waiting ones as long as batch, budget and blocks allow."""
@@ -220,7 +245,7 @@ class Sampler:
             if not request.scores.complete:
                 first_row = stop_row - (chunk.stop - chunk.start)
                 if not request.scores.add(self.base.head, hidden_TD[first_row:stop_row], chunk.start, request.adapter):
-                    self._fail_diverged(request)
+                    self._fail(request, diverged(request))
                     continue
             if chunk.stop == sequence.num_tokens and request.max_new:
                 drawing.append((chunk, stop_row - 1))
@@ -231,11 +256,11 @@ class Sampler:
             stops = list(range(1, len(part) + 1))
             rows = torch.tensor([row for _, row in part], device=hidden_TD.device)
             logits_NV = self.base.head.logits(hidden_TD[rows], segments_of([chunk for chunk, _ in part], stops))
-            for sequence, drawn in draw([self._samples(chunk.sequence) for chunk, _ in part], logits_NV):
+            for sequence, drawn in draw([self._samples(chunk.sequence) for chunk, _ in part], logits_NV, self.masks):
                 if sequence.stop_reason:  # another sample of this request has just failed it
                     continue
-                if drawn is None:
-                    self._fail_diverged(sequence.request)
+                if isinstance(drawn, InvalidRequest):
+                    self._fail(sequence.request, drawn)
                 else:
                     self._append(sequence, drawn)
 
@@ -266,6 +291,9 @@ class Sampler:
             sequence.topk_ids.append(drawn.top_ids)
             sequence.topk_logprobs.append(drawn.top_logprobs)
         self.sampled_tokens += 1
+        if request.compilation is not None and sequence.stop_reason != "stop" and (error := advance(sequence, drawn.token)):
+            self._fail(request, error)
+            return
         if request.command.stream:
             self.streaming[request.command.request_id] = request
         if sequence.stop_reason:
@@ -282,13 +310,15 @@ class Sampler:
 
     def _end_expired(self) -> None:
         """Requests whose deadline has passed end with what they have."""
-        now = time.monotonic()
-        while self.deadlines and self.deadlines[0][0] <= now:
+        while self._expired():
             expires, request_id = heapq.heappop(self.deadlines)
             request = self.requests.get(request_id)
             if request is not None and request.expires == expires:
                 self.deadlines_passed += 1
                 self._end(request, "deadline")
+
+    def _expired(self) -> bool:
+        return bool(self.deadlines) and self.deadlines[0][0] <= time.monotonic()
 
     def _end(self, request: Request, reason: str) -> None:
         """Ends what has not ended yet; samples that were never begun have no tokens."""
@@ -315,6 +345,8 @@ class Sampler:
 
     def _close(self, request: Request) -> None:
         del self.requests[request.command.request_id]
+        if request in self.compiling:
+            self.compiling.remove(request)
         if request.admitted:
             self.bank.release(request.command.version)
 
@@ -327,10 +359,6 @@ class Sampler:
         self.streaming.pop(request.command.request_id, None)
         self._close(request)
         self.events.append(Failed(request.command.request_id, error.code, error.message, error.param))
-
-    def _fail_diverged(self, request: Request) -> None:
-        version = request.command.version or "the base model"
-        self._fail(request, InvalidRequest(f"{version}: the logits are not finite, its weights have diverged; sample an earlier version"))
 
     def _fail_largest(self, chunks: list[Chunk], error: Exception) -> None:
         """Out of memory: the largest chunk is given up, the others run again in the next step. Some may have been computed to their

@@ -6,6 +6,9 @@ partly filled last one before they write. A sequence that loses its blocks keeps
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from everlearn.engine.kvcache import next_digest, root_digest
@@ -15,21 +18,28 @@ from everlearn.engine.stops import StopStrings
 from everlearn.models.lora import AdapterWeights
 from everlearn.types import Array, SampledSequence, SampleResult, TopK
 
+if TYPE_CHECKING:
+    from everlearn.engine.grammar import Compilation
+    from everlearn.engine.masks import Follower
+
 
 class Request:
     """One Sample command while the engine works on it."""
 
-    def __init__(self, command: Sample, max_new: int):
+    def __init__(self, command: Sample, max_new: int, eos: Iterable[int] = ()):
         self.command, self.params, self.max_new = command, command.params, max_new
         self.prompt = prompt = command.prompt.numpy().astype(np.int32, copy=False)
         self.root = root_digest(command.cache_salt, command.base, command.version)
-        self.stop_tokens = frozenset(command.params.stop_tokens)
+        # A grammar's text ends where the model says that it ends, also for clients who switched that off.
+        self.stop_tokens = frozenset([*command.params.stop_tokens, *(eos if command.params.grammar is not None else ())])
         self.stop_strings = [s for s in command.params.stop_strings if s]
         self.stop_ids = np.array(sorted(self.stop_tokens), np.int64)
         params = command.params
         self.penalises = bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0)
         ids, values = np.array(list(params.logit_bias), np.int64), np.array(list(params.logit_bias.values()), np.float32)
         self.bias = (ids, values) if len(ids) else None
+        self.compilation: Compilation | None = None
+        self.grammar_seconds = 0.0  # what its grammar has cost the engine's thread, less what it may cost
         self.edited = bool(self.penalises or len(ids) or params.min_tokens or params.grammar is not None)
         self.scores = PromptScores(command, prompt)
         self.adapter: AdapterWeights | None = None
@@ -98,6 +108,7 @@ class Sequence:
         self.begun = False  # waits again, or was forked from a computed prompt
         self.num_told, self.end_told = 0, False
         self.counts: TokenCounts | None = None
+        self.follower: Follower | None = None  # where it stands in its grammar
 
     @property
     def num_tokens(self) -> int:
