@@ -1,0 +1,161 @@
+"""Limits, scopes and records of keys, as the official client of OpenAI sees them on a real server; and what SIGTERM leaves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from everlearn.store import keys
+from everlearn.store.db import open_database
+from tests.live import LiveServer, start_server
+
+HI = [{"role": "user", "content": "hello, world!"}]
+
+
+def make_key(live: LiveServer, *scopes: str, content: bool = True, **limits: Any) -> str:
+    """A key of the running server, made beside it as the command line does."""
+    db = open_database(f"sqlite:///{live.home / 'everlearn.db'}")
+    _, secret = db.write(lambda conn: keys.create(conn, "acme", "test", scopes or keys.SCOPES, keys.Limits(**limits), content)).result()
+    db.close()
+    return secret
+
+
+@pytest.fixture(scope="module")
+def live(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    server = start_server(tmp_path_factory.mktemp("limited"), tiny_model)
+    make_key(server)
+    time.sleep(1.1)  # until the server asks again whether there are keys
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def client(live: LiveServer) -> Iterator[Callable[..., openai.OpenAI]]:
+    made: list[openai.OpenAI] = []
+
+    def make(*scopes: str, **limits: Any) -> openai.OpenAI:
+        made.append(openai.OpenAI(base_url=live.url + "/v1", api_key=make_key(live, *scopes, **limits), max_retries=0))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def ask(client: openai.OpenAI, **more: Any) -> Any:
+    return client.chat.completions.with_raw_response.create(**{"model": "tiny", "messages": HI, "max_tokens": 4} | more)
+
+
+def record_of(client: openai.OpenAI, record_id: str) -> dict[str, Any]:
+    reply = httpx.get(f"{client.base_url}records/{record_id}", headers={"authorization": f"Bearer {client.api_key}"})
+    assert reply.status_code == 200, reply.text
+    return reply.json()  # type: ignore[no-any-return]
+
+
+def test_requests_a_minute_end_in_a_rate_limit_error(client: Callable[..., openai.OpenAI]) -> None:
+    one = client(rpm=2)
+    headers = ask(one).headers
+    assert (headers["x-ratelimit-limit-requests"], headers["x-ratelimit-remaining-requests"]) == ("2", "1")
+    ask(one)
+    with pytest.raises(openai.RateLimitError) as caught:
+        ask(one)
+    answer = caught.value.response
+    assert 1 <= int(answer.headers["retry-after"]) <= 30 and answer.headers["x-ratelimit-remaining-requests"] == "0"
+    assert caught.value.code == "rate_limited" and "2 requests a minute" in caught.value.message
+    ask(client(rpm=2))
+
+
+def test_tokens_a_minute_count_what_was_used(client: Callable[..., openai.OpenAI]) -> None:
+    one = client(tpm=10_000)
+    first = ask(one, max_tokens=4)
+    used = first.parse().usage.total_tokens
+    left = int(ask(one, max_tokens=4).headers["x-ratelimit-remaining-tokens"])
+    assert 10_000 - 3 * used - 50 <= left <= 10_000 - used
+    stream = one.chat.completions.create(model="tiny", messages=HI, max_tokens=64, stream=True)
+    for _ in stream:
+        break
+    stream.close()
+    deadline = time.monotonic() + 5
+    while int(ask(one, max_tokens=4).headers["x-ratelimit-remaining-tokens"]) < 9_000:
+        assert time.monotonic() < deadline, "a request that was broken off keeps its share"
+
+
+def test_requests_at_once(client: Callable[..., openai.OpenAI]) -> None:
+    one = client(concurrency=1)
+    stream = one.chat.completions.create(model="tiny", messages=HI, max_tokens=500, stream=True, extra_body={"ignore_eos": True})
+    next(iter(stream))
+    with pytest.raises(openai.RateLimitError, match="1 requests at once"):
+        ask(one)
+    stream.close()
+    deadline = time.monotonic() + 2
+    while True:
+        try:
+            ask(one)
+            break
+        except openai.RateLimitError:
+            assert time.monotonic() < deadline, "a client that has gone keeps its place"
+            time.sleep(0.02)
+
+
+def test_models(client: Callable[..., openai.OpenAI]) -> None:
+    one = client(models=["support"])
+    with pytest.raises(openai.PermissionDeniedError, match="may not use model 'tiny'") as caught:
+        ask(one)
+    assert caught.value.param == "model"
+    ask(client(models=["Qwen/Qwen3-8B"]))
+
+
+def test_a_key_that_samples_reads_no_records(client: Callable[..., openai.OpenAI]) -> None:
+    one, reader = client("sample"), client("read")
+    record_id = ask(one).headers["x-everlearn-record"]
+    reply = httpx.get(f"{one.base_url}records/{record_id}", headers={"authorization": f"Bearer {one.api_key}"})
+    assert reply.status_code == 403
+    assert record_of(reader, record_id)["content"]["messages"][0]["content"] == HI[0]["content"]
+    with pytest.raises(openai.PermissionDeniedError):
+        ask(reader)
+
+
+def test_the_record_of_an_answer_is_what_was_sampled(client: Callable[..., openai.OpenAI]) -> None:
+    one = client()
+    raw = ask(one, n=2, max_tokens=6, logprobs=True, temperature=1.0, seed=3, user="u-1", metadata={"order": "7"})
+    answer, record = raw.parse(), record_of(one, raw.headers["x-everlearn-record"])
+    for choice, kept in zip(answer.choices, record["content"]["choices"], strict=True):
+        shown = [item.logprob for item in choice.logprobs.content]
+        assert len(kept["token_ids"]) == len(kept["logprobs"]) >= len(shown)
+        assert kept["logprobs"][: len(shown)] == pytest.approx(shown, abs=1e-6)
+    assert record["usage"]["completion_tokens"] == answer.usage.completion_tokens and record["model"] == "tiny"
+    assert (record["user"], record["content"]["metadata"]) == ("u-1", {"order": "7"})
+    assert len(record["content"]["prompt_token_ids"]) == answer.usage.prompt_tokens
+
+
+def test_without_content_nobody_can_read_what_was_said(client: Callable[..., openai.OpenAI], live: LiveServer) -> None:
+    one = client(content=False)
+    secret = "pineapple-telescope"
+    raw = ask(one, messages=[{"role": "user", "content": secret}], user=secret, metadata={"k": secret})
+    record = record_of(one, raw.headers["x-everlearn-record"])
+    assert record["content"] is None and record["usage"]["prompt_tokens"] > 0 and record["user"] is None
+    db = open_database(f"sqlite:///{live.home / 'everlearn.db'}")
+    db.close()
+    for file in live.home.glob("everlearn.db*"):
+        assert secret.encode() not in file.read_bytes()
+    assert secret not in live.log.read_text()
+
+
+def test_what_was_answered_is_recorded_when_the_server_ends(new_server: Callable[..., LiveServer]) -> None:
+    live = new_server()
+    ids = []
+    with httpx.Client(base_url=live.url, timeout=60) as http:
+        for number in range(10):
+            body = {"model": "tiny", "messages": HI, "max_tokens": 2, "seed": number}
+            ids.append(http.post("/v1/chat/completions", json=body).headers["x-everlearn-record"])
+    live.stop()
+    assert live.process.returncode == 0
+    live.restart()
+    with httpx.Client(base_url=live.url, timeout=60) as http:
+        assert [http.get(f"/v1/records/{record_id}").status_code for record_id in ids] == [200] * 10
