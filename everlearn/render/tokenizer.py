@@ -38,7 +38,7 @@ class ChatTokenizer:
         added = tokenizer.get_added_tokens_decoder()
         self.added: dict[str, int] = {token.content: number for number, token in added.items()}
         self.special_ids = frozenset(number for number, token in added.items() if token.special)
-        self._spelling, self.strips_first_space = _spelling(json.loads(tokenizer.to_str()).get("decoder"))
+        self._spelling, self.strips_first_space = _spelling(tokenizer.decoder)
         self._bytes: dict[int, bytes] = {}
 
     @property
@@ -138,9 +138,10 @@ def _content(token: Any) -> str:
     return token if isinstance(token, str) else ""
 
 
-def _spelling(decoder: dict[str, Any] | None) -> tuple[str, bool]:
+def _spelling(decoder: Any) -> tuple[str, bool]:
     """How tokens spell bytes ("byte_level" or "sentencepiece"), and whether the first token of a text loses a leading space."""
-    steps = decoder.get("decoders", [decoder]) if decoder else []
+    settings = json.loads(decoder.__getstate__()) if decoder is not None else {"decoders": []}  # as it stands in tokenizer.json
+    steps = settings.get("decoders", [settings])
     kinds = {step["type"] for step in steps}
     if "ByteLevel" in kinds:
         return "byte_level", False

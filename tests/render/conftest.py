@@ -43,8 +43,10 @@ def with_tokens(tokenizer: ChatTokenizer) -> Callable[..., ChatTokenizer]:
     """A function that gives SmolLM2's tokenizer further special tokens and a template."""
 
     def make(*tokens: str, template: str | None = None) -> ChatTokenizer:
-        copy = Tokenizer.from_str(tokenizer.tokenizer.to_str())
-        copy.add_special_tokens([AddedToken(token, special=True) for token in tokens])
+        copy = tokenizer.tokenizer
+        if tokens:
+            copy = Tokenizer.from_str(copy.to_str())
+            copy.add_special_tokens([AddedToken(token, special=True) for token in tokens])
         return ChatTokenizer(copy, tokenizer.config, {"default": template} if template is not None else tokenizer.templates)
 
     return make
