@@ -120,6 +120,11 @@ class Loaded(NamedTuple):
     origins: dict[str, str]
 
 
+# A thread of a tensor operation that is done early spins for about a tenth of a millisecond, then sleeps. OpenMP's own default spins on,
+# and where the server's other process wants that core, every operation waits until the kernel has taken it from the spinner.
+ENGINE_ENVIRON = {"GOMP_SPINCOUNT": "10000"}
+
+
 class ClientEnviron(NamedTuple):
     """What the command line's client part reads from the environment."""
 
@@ -131,6 +136,11 @@ class ClientEnviron(NamedTuple):
 def client_environ(environ: Mapping[str, str] | None = None) -> ClientEnviron:
     environ = os.environ if environ is None else environ
     return ClientEnviron(environ.get(PREFIX + "URL", ""), environ.get(PREFIX + "API_KEY", ""), bool(environ.get("NO_COLOR")))
+
+
+def engine_environ() -> dict[str, str]:
+    """The environment of the engine process: the server's own, and defaults for what its libraries read from there."""
+    return {**ENGINE_ENVIRON, **os.environ}
 
 
 def load(path: Path | None = None, environ: Mapping[str, str] | None = None, flags: Mapping[str, Any] | None = None) -> Loaded:

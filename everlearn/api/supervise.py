@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import zmq
 from zmq.asyncio import Context, Socket
 
-from everlearn.config import Settings
+from everlearn.config import Settings, engine_environ
 from everlearn.engine import protocol
 from everlearn.errors import Unavailable
 
@@ -201,7 +201,7 @@ class EngineProcess:
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", self.module, endpoint,
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-            start_new_session=True, limit=1 << 20,
+            start_new_session=True, limit=1 << 20, env=engine_environ(),
         )  # fmt: skip
         self._process, self.pid = process, process.pid
         if self.state is State.STARTING:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from everlearn.models.lora import HEAD, Segment, frozen_product, parts_of
+from everlearn.models.lora import HEAD, Segment, frozen_parts, frozen_product, parts_of
 
 # dloss/dlogprob [t, K] of some tokens, given their log-probabilities [t, K] and their places in the row [t].
 GradientOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -40,13 +40,12 @@ class Head:
 
     def logits(self, hidden_ND: torch.Tensor, segments: list[Segment]) -> torch.Tensor:
         """[N, V] float32: for the few rows that are sampled from. Segments count the rows of `hidden_ND`."""
-        parts = parts_of(segments, HEAD)
         if hidden_ND.dtype == torch.float32:
-            return frozen_product(hidden_ND, self.weight, None, parts)
+            return frozen_product(hidden_ND, self.weight, None, frozen_parts(segments, HEAD))
         logits_NV = product_float32(hidden_ND, self.weight)
-        for segment, a_RD, b_VR in parts:
+        for segment, a_RD, b_VR in parts_of(segments, HEAD):
             assert segment.adapter is not None
-            rows = slice(segment.start, segment.stop)
+            rows = segment.rows
             logits_NV[rows] += product_float32(hidden_ND[rows] @ a_RD.t(), b_VR) * segment.adapter.scale
         return logits_NV
 

@@ -6,6 +6,8 @@ head (head.py). Nothing else of the model is ours, and no code from a model fold
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,16 @@ from everlearn.errors import InvalidRequest, Unsupported
 from everlearn.models import attention
 from everlearn.models.attention import Batch, running
 from everlearn.models.head import Head
-from everlearn.models.lora import HEAD, LoraLinear, install, kind_of
+from everlearn.models.lora import FEW_ROWS, HEAD, LoraLinear, install, kind_of
+from everlearn.models.siblings import join_siblings
 from everlearn.types import BaseModelInfo, LoraSpec
 
 # Tile sizes of the head: a CPU tile's logits fit its cache, a GPU wants large products.
 CPU_CHUNK, CPU_TILE = 256, 4096
 GPU_CHUNK, GPU_TILE = 2048, 32768
+# A decoding step of a model without larger weights is hundreds of products of a few microseconds. Sharing each of them with other
+# threads gains nothing, and every one then waits for the slowest thread: ten times as long when the machine has other work.
+SERIAL_WEIGHT = 2**20
 
 
 class BaseModel:
@@ -43,14 +49,18 @@ class BaseModel:
         self.decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
         prefix = next(name for name, module in model.named_modules() if module is self.decoder)
         self.lora_modules: dict[str, LoraLinear] = install(self.decoder, prefix)
+        join_siblings(self.decoder)
         fuse_norms(self.decoder)
         chunk, tile = (CPU_CHUNK, CPU_TILE) if device.type == "cpu" else (GPU_CHUNK, GPU_TILE)
         self.head = Head(model.get_output_embeddings().weight, chunk, tile)  # type: ignore[operator]
         self.num_parameters = sum(p.numel() for p in model.parameters())
+        largest = max((layer.weight.numel() for layer in self.lora_modules.values()), default=0)
+        self.runs_few_rows_serially = device.type == "cpu" and largest <= SERIAL_WEIGHT
 
     def hidden(self, token_ids_T: torch.Tensor, position_ids_T: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Final hidden states [T, D] of one packed row; `batch` says what attends to what and which adapter each token uses."""
-        with running(batch):
+        small = self.runs_few_rows_serially and len(token_ids_T) <= FEW_ROWS and not torch.is_grad_enabled()
+        with running(batch), one_thread() if small else nullcontext():
             out = self.decoder(input_ids=token_ids_T.unsqueeze(0), position_ids=position_ids_T.unsqueeze(0), use_cache=False)
         return out.last_hidden_state[0]
 
@@ -84,6 +94,17 @@ class BaseModel:
         """The folder's fast tokenizer, or None where it has none (then stop strings are refused)."""
         path = Path(self.info.path) / "tokenizer.json"
         return Tokenizer.from_file(str(path)) if path.exists() else None
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Tensor work of the calling thread stays on it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def load_base(info: BaseModelInfo, device: torch.device, dtype: torch.dtype) -> BaseModel:

@@ -11,25 +11,33 @@ Axes: T tokens, I and O the layer's input and output size, R rank.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+if TYPE_CHECKING:
+    from everlearn.models.siblings import Siblings
+
 Pair = tuple[torch.Tensor, torch.Tensor]
+Block = tuple[slice, slice, torch.Tensor]  # rows of y, rows of A x, and the B [O, R] that leads from the one to the other
 HEAD = "lm_head"
 FEW_ROWS = 32
+PIECE_ROWS = 4096
 
 
 @dataclass(eq=False)
 class AdapterWeights:
-    """A [R, I] and B [O, R] by module path. `grads` has the same keys where the adapter trains, else it is None."""
+    """A [R, I] and B [O, R] by module path. `grads` has the same keys where the adapter trains, else it is None. The values of a
+    `frozen` adapter never change, so layers that read one input may lay its matrices out together (siblings.py; `families`)."""
 
     version: str
     scale: float
     pairs: dict[str, Pair]
     grads: dict[str, Pair] | None = field(default=None, repr=False)
+    frozen: bool = False
+    families: dict[str, tuple[torch.Tensor, list[Block]]] = field(default_factory=dict, repr=False)
 
 
 @dataclass(eq=False)
@@ -39,6 +47,10 @@ class Segment:
     adapter: AdapterWeights | None
     start: int
     stop: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.stop)
 
 
 class _Active:
@@ -61,15 +73,20 @@ class LoraLinear(nn.Module):
         self.bias = linear.bias
         self.path = path
         self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.siblings: Siblings | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        parts = parts_of(active_segments.current, self.path)
+        segments = active_segments.current
         if torch.is_grad_enabled():
-            return _LoraFunction.apply(x, active_segments.anchor, self, parts)
+            return _LoraFunction.apply(x, active_segments.anchor, self, parts_of(segments, self.path))
+        if self.siblings is not None and (y := self.siblings.output(self, x, segments)) is not None:
+            return y
+        parts = frozen_parts(segments, self.path)
         return frozen_product(x.view(-1, self.in_features), self.weight, self.bias, parts).view(*x.shape[:-1], self.out_features)
 
 
 Part = tuple[Segment, torch.Tensor, torch.Tensor]  # a segment with its adapter's A [R, I] and B [O, R] for one layer
+FrozenPart = tuple[slice, float, torch.Tensor, list[Block]]  # an adapter's rows of x, its scale, its A, what A x goes through
 
 
 def parts_of(segments: list[Segment], path: str) -> list[Part]:
@@ -77,29 +94,54 @@ def parts_of(segments: list[Segment], path: str) -> list[Part]:
     return [(s, *s.adapter.pairs[path]) for s in segments if s.adapter is not None and path in s.adapter.pairs]
 
 
-def frozen_product(x_NI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None, parts: list[Part]) -> torch.Tensor:
+def frozen_parts(segments: list[Segment], path: str) -> list[FrozenPart]:
+    """The same, as `frozen_product` takes them."""
+    whole, parts = slice(None), []
+    for segment in segments:
+        if segment.adapter is not None and path in segment.adapter.pairs:
+            a_RI, b_OR = segment.adapter.pairs[path]
+            parts.append((segment.rows, segment.adapter.scale, a_RI, [(whole, whole, b_OR)]))
+    return parts
+
+
+def frozen_product(x_NI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None, parts: list[FrozenPart]) -> torch.Tensor:
     """x W^T + b with the parts' low-rank updates [N, O]; no gradient.
 
-    For the few rows of a decoding step CPU libraries are up to twice as quick with the weight on the left, and a single row is a
-    matrix-vector product that they run on one thread unless it is cut.
+    For the few rows of a decoding step CPU libraries are up to twice as quick with the weight on the left. A single row is a
+    matrix-vector product; a large one is cut, because they run it on one thread otherwise.
     """
     num_rows = x_NI.shape[0]
     if x_NI.device.type != "cpu" or num_rows > FEW_ROWS:
         y_NO = F.linear(x_NI, weight_OI, bias_O)
-        for part in parts:
-            add_low_rank(y_NO, x_NI, *part)
+        for rows, scale, a_RI, blocks in parts:
+            h_NR = x_NI[rows] @ a_RI.t()
+            for outs, ranks, b_OR in blocks:
+                y_NO[rows, outs].addmm_(h_NR[:, ranks], b_OR.t(), alpha=scale)
         return y_NO
-    pieces = torch.get_num_threads()
-    if num_rows == 1 and weight_OI.shape[0] % pieces == 0 and weight_OI.is_contiguous():
-        y_ON = torch.bmm(weight_OI.view(pieces, -1, weight_OI.shape[1]), x_NI.t().expand(pieces, -1, 1)).view(-1, 1)
-    else:
-        y_ON = weight_OI @ x_NI.t()
-    for segment, a_RI, b_OR in parts:
-        assert segment.adapter is not None
-        rows = slice(segment.start, segment.stop)
-        y_ON[:, rows].addmm_(b_OR, a_RI @ x_NI[rows].t(), alpha=segment.adapter.scale)
+    if num_rows == 1:
+        return _single_row(x_NI[0], weight_OI, bias_O, parts)[None]
+    y_ON = weight_OI @ x_NI.t()
+    for rows, scale, a_RI, blocks in parts:
+        h_RN = a_RI @ x_NI[rows].t()
+        for outs, ranks, b_OR in blocks:
+            y_ON[outs, rows].addmm_(b_OR, h_RN[ranks], alpha=scale)
     y_NO = y_ON.t().contiguous()
     return y_NO if bias_O is None else y_NO.add_(bias_O)
+
+
+def _single_row(x_I: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None, parts: list[FrozenPart]) -> torch.Tensor:
+    num_out, num_in = weight_OI.shape
+    if num_out % PIECE_ROWS == 0 and num_out >= 2 * PIECE_ROWS:
+        # The vector as the column of a row-major matrix: laid out the other way the library takes four times as long.
+        pieces = num_out // PIECE_ROWS
+        y_O = torch.bmm(weight_OI.view(pieces, PIECE_ROWS, num_in), x_I[None].t().expand(pieces, -1, 1)).view(num_out)
+    else:
+        y_O = torch.mv(weight_OI, x_I)
+    for _, scale, a_RI, blocks in parts:
+        h_R = torch.mv(a_RI, x_I)
+        for outs, ranks, b_OR in blocks:
+            y_O[outs].addmv_(b_OR, h_R[ranks], alpha=scale)
+    return y_O if bias_O is None else y_O.add_(bias_O)
 
 
 def add_low_rank(y_TO: torch.Tensor, x_TI: torch.Tensor, segment: Segment, a_RI: torch.Tensor, b_OR: torch.Tensor) -> torch.Tensor:
