@@ -56,9 +56,9 @@ WANTED = {
     "/v1/capabilities": "train sample read",
     "/v1/records": "read",
     "/v1/usage": "read",
-    "/v1/models": "sample read",
+    "/v1/models": "train sample read",
     "/v1/": "sample",
-    "/oai/api/v1/models": "sample read",
+    "/oai/api/v1/models": "train sample read",
     "/oai/api/v1/": "sample",
     "/anthropic/": "sample",
 }
