@@ -28,6 +28,7 @@ BATCH = 64  # records of one transaction: a longer one would keep the writer fro
 MAX_WAITING = 20_000
 MAX_WAITING_BYTES = 256 * 2**20
 TOKEN_BYTES = 32  # what a waiting record holds for each token: the id, the log-probability, a share of the text
+GATHER_SECONDS = 0.03  # a record waits this long for others: a commit costs ten times what one more record in it does
 RETRY_SECONDS = 1.0
 
 
@@ -91,6 +92,7 @@ class Recorder:
     def _run(self) -> None:
         while True:
             record = self._queue.get()
+            self._closing.wait(GATHER_SECONDS)
             batch: list[Packed] = []
             while record is not None:
                 try:

@@ -28,6 +28,9 @@ from everlearn.store import usage as totals
 from everlearn.types import Array
 
 rows, bodies = tables.records, tables.record_bodies
+# Built once: building a statement costs more than running it.
+KNOWN = sa.select(rows.c.record_id).where(rows.c.record_id.in_(sa.bindparam("ids", expanding=True)))
+INSERT_ROW, INSERT_BODY = rows.insert(), bodies.insert()
 SWEEP_ROWS = 2000  # a call of `sweep` holds the writer for this many rows at most
 LEVEL = 3
 MAX_USER = 200
@@ -141,15 +144,14 @@ def unpack(data: bytes) -> Body:
 
 def write(conn: Connection, packed: Sequence[Packed]) -> int:
     """Stores records and counts them in the usage. Those that are there already are left alone; returns how many were new."""
-    ids = [row.record_id for row, _ in packed]
-    there = set(conn.execute(sa.select(rows.c.record_id).where(rows.c.record_id.in_(ids))).scalars())
+    there = set(conn.execute(KNOWN, {"ids": [row.record_id for row, _ in packed]}).scalars())
     new = {row.record_id: (row, data) for row, data in packed if row.record_id not in there}
     if not new:
         return 0
-    conn.execute(rows.insert(), [msgspec.structs.asdict(row) for row, _ in new.values()])
+    conn.execute(INSERT_ROW, [msgspec.structs.asdict(row) for row, _ in new.values()])
     contents = [{"record_id": key, "tenant": row.tenant, "body": data} for key, (row, data) in new.items() if data]
     if contents:
-        conn.execute(bodies.insert(), contents)
+        conn.execute(INSERT_BODY, contents)
     totals.add(conn, [_line(row) for row, _ in new.values()])
     return len(new)
 

@@ -8,6 +8,7 @@ of training writes no row more for it. Days are counted in UTC from 1970-01-01.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import msgspec
 import sqlalchemy as sa
@@ -21,6 +22,13 @@ DAY = 86_400
 KINDS = ("forward_backward", "optim_step", "save", "publish", "sample")  # of the log's requests, those that use something
 AMOUNTS = ("requests", "tokens_in", "tokens_cached", "tokens_out", "seconds")
 PLACE = ("tenant", "day", "key_id", "subject", "kind")
+
+
+def _upsert(insert: Any) -> Any:
+    return insert.on_conflict_do_update(index_elements=list(PLACE), set_={name: table.c[name] + insert.excluded[name] for name in AMOUNTS})
+
+
+UPSERT = {"postgresql": _upsert(postgresql.insert(table)), "sqlite": _upsert(sqlite.insert(table))}
 
 
 class Line(msgspec.Struct, frozen=True):
@@ -50,11 +58,11 @@ def add(conn: Connection, lines: Iterable[Line]) -> None:
         sums = merged.setdefault(tuple(getattr(line, name) for name in PLACE), [0] * len(AMOUNTS))
         for index, name in enumerate(AMOUNTS):
             sums[index] += getattr(line, name)
-    insert = postgresql.insert(table) if conn.dialect.name == "postgresql" else sqlite.insert(table)
-    increment = {name: table.c[name] + insert.excluded[name] for name in AMOUNTS}
-    upsert = insert.on_conflict_do_update(index_elements=list(PLACE), set_=increment)
     if merged:
-        conn.execute(upsert, [dict(zip((*PLACE, *AMOUNTS), (*place, *sums), strict=True)) for place, sums in sorted(merged.items())])
+        conn.execute(
+            UPSERT[conn.dialect.name],
+            [dict(zip((*PLACE, *AMOUNTS), (*place, *sums), strict=True)) for place, sums in sorted(merged.items())],
+        )
 
 
 def lines(conn: Connection, tenant: str, since: int, until: int) -> list[Line]:
