@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from everlearn.errors import InvalidRequest
-from everlearn.render.parameters import FUNCTION_END, PARAMETER, PARAMETER_END, kinds
+from everlearn.render.parameters import ENDS, FUNCTION_END, PARAMETER, PARAMETER_END, kinds
 from everlearn.render.reasoning import CLOSE, OPEN, closed_by, opened_by
 from everlearn.render.syntaxes import (
     CHANNEL,
@@ -108,7 +108,7 @@ def answer(rules: Rules, schema: Mapping[str, Any] | bool, special: Collection[s
     before = _thought(lark, rules, thinks, prompt)
     if not before and rules is not harmony:
         return Grammar("json_schema", json.dumps(schema, ensure_ascii=False))
-    body = lark.rule("%json " + json.dumps(schema, ensure_ascii=False))
+    body = lark.json(Signature("", schema if isinstance(schema, Mapping) else {}, True))
     if rules is harmony:
         body = f'{lark.mark(CHANNEL)} "final" {lark.mark(MESSAGE)} {body}'
     return Grammar("lark", lark.source(f"{before} {body}".strip()))
@@ -265,6 +265,8 @@ def _element_value(lark: Lark, tool: Signature, schema: Any) -> str:
         return f"({' | '.join(literal(value + end) for value in schema['enum'])})"
     wanted = kinds(schema)
     if not wanted or "string" in wanted:
-        return lark.until(end)
+        name = f"VALUE{len(lark.rules)}"
+        lark.rules.append(f"{name}: {_without(lark, *map(literal, ENDS))} {literal(end)}")
+        return name
     shared = {key: tool.schema[key] for key in ("$defs", "definitions") if key in tool.schema}
     return f"{lark.json(Signature(tool.name, {**shared, **schema}, tool.strict))} {literal(end)}"

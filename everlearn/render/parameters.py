@@ -11,7 +11,8 @@ from everlearn.render.replies import Writer
 
 PARAMETER, PARAMETER_END, FUNCTION_END = "<parameter=", "</parameter>", "</function>"
 # A missing end tag is seen by what can only come after it, at the beginning of a line.
-ENDS = Marks(PARAMETER_END, "\n" + PARAMETER, "\n" + FUNCTION_END)
+ENDS = (PARAMETER_END, "\n" + PARAMETER, "\n" + FUNCTION_END)
+_ENDS = Marks(*ENDS)
 KINDS: dict[str, type | tuple[type, ...]] = {
     "integer": int, "number": (int, float), "boolean": bool, "object": dict, "array": list, "string": str, "null": type(None),
 }  # fmt: skip
@@ -58,7 +59,7 @@ def _value(reader: Reader, out: Writer, wanted: frozenset[str]) -> Step[str]:
     held = ""
     if wanted != {"string"}:
         pieces: list[str] = []
-        stop = yield from reader.until(ENDS, pieces.append)
+        stop = yield from reader.until(_ENDS, pieces.append)
         text = "".join(pieces)
         if stop:
             out.arguments(convert(text.removesuffix("\n"), wanted))
@@ -73,7 +74,7 @@ def _value(reader: Reader, out: Writer, wanted: frozenset[str]) -> Step[str]:
         out.arguments(json.dumps(piece.removesuffix("\n"), ensure_ascii=False)[1:-1])
 
     out.arguments('"')
-    stop = yield from reader.until(ENDS, emit)
+    stop = yield from reader.until(_ENDS, emit)
     if stop:
         out.arguments('"')
     return stop

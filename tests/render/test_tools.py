@@ -1,0 +1,111 @@
+"""The table: which format a model gets, and how tools and calls are shown to a model whose template can't."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+
+from everlearn.errors import InvalidRequest
+from everlearn.render import template
+from everlearn.render.tokenizer import ChatTokenizer
+from everlearn.render.tools import FORMATS, format_for
+from tests.render.conftest import TIME, WEATHER
+
+# As short as templates can be that have the signs of their families.
+TEMPLATES = {
+    "hermes": "{% if tools %}<tools>{{ tools | tojson }}</tools> in <tool_call></tool_call>{% endif %}{% for m in messages %}{{ m.tool_calls }}{% endfor %}",
+    "qwen3_coder": "{% if tools %}<tool_call>\n<function=name>\n<parameter=x>{% endif %}{% for m in messages %}{{ m.tool_calls }}{% endfor %}",
+    "llama3": "{% if tools %}{{ '<|python_tag|>' }}{% endif %}{% for m in messages %}{{ m.tool_calls }}{% endfor %}",
+    "kimi_k2": "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{% if m.tool_calls %}<|tool_call_begin|>{% endif %}{% endfor %}",
+    "deepseek_v3": "{% for m in messages %}{% if m.tool_calls %}<｜tool▁call▁begin｜>function<｜tool▁sep｜>x\n```json{% endif %}{% endfor %}",
+    "deepseek_v31": "{% for m in messages %}{% if m.tool_calls %}<｜tool▁call▁begin｜>x<｜tool▁sep｜>{% endif %}{% endfor %}",
+    "harmony": "{% if tools %}namespace functions{% endif %}{% for m in messages %}<|channel|>final<|message|>{{ m.tool_calls }}{% endfor %}",
+}
+CALL = {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Bonn"}'}}
+TALK = [
+    {"role": "user", "content": "Weather and time?"},
+    {"role": "assistant", "content": "I'll look.", "tool_calls": [CALL, {**CALL, "id": "call_2"}]},
+    {"role": "tool", "tool_call_id": "call_1", "content": "rain"},
+    {"role": "tool", "tool_call_id": "call_2", "content": [{"type": "text", "text": "sun"}]},
+    {"role": "user", "content": "Thanks."},
+]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_model_has_the_format_of_its_template(with_tokens: Callable[..., ChatTokenizer], name: str):
+    format = format_for(with_tokens(template=TEMPLATES[name]), "SomeForCausalLM", "some")
+    assert format.name == name and format.shows_calls
+    assert format.native == (not name.startswith("deepseek")) and not format.special and not format.keep_ids
+    if format.native:
+        assert format.inject(TALK, [WEATHER]) == TALK
+
+
+def test_marks_that_are_special_tokens_are_kept_for_the_parser(with_tokens: Callable[..., ChatTokenizer]):
+    tokenizer = with_tokens("<tool_call>", "</tool_call>", "<think>", "</think>", template=TEMPLATES["hermes"])
+    format = format_for(tokenizer)
+    assert format.thinks and format.special == {"<tool_call>", "</tool_call>", "<think>", "</think>"}
+    assert format.keep_ids == {tokenizer.id_of(mark) for mark in format.special}
+
+
+def test_the_embedded_model_is_prompted(tokenizer: ChatTokenizer):
+    format = format_for(tokenizer, "LlamaForCausalLM", "llama")
+    assert (format.name, format.native, format.shows_calls, format.thinks) == ("prompted", False, False, False)
+    text = template.render(tokenizer, format.inject([{"role": "system", "content": "Be kind."}, *TALK], [WEATHER, TIME]))
+    head, _, rest = text.partition("<|im_end|>")
+    assert head.startswith("<|im_start|>system\nBe kind.\n\n# Tools")
+    shown = [json.loads(line) for line in head.partition("<tools>\n")[2].partition("\n</tools>")[0].splitlines()]
+    assert [tool["function"]["name"] for tool in shown] == ["get_weather", "get_time"]
+    assert shown[0]["function"]["parameters"] == WEATHER["function"]["parameters"]
+    block = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Bonn"}}\n</tool_call>'
+    assert f"<|im_start|>assistant\nI'll look.\n{block}\n{block}<|im_end|>" in rest
+    result = "<tool_response>\n{}\n</tool_response>"
+    assert f"<|im_start|>user\n{result.format('rain')}\n{result.format('sun')}<|im_end|>\n<|im_start|>user\nThanks.<|im_end|>" in rest
+
+
+def test_what_is_shown_of_a_call_is_what_is_read_as_one(tokenizer: ChatTokenizer):
+    format = format_for(tokenizer)
+    (said,) = format.inject([TALK[1]], None)
+    read = format.parse(said["content"])
+    assert read.content == "I'll look." and [call.arguments for call in read.tool_calls] == ['{"city": "Bonn"}'] * 2
+
+
+def test_inject_leaves_the_request_alone(tokenizer: ChatTokenizer):
+    before = json.dumps(TALK)
+    format_for(tokenizer).inject(TALK, [WEATHER])
+    assert json.dumps(TALK) == before
+
+
+def test_without_a_system_message_one_is_made(tokenizer: ChatTokenizer):
+    first, second = format_for(tokenizer).inject(TALK[:1], [WEATHER])
+    assert first["role"] == "system" and first["content"].startswith("# Tools") and second == TALK[0]
+    assert format_for(tokenizer).inject(TALK[:1], None) == TALK[:1]
+
+
+def test_strict_is_not_shown_to_the_model(tokenizer: ChatTokenizer):
+    tool = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
+    assert "strict" not in format_for(tokenizer).inject(TALK[:1], [tool])[0]["content"]
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v31"])
+def test_deepseek_is_shown_tools_in_its_own_words(with_tokens: Callable[..., ChatTokenizer], name: str):
+    format = format_for(with_tokens(template=TEMPLATES[name]))
+    system, *others = format.inject(TALK, [WEATHER])
+    assert "### get_weather" in system["content"] and FORMATS[name].marks[0] in system["content"] and others == TALK
+
+
+@pytest.mark.parametrize(
+    ("tools", "named"),
+    [
+        ([{"type": "web_search"}], "web_search"),
+        ([{"type": "function", "function": {}}], r"tools\[0\]"),
+        ([{"type": "function", "function": {"name": "a b"}}], "a b"),
+        ([{"type": "function", "function": {"name": "f", "parameters": []}}, WEATHER, WEATHER], "get_weather"),
+        ([{"type": "function", "function": {"name": "f", "parameters": "x"}}], "JSON schema"),
+    ],
+)
+def test_tools_that_are_none_are_named(tools: list, named: str):
+    with pytest.raises(InvalidRequest, match=named) as caught:
+        FORMATS["hermes"].grammar(tools, "required")
+    assert caught.value.param == "tools"
