@@ -72,6 +72,9 @@ class EngineSettings(Section):
         description="an adapter that nobody trained for this long leaves memory; its next request rebuilds it from snapshot and log",
     )
     restart_limit: int = Field(20, ge=1, description="engine restarts within ten minutes before the server gives up and says so")
+    stuck_seconds: float = Field(
+        1800.0, gt=0, description="an engine that loads its model, or works without progress, for longer is killed and restarted"
+    )
     queue_limit: int = Field(4096, ge=1, description="sampling sequences that may wait in the engine; more is a 429")
     grammar_seconds: float = Field(5.0, gt=0, description="time that compiling a grammar may take; more is a 400")
     grammar_cache: int = Field(256, ge=1, description="compiled grammars kept in memory")

@@ -262,14 +262,14 @@ class Dispatcher:
 
     def on_down(self) -> None:
         in_flight, self._sent = self._sent, {}
-        culprit = self.quarantine.died(in_flight)
+        culprit = self.quarantine.died(in_flight, from_outside=self.engine.last_death.from_outside)
         if culprit is None:
             return
         message = f"the engine process died again and again while it ran this request ({self.engine.reason}), so it is given up"
         error = {"code": "internal", "message": message, "param": None}
         pending, feed = self.ledger.get(culprit), in_flight.get(culprit)
         if pending is not None:
-            log.error("request %s is given up: the engine died %d times with it", culprit, self.quarantine.deaths[culprit] + 2)
+            log.error("request %s is given up: the engine dies whenever it runs it, also when it runs nothing else", culprit)
             self.ledger.finish(pending.entry, None, error)
         elif feed is not None:
             self.give_up_run(feed, f"request {culprit} can't be run again: {message}")

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import zmq
 from zmq.asyncio import Context, Socket
 
+from everlearn.api import deaths
 from everlearn.config import Settings, engine_environ
 from everlearn.engine import protocol
 from everlearn.errors import Unavailable
@@ -32,7 +33,9 @@ log = logging.getLogger(__name__)
 
 LATE_SECONDS = 5.0  # heartbeats come once a second; later than this and /readyz says so
 HUNG_SECONDS = 30.0  # later than this and the process is killed
-STUCK_SECONDS = 300.0  # heartbeats come, but the work doesn't move
+LOADING_HUNG_SECONDS = 120.0  # the same before it is ready: importing and mapping large files may hold up every thread
+STUCK_SECONDS = 300.0  # heartbeats come, but the work doesn't move: /readyz says so (engine.stuck_seconds: it is killed)
+WATCH_SECONDS = 0.5
 RESTART_WINDOW = 600.0
 BACKOFF_MAX = 10.0
 TAIL_LINES = 20
@@ -74,6 +77,7 @@ class EngineProcess:
         self.ready: protocol.Ready | None = None
         self.heartbeat: protocol.Heartbeat | None = None
         self.totals: dict[str, int] = {}  # the counters of engines that have died
+        self.last_death = deaths.Death("", False)
         self.listeners: list[Listener] = []
         self.prepare: Callable[[EngineProcess], Awaitable[None]] | None = None
         self._process: asyncio.subprocess.Process | None = None
@@ -83,6 +87,8 @@ class EngineProcess:
         self._heard = 0.0
         self._spawned = 0.0
         self._stopping = False
+        self._ordered = ""  # why this engine was killed from here
+        self._kills_before: int | None = None
         self._tail: deque[str] = deque(maxlen=TAIL_LINES)
 
     # -- what others ask and tell ------------------------------------------------------------------------------------------
@@ -180,7 +186,8 @@ class EngineProcess:
             tasks[0].cancel()
             await self._receive_rest(socket)
             tail = f"; its last words: {self._tail[-1][:300]}" if self._tail and process.returncode and process.returncode > 0 else ""
-            self._died(f"the engine process (pid {process.pid}) {describe_exit(process.returncode)}{tail}")
+            self.last_death = deaths.describe(process.returncode, self._ordered, self._kills_before)
+            self._died(f"the engine process (pid {process.pid}) {self.last_death.text}{tail}")
         except OSError as error:
             self._died(f"the engine process can't be started: {error}")
         finally:
@@ -197,6 +204,7 @@ class EngineProcess:
     async def _spawn(self, endpoint: str) -> asyncio.subprocess.Process:
         self._tail.clear()
         self._spawned = self._heard = time.monotonic()
+        self._ordered, self._kills_before = "", deaths.out_of_memory_kills()
         # An own session: Ctrl-C in a terminal reaches this process only, which then drains.
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", self.module, endpoint,
@@ -256,10 +264,28 @@ class EngineProcess:
 
     async def _watch(self) -> None:
         while True:
-            await asyncio.sleep(0.5)
-            if self.up and time.monotonic() - self._heard > HUNG_SECONDS:
-                log.error("the engine (pid %s) has sent no heartbeat for %.0f s; it is killed", self.pid, HUNG_SECONDS)
+            before = time.monotonic()
+            await asyncio.sleep(WATCH_SECONDS)
+            slept = time.monotonic() - before
+            if slept > LATE_SECONDS:  # this process stood still, and perhaps the whole machine: that is no silence of the engine's
+                self._heard += slept
+            if (why := self._hopeless()) and not self._ordered:
+                self._ordered = why
+                log.error("the engine (pid %s) is killed: %s", self.pid, why)
                 self._signal(signal.SIGKILL)
+
+    def _hopeless(self) -> str:
+        """Why this engine won't get any further, or nothing."""
+        now, limit = time.monotonic(), self.settings.engine.stuck_seconds
+        silence = HUNG_SECONDS if self.up else LOADING_HUNG_SECONDS
+        if now - self._heard > silence:
+            return f"it sent no heartbeat for {silence:.0f} s"
+        if not self.up and now - self._spawned > limit:
+            return f"it wasn't ready after {limit:g} s (engine.stuck_seconds)"
+        beat = self.heartbeat
+        if self.up and beat and beat.activity not in ("", "idle") and beat.unix_time - beat.last_progress > limit:
+            return f"it was busy with '{beat.activity}' without progress for {limit:g} s (engine.stuck_seconds)"
+        return ""
 
     async def _read_log(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdout is not None
@@ -317,10 +343,3 @@ COUNTERS = (
     "trained_tokens", "sampled_tokens", "prefix_hit_tokens", "prompt_tokens", "optimizer_steps", "preemptions", "grammar_compiles",
     "deadlines_passed",
 )  # fmt: skip
-
-
-def describe_exit(code: int | None) -> str:
-    if code is None or code >= 0:
-        return f"ended with exit status {code}"
-    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
-    return f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")

@@ -115,9 +115,9 @@ def main() -> None:
 
     mailbox = Mailbox(sys.argv[1])
     engine = Engine(settings, mailbox.emit)
-    served = engine.serve(settings.models.default)
     mailbox.thread.start()
-    _beat_in_background(engine, mailbox, parent)
+    _beat_in_background(engine, mailbox, parent)  # from here on, silence means that it hangs
+    served = engine.serve(settings.models.default)
     kv_tokens = served.sampler.stats()["kv_blocks_total"] * settings.engine.block_size
     mailbox.emit(
         Ready(

@@ -76,7 +76,7 @@ class Rig:
         command = p.Sample(f"{sampler}:{seq}", "m", "", "", "a", prompt, num_samples, params)
         return await self.submit(command, model_id=sampler, seq=seq)
 
-    async def outcome(self, request_id: str, tenant: str = "a", timeout: float = 20.0) -> Outcome:
+    async def outcome(self, request_id: str, tenant: str = "a", timeout: float = 120.0) -> Outcome:
         return await self.dispatcher.wait(tenant, request_id, timeout)
 
     async def effects(self, model: str, seq: int) -> list[int]:
@@ -85,7 +85,7 @@ class Rig:
         assert isinstance(done, Done), done
         return [int(key.split(":")[1]) for key in sorted(done.result.metrics, key=lambda key: int(key.split(":")[0]))]
 
-    async def until(self, condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    async def until(self, condition: Callable[[], bool], seconds: float = 120.0) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, "it did not happen in time"

@@ -42,9 +42,15 @@ class Peer:
 
     def run(self) -> None:
         (self.home / "peer.pid").write_text(str(os.getpid()))
+        while (self.home / "no-load").exists():
+            self.emit(self.beat("loading m", time.time()))
+            time.sleep(0.1)
+        while (self.home / "no-start").exists():
+            time.sleep(0.1)
         self.emit(p.Ready(os.getpid(), "cpu", "float32", 64, [], 0.0))
         while True:
-            self.emit(p.Heartbeat(time.time(), 0, 0, 0, 0, 1, 7, 0, 0, 0, 0, "idle", time.time(), 1))
+            stuck = (self.home / "stuck").exists()
+            self.emit(self.beat("train", time.time() - 1000) if stuck else self.beat("idle", time.time()))
             if not self.socket.poll(200):
                 continue
             command = p.decode_command(self.socket.recv())
@@ -55,6 +61,9 @@ class Peer:
             if isinstance(command, p.Shutdown):
                 os._exit(0)
             self.apply(command)
+
+    def beat(self, activity: str, last_progress: float) -> p.Heartbeat:
+        return p.Heartbeat(time.time(), 0, 0, 0, 0, 1, 7, 0, 0, 0, 0, activity, last_progress, 1)
 
     def apply(self, command: p.AnyCommand) -> None:
         match command:

@@ -10,6 +10,7 @@ import pytest
 
 from everlearn import errors
 from everlearn.api.dispatch import Done, Waiting
+from everlearn.api.quarantine import SUSPECT_BLAME
 from everlearn.engine import protocol as p
 from everlearn.store import log as request_log
 from everlearn.store import runs
@@ -420,7 +421,7 @@ def test_a_suspect_that_is_cancelled_holds_nobody_back(tmp_path: Path) -> None:
             sampler = await r.sampler()
             await r.up()
             await r.sample(sampler, 0, max_tokens=666)
-            r.dispatcher.quarantine.deaths[f"{sampler}:1"] = 3
+            r.dispatcher.quarantine.blame[f"{sampler}:1"] = SUSPECT_BLAME
             await r.sample(sampler, 1)
             assert r.dispatcher.quarantine.next == f"{sampler}:1", "it waits until it can run alone"
             await r.sample(sampler, 2)
