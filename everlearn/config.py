@@ -104,12 +104,20 @@ class ModelsSettings(Section):
     aliases: dict[str, str] = Field(default_factory=dict, description="public id -> name of a base model")
 
 
+class ImageSettings(Section):
+    remote: bool = Field(False, description="fetch images from URLs of other hosts; off: only data URLs are taken")
+    max_bytes: int = Field(20 * 2**20, gt=0, description="largest image; more is a 413")
+    max_pixels: int = Field(40_000_000, gt=0, description="most pixels of an image; more is a 413")
+    timeout_seconds: float = Field(10.0, gt=0, description="time for fetching an image, redirects included")
+
+
 class Settings(Section):
     home: Path = Field(default_factory=lambda: Path.home() / ".everlearn", description="folder of all data")
     api: ApiSettings = Field(default_factory=ApiSettings)
     engine: EngineSettings = Field(default_factory=EngineSettings)
     store: StoreSettings = Field(default_factory=StoreSettings)
     models: ModelsSettings = Field(default_factory=ModelsSettings)
+    images: ImageSettings = Field(default_factory=ImageSettings)
 
     @property
     def store_url(self) -> str:
