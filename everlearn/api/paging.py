@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import Query, Request
 
 from everlearn.errors import InvalidRequest
+from everlearn.store.names import storable
 
 Limit = Query(20, ge=1, le=1000)
 After = Query(None, max_length=200)
@@ -22,6 +23,8 @@ def page(found: Sequence[Any], limit: int, shown: Callable[[Any], dict[str, Any]
 
 def refuse_unknown(request: Request, *known: str) -> None:
     """A misspelt filter must not list everything."""
-    for name in request.query_params:
+    for name, value in request.query_params.multi_items():
+        if not storable(value):
+            raise InvalidRequest(f"query parameter {name[:60]!r} holds characters that no name has", param=name[:60])
         if name not in known:
             raise InvalidRequest(f"query parameter {name[:60]!r} is not known here; known are {', '.join(known)}", param=name[:60])

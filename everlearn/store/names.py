@@ -66,6 +66,18 @@ def parse(text: str) -> tuple[str, int | None]:
     return name, int(number)
 
 
+def check_note(note: str) -> str:
+    """The note, if it can be kept; InvalidRequest otherwise."""
+    if len(note) > MAX_NOTE or not storable(note):
+        raise InvalidRequest(f"note must be text of {MAX_NOTE} characters at most, without NUL and half surrogate pairs", param="note")
+    return note
+
+
+def storable(text: str) -> bool:
+    """Whether both databases take it."""
+    return "\0" not in text and not any("\ud800" <= char <= "\udfff" for char in text)
+
+
 def give(conn: Connection, tenant: str, name: str, path: TinkerPath, note: str = "") -> NamedVersion:
     """Makes the tenant's own checkpoint at `path` the next version of `name`. The same checkpoint again gives the version that it
     has. A new name means this version; one that is there goes on meaning what it means."""
@@ -79,7 +91,7 @@ def give(conn: Connection, tenant: str, name: str, path: TinkerPath, note: str =
     if there is not None:
         return get(conn, tenant, name, there)
     now, number = time.time(), _next_number(conn, tenant, name)
-    row = {"tenant": tenant, "name": name, "number": number, "uid": checkpoint.uid, "path": str(path), "note": note[:MAX_NOTE]}
+    row = {"tenant": tenant, "name": name, "number": number, "uid": checkpoint.uid, "path": str(path), "note": check_note(note)}
     base = runs.get_run(conn, tenant, path.run_id).base_model
     row |= {"base_model": base, "version": checkpoint.version, "folder": checkpoint.folder, "created_at": now}
     conn.execute(table.insert().values(**row))
@@ -93,6 +105,7 @@ def give(conn: Connection, tenant: str, name: str, path: TinkerPath, note: str =
 def move(conn: Connection, tenant: str, name: str, number: int, note: str = "", expected: int | None = None) -> NamedVersion:
     """From now on the bare name means version `number`, newer or older than the present one. With `expected`, only if it means
     that one now: two who move at once then don't undo each other's move unseen."""
+    check_note(note)
     wanted = get(conn, tenant, name, number)
     if wanted.current:
         return wanted
@@ -107,7 +120,7 @@ def get(conn: Connection, tenant: str, name: str, number: int | None = None) -> 
     """Version `number` of a name, or the one that the name means now."""
     where = (table.c.tenant == tenant) & (table.c.name == name)
     where &= table.c.number == (names.c.number if number is None else number)
-    row = conn.execute(_versions().where(where)).first()
+    row = conn.execute(_versions().where(where)).first() if NAME.fullmatch(name) else None
     if row is None:
         said = name if number is None else f"{name}@{number}"
         raise NotFound(f"no adapter {said[:100]!r}; `everlearn adapter list` shows yours", param="model")
@@ -172,5 +185,5 @@ def _next_number(conn: Connection, tenant: str, name: str) -> int:
 
 
 def _note_move(conn: Connection, to: NamedVersion, note: str) -> None:
-    row = {"tenant": to.tenant, "name": to.name, "number": to.number, "note": note[:MAX_NOTE], "created_at": time.time()}
+    row = {"tenant": to.tenant, "name": to.name, "number": to.number, "note": note, "created_at": time.time()}
     conn.execute(moves.insert().values(**row))

@@ -11,6 +11,7 @@ collects records while answers go out, and writes them behind their backs.
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import time
 from array import array
@@ -33,6 +34,7 @@ KNOWN = sa.select(rows.c.record_id).where(rows.c.record_id.in_(sa.bindparam("ids
 INSERT_ROW, INSERT_BODY = rows.insert(), bodies.insert()
 SWEEP_ROWS = 2000  # a call of `sweep` holds the writer for this many rows at most
 LEVEL = 3
+ID = re.compile(r"rec_[0-9a-z]{1,64}")
 MAX_USER = 200
 
 
@@ -158,7 +160,8 @@ def write(conn: Connection, packed: Sequence[Packed]) -> int:
 
 def get(conn: Connection, tenant: str, record_id: str) -> tuple[Row, Body | None]:
     """A record's figures, and its content where that is kept."""
-    found = conn.execute(sa.select(rows).where((rows.c.record_id == record_id) & (rows.c.tenant == tenant))).first()
+    where = (rows.c.record_id == record_id) & (rows.c.tenant == tenant)
+    found = conn.execute(sa.select(rows).where(where)).first() if ID.fullmatch(record_id) else None
     if found is None:
         raise missing(record_id)
     row = Row(**found._mapping)
@@ -196,7 +199,7 @@ def list_rows(
 
 def delete(conn: Connection, tenant: str, record_id: str) -> None:
     """Forgets a record with its content; the usage goes on counting it."""
-    if not _drop(conn, (rows.c.record_id == record_id) & (rows.c.tenant == tenant), 1):
+    if not ID.fullmatch(record_id) or not _drop(conn, (rows.c.record_id == record_id) & (rows.c.tenant == tenant), 1):
         raise missing(record_id)
 
 

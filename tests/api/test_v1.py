@@ -12,6 +12,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from everlearn.api.app import create_app
+from everlearn.api.housekeeping import Housekeeping
 from everlearn.store import keys, records
 from everlearn.store.db import Database, open_database
 from tests.api.test_keys import settings
@@ -126,9 +127,26 @@ def test_records_are_there_as_soon_as_the_answer_is(app: Server) -> None:
     app.ask("GET", f"/v1/records/{made.record_id}", 404)
 
 
-@pytest.mark.parametrize("query", ["modle=support", "limit=0", "limit=1001", "limit=x", f"after={'x' * 300}"])
+@pytest.mark.parametrize("query", ["modle=support", "limit=0", "limit=1001", "limit=x", f"after={'x' * 300}", "model=%00", "after=%00"])
 def test_a_misspelt_filter_lists_nothing(app: Server, query: str) -> None:
     assert app.ask("GET", f"/v1/records?{query}", 400)["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["records/rec_", "records/%00", "records/rec_%F0%9F%99%82", "adapters/nobody", "records/" + "x" * 4000])
+def test_what_is_not_there_is_not_found(app: Server, path: str) -> None:
+    app.ask("GET", f"/v1/{path}", 404)
+    app.ask("DELETE", f"/v1/{path}", 404)
+
+
+def test_housekeeping_forgets_old_records(app: Server) -> None:
+    svc = app.client.app.state.services  # type: ignore[attr-defined]
+    old, young = (record(created_at=moment, record_id=records.new_id(moment)) for moment in (time.time() - 31 * 86_400, time.time()))
+    svc.records.add(old)
+    svc.records.add(young)
+    app.ask("GET", f"/v1/records/{old.record_id}")
+    app.client.portal.call(Housekeeping(svc)._expire)  # type: ignore[union-attr]
+    app.ask("GET", f"/v1/records/{old.record_id}", 404)
+    app.ask("GET", f"/v1/records/{young.record_id}")
 
 
 def test_usage_by_day_and_key(app: Server) -> None:

@@ -100,6 +100,22 @@ def test_keys_from_making_to_revoking(capsys, tmp_path: Path):
     assert run(["key", "revoke", "key-unknown", "--yes", *home]) == 4
 
 
+def test_keys_with_limits(capsys, tmp_path: Path):
+    home = ["--home", str(tmp_path / "home"), "-f", "json"]
+    limits = ["--rpm", "60", "--tpm", "1000", "--concurrency", "2", "--models", "support,tiny", "--models", "x@3", "--no-content"]
+    assert run(["key", "create", "shop", "--scope", "read", *limits, *home]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert (made["rpm"], made["tpm"], made["concurrency"], made["models"], made["content"]) == (60, 1000, 2, "support,tiny,x@3", False)
+    assert run(["key", "limit", made["key_id"], "--rpm", "5", *home]) == 0
+    now = json.loads(capsys.readouterr().out)
+    assert (now["rpm"], now["tpm"], now["models"], now["content"]) == (5, None, None, True)
+    assert run(["key", "list", *home]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["rpm"] == 5
+    assert run(["key", "create", "bad", "--rpm", "0", *home]) == 2
+    assert run(["key", "create", "bad", "--models", "x" * 400, *home]) == 2
+    assert run(["key", "limit", "key-unknown", *home]) == 4
+
+
 def test_names_from_clients_can_not_steer_the_terminal(capsys):
     from everlearn.cli.console import Console
 

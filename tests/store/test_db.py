@@ -184,3 +184,17 @@ def test_reads_do_not_wait_for_the_writer(db: Database) -> None:
     assert time.monotonic() - started < 2
     gate.set()
     held.result(10)
+
+
+def test_a_store_of_the_first_schema_is_taken_over(store_url: str) -> None:
+    open_database(store_url).close()
+    engine = make_engine(store_url)
+    migrate(engine, down_to="0001")
+    old = {"key_id": "key-1", "tenant": "a", "name": "old", "prefix": "tml-x", "scopes": '["sample"]', "created_at": 1.0, "digest": "d"}
+    with engine.begin() as conn:
+        conn.execute(sa.text(f"INSERT INTO keys ({', '.join(old)}) VALUES ({', '.join(':' + name for name in old)})"), old)
+    engine.dispose()
+    db = open_database(store_url)
+    (key,) = db.read(keys.list_keys)
+    assert (key.scopes, key.limits, key.content) == (["sample"], keys.NO_LIMITS, True)
+    db.close()

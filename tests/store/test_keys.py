@@ -35,6 +35,31 @@ def test_keys_are_listed_by_tenant(db: Database) -> None:
     assert {key.tenant for key in db.read(lambda conn: keys.list_keys(conn, "b"))} == {"b"}
 
 
+def test_limits_and_content_go_with_the_key(db: Database) -> None:
+    limits = keys.Limits(rpm=60, models=["support"])
+    key, secret = do(db, lambda conn: keys.create(conn, "a", "shop", ("sample", "read"), limits, content=False))
+    found = db.read(lambda conn: keys.find(conn, secret))
+    assert found == key and found is not None and (found.limits, found.content) == (limits, False)
+    changed = do(db, lambda conn: keys.set_limits(conn, key.key_id, keys.Limits(tpm=9), content=True))
+    assert db.read(lambda conn: keys.find(conn, secret)) == changed
+    assert (changed.limits, changed.content, changed.scopes) == (keys.Limits(tpm=9), True, ["read", "sample"])
+    for wrong in (
+        keys.Limits(rpm=0),
+        keys.Limits(concurrency=-1),
+        keys.Limits(tpm=10**13),
+        keys.Limits(models=[]),
+        keys.Limits(models=[""]),
+    ):
+        with pytest.raises(InvalidRequest):
+            do(db, lambda conn, wrong=wrong: keys.set_limits(conn, key.key_id, wrong, content=True))
+
+
+def test_a_key_of_before_limits_has_none(db: Database) -> None:
+    key, secret = do(db, lambda conn: keys.create(conn, "a", "old"))
+    do(db, lambda conn: conn.execute(tables.keys.update().values(limits=None)))
+    assert db.read(lambda conn: keys.find(conn, secret)) == key
+
+
 def test_what_makes_no_sense_is_refused_by_name(db: Database) -> None:
     with pytest.raises(InvalidRequest, match="tenant 'a b'"):
         do(db, lambda conn: keys.create(conn, "a b", "x"))

@@ -151,9 +151,23 @@ def test_what_is_no_name_is_refused(name: str) -> None:
         names.parse(name)
 
 
+@pytest.mark.parametrize("note", ["\0", "\ud800", "x" * 501])
+def test_a_note_that_can_not_be_kept_is_refused(db: Database, note: str) -> None:
+    path = save(db, new_run(db), 1, "one")
+    with pytest.raises(InvalidRequest, match="note must be"):
+        give(db, "support", path, note=note)
+    give(db, "support", path, note="🙂" * 500)
+
+
 def test_names_parse() -> None:
     assert names.parse("gpt-4o.mini_2") == ("gpt-4o.mini_2", None)
     assert names.parse("support@12") == ("support", 12)
+
+
+def test_what_is_no_name_is_not_found(db: Database) -> None:
+    for name in ("", "a\0", "\ud800", "a/b"):
+        with pytest.raises(NotFound):
+            db.read(lambda conn, name=name: names.get(conn, "a", name))
 
 
 def test_an_export_can_not_be_named(db: Database) -> None:

@@ -51,7 +51,9 @@ def test_what_leaves_the_log_is_still_counted_once(db: Database) -> None:
     assert do(db, lambda conn: log.expire(conn, time.time() + 10, 0))[1] == 4
     assert do(db, lambda conn: log.expire(conn, time.time() + 10, 0))[1] == 0
     after = lines(db)
-    assert sums(db) and [msgspec.structs.replace(line, seconds=0) for line in after] == [msgspec.structs.replace(line, seconds=0) for line in before]
+    assert sums(db) and [msgspec.structs.replace(line, seconds=0) for line in after] == [
+        msgspec.structs.replace(line, seconds=0) for line in before
+    ]
     finish(db, append(db, entry(run, 4, tokens=1, key_id="key-1")))
     assert sums(db)[0] == ("key-1", run, "forward_backward", 4, 301, 0), "the log and the sums together"
 
