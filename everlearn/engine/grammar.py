@@ -45,7 +45,7 @@ THREADS = 2
 MAX_LOST = 4
 # Rules may nest as deep as a source is long: at 3 KiB a level the largest needs about 40 MiB of stack (address space until used).
 STACK_BYTES = 2**28
-NICENESS = 10
+NICENESS = 5
 KEPT_BYTES = 2**22  # of sources; what is compiled from them is at most about a hundred times as large
 TRIAL_TOKENS = 32
 # Processor time for one token of the trial walk beyond which a grammar counts as too ambiguous to serve.

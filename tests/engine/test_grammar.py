@@ -1,0 +1,219 @@
+"""Compiling what clients send: hostile sources end as errors in bounded time, the cache is bounded, tenants take turns."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from everlearn.engine.grammar import KEPT_BYTES, MAX_SOURCE, PARAM, THREADS, Compilation, Grammars
+from everlearn.errors import EverlearnError, InvalidRequest, TooLarge, Unavailable
+from everlearn.models.load import BaseModel
+from everlearn.types import Grammar
+from tests.engine.harness import load_tiny
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model: Path) -> BaseModel:
+    return load_tiny(tiny_model)
+
+
+def until(grammars: Grammars, done: Callable[[], bool], seconds: float = 60.0) -> None:
+    give_up = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < give_up, "it hangs"
+        grammars.tend()
+        time.sleep(0.001)
+
+
+def compiled(grammars: Grammars, grammar: Grammar) -> Compilation:
+    made = grammars.compile(grammar, "tenant")
+    until(grammars, lambda: made.done)
+    return made
+
+
+def dear(name: str, width: int = 14) -> Grammar:
+    """A union of objects with many optional properties: some hundredths of a second."""
+    one = [{"type": "object", "properties": {f"{name}{i}_{j}": {"type": "string"} for j in range(30)}} for i in range(width)]
+    return Grammar("json_schema", json.dumps({"anyOf": one}))
+
+
+def slow(number: int) -> Grammar:
+    """Some tenths of a second, and in the end an error."""
+    return Grammar("lark", f"// {number}\nstart: " + "a? " * 3000 + '\na: "x"')
+
+
+def chain(kind: str, num: int) -> str:
+    """Rules that nest as deep as they are many."""
+    names = range(num)
+    if kind == "lark":
+        return "start: a0\n" + "\n".join(f"a{i}: a{i + 1} a{i + 1}" for i in names) + f'\na{num}: "x"'
+    if kind == "terminals":
+        return "start: A0\n" + "\n".join(f'A{i}: "x" | "y" A{i + 1}' for i in names) + f'\nA{num}: "x"'
+    if kind == "ebnf":
+        return "root ::= a0\n" + "\n".join(f'a{i} ::= a{i + 1} "z"' for i in names) + f'\na{num} ::= "x"'
+    part = {
+        "refs": lambda i: {"$ref": f"#/$defs/a{i + 1}"},
+        "objects": lambda i: {"type": "object", "properties": {"x": {"$ref": f"#/$defs/a{i + 1}"}}, "required": ["x"]},
+        "unions": lambda i: {"anyOf": [{"$ref": f"#/$defs/a{i + 1}"}, {"type": "integer"}]},
+        "all": lambda i: {"allOf": [{"$ref": f"#/$defs/a{i + 1}"}, {"type": "object"}]},
+        "twice": lambda i: {"allOf": [{"$ref": f"#/$defs/a{i + 1}"}] * 2},
+    }[kind]
+    last = {"type": "object"} if kind in ("all", "twice") else {"type": "string"}
+    return json.dumps({"$defs": {**{f"a{i}": part(i) for i in names}, f"a{num}": last}, "$ref": "#/$defs/a0"})
+
+
+DEEP = "[" * 20_000 + '"a"' + "]" * 20_000
+HOSTILE = {
+    "nested repetition": ("regex", "(a+)+b"),
+    "repetition of repetition": ("regex", "((a{1,100}){1,100}){1,100}"),
+    "many texts": ("regex", "(.{1,1000}){1,1000}"),
+    "states without end": ("regex", "(.*a.{30}|.*b.{31}|.*c.{32})"),
+    "optional letters": ("regex", "a?" * 4000),
+    "stars": ("regex", "(a*b*)*" * 2000),
+    "parentheses": ("regex", "(" * 5000 + "a" + ")" * 5000),
+    "classes of characters": ("regex", r"(\p{L}|\p{N}|\w|\W){1,300}" * 20),
+    "a long text": ("regex", "a" * MAX_SOURCE["regex"]),
+    "brackets": ("lark", "start: " + DEEP),
+    "doubling": ("lark", "start: a0\n" + "\n".join(f"a{i}: a{i + 1} a{i + 1} | a{i + 1}" for i in range(60)) + '\na60: "x" | '),
+    "doubling terminals": ("lark", "start: A0\n" + "\n".join(f"A{i}: A{i + 1} A{i + 1}" for i in range(40)) + '\nA40: "x"'),
+    "empty parts": ("lark", "start: " + "a? " * 4000 + '\na: "x"'),
+    "a loop": ("lark", "start: a\na: b\nb: a"),
+    "counting": ("lark", 'start: a{100000}\na: b{100000}\nb: c{100000}\nc: "x"'),
+    "complements": ("lark", "start: A\nA: ~(/.*foo.*/ | ~(/.*bar.*/ & ~/.*baz.{40}/))"),
+    "a file": ("lark", '%import "/etc/passwd"\nstart: "a"'),
+    "chain of rules": ("lark", chain("lark", 6000)),
+    "chain of terminals": ("lark", chain("terminals", 5000)),
+    "chain of GBNF": ("ebnf", chain("ebnf", 800)),
+    "parentheses in GBNF": ("ebnf", "root ::= " + "(" * 8000),
+    "lines in GBNF": ("ebnf", "\n" * 16_000),
+    "depth": ("json_schema", '{"type":"array","items":' * 3000 + "{}" + "}" * 3000),
+    "a reference to itself": ("json_schema", '{"$ref": "#"}'),
+    "all of itself": ("json_schema", '{"$defs": {"a": {"allOf": [{"$ref": "#/$defs/a"}, {}]}}, "$ref": "#/$defs/a"}'),
+    "products of unions": (
+        "json_schema",
+        json.dumps({"allOf": [{"anyOf": [{"properties": {f"p{i}_{j}": {"type": "string"}}} for j in range(6)]} for i in range(12)]}),
+    ),
+    "multiples": ("json_schema", '{"allOf": [{"type": "integer", "multipleOf": 99991}, {"type": "integer", "multipleOf": 99989}]}'),
+    "a far reference": ("json_schema", '{"$ref": "http://169.254.169.254/latest"}'),
+    "a file's reference": ("json_schema", '{"$ref": "file:///etc/passwd"}'),
+    "patterns of names": (
+        "json_schema",
+        json.dumps({"patternProperties": {f"^.*{chr(97 + i)}.{{{20 + i}}}$": {"type": "string"} for i in range(10)}}),
+    ),
+    "long strings": ("json_schema", '{"type": "string", "minLength": 100000, "maxLength": 10000000}'),
+    **{f"chain of {kind}": ("json_schema", chain(kind, num)) for kind, num in [("refs", 3000), ("objects", 1200), ("unions", 1500), ("all", 1500)]},
+    "doubling references": ("json_schema", chain("twice", 1500)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_source_is_an_error_or_cheap(base: BaseModel, name: str) -> None:
+    """Whatever it is: an answer within the time limit, and if it compiled, copies of it work. The process lives, which counts most:
+    several of these overflow a stack of the usual size."""
+    kind, source = HOSTILE[name]
+    grammars = Grammars(base, seconds=10.0, kept=4)
+    made = compiled(grammars, Grammar(kind, source))  # type: ignore[arg-type]
+    if made.matcher is None:
+        assert isinstance(made.error, InvalidRequest) and made.error.param == PARAM and len(made.error.message) < 500
+        assert "longer than 10 s" not in made.error.message
+    else:
+        assert not made.matcher.deep_copy().is_error()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_sources_never_take_the_process_with_them(base: BaseModel, seed: int) -> None:
+    rng = random.Random(seed)
+    grammars = Grammars(base, seconds=10.0, kept=8)
+    pieces = ["(", ")", "[", "]", "{", "}", "|", "*", "+", "?", "a", "B", ":", "\n", '"', "\\", "/", "~", "&", "1", ",", ".", "start: ", "root ::= ", "%json ", "<", ">", "é"]  # fmt: skip
+    waiting = []
+    for i in range(60):
+        kind = rng.choice(["regex", "lark", "ebnf", "json_schema"])
+        start = {"lark": "start: ", "ebnf": "root ::= ", "json_schema": '{"type": ', "regex": ""}[kind]
+        source = start + "".join(rng.choices(pieces, k=rng.randint(1, 60)))
+        waiting.append(grammars.compile(Grammar(kind, source), str(i % 3)))  # type: ignore[arg-type]
+    until(grammars, lambda: all(made.done for made in waiting))
+    assert all(made.matcher is not None or isinstance(made.error, InvalidRequest) for made in waiting)
+
+
+def test_what_takes_too_long_is_given_up_on_and_nobody_is_stuck_behind_it(base: BaseModel) -> None:
+    grammars = Grammars(base, seconds=0.002, kept=100)
+    late = [grammars.compile(slow(i), "tenant") for i in range(THREADS)]
+    until(grammars, lambda: all(made.done for made in late))
+    for made in late:
+        assert isinstance(made.error, InvalidRequest) and "engine.grammar_seconds" in made.error.message
+    assert grammars.lost == THREADS
+    assert grammars.compile(slow(0), "tenant") is late[0]  # and not tried again
+    grammars.seconds = 10.0
+    assert compiled(grammars, Grammar("regex", "ab")).matcher is not None  # others took their places
+    until(grammars, lambda: grammars.lost == 0 and grammars.threads == 0)
+
+
+def test_when_all_threads_are_busy_for_good_requests_are_told_so(base: BaseModel) -> None:
+    grammars = Grammars(base, seconds=0.001, kept=100)
+    many = [grammars.compile(slow(i), "tenant") for i in range(40)]
+    until(grammars, lambda: all(made.done for made in many))
+    busy = [made for made in many if isinstance(made.error, Unavailable)]
+    assert busy
+    until(grammars, lambda: grammars.lost == 0)
+    grammars.seconds = 10.0
+    again = compiled(grammars, busy[0].grammar)  # it was not the grammar's fault, so nothing is remembered of it
+    assert again is not busy[0] and not isinstance(again.error, Unavailable)
+
+
+def test_equal_grammars_are_compiled_once(base: BaseModel) -> None:
+    grammars = Grammars(base, seconds=10.0, kept=4)
+    made = [grammars.compile(Grammar("json_object"), tenant) for tenant in "abcabc"]
+    until(grammars, lambda: all(m.done for m in made))
+    assert len({id(m) for m in made}) == 1 and grammars.compiles == 1
+    assert compiled(grammars, Grammar("json_object")) is made[0]
+
+
+def test_the_cache_is_bounded_in_number_and_bytes(base: BaseModel) -> None:
+    grammars = Grammars(base, seconds=10.0, kept=5)
+    first = compiled(grammars, Grammar("regex", "first"))
+    for i in range(4):
+        compiled(grammars, Grammar("regex", f"x{i}"))
+        assert compiled(grammars, Grammar("regex", "first")) is first  # used, so kept
+    for i in range(5):
+        compiled(grammars, Grammar("regex", f"y{i}"))
+    assert len(grammars.known) == 5
+    assert compiled(grammars, Grammar("regex", "first")) is not first
+    grammars = Grammars(base, seconds=10.0, kept=1000)
+    filler = "z" * (MAX_SOURCE["regex"] - 10)
+    for i in range(3 * KEPT_BYTES // len(filler)):
+        grammars._forget(grammars.compile(Grammar("regex", f"({i}"), "t"))
+        with grammars.lock:
+            made = Compilation(Grammar("json_schema", f"{i}{filler}"))
+            made.error = InvalidRequest("made up")
+            grammars.known[made.grammar] = made
+            grammars.known_bytes += len(made.grammar.source)
+        grammars.compile(Grammar("regex", f"[{i}"), "t")
+        assert grammars.known_bytes <= KEPT_BYTES
+    assert grammars.known_bytes == sum(len(grammar.source) for grammar in grammars.known)
+    until(grammars, lambda: not grammars.queue and not grammars.threads)
+
+
+def test_tenants_take_turns_at_the_compiler(base: BaseModel) -> None:
+    grammars = Grammars(base, seconds=20.0, kept=100)
+    flood = [grammars.compile(dear(f"c{i}"), "flood") for i in range(10)]
+    calm = grammars.compile(Grammar("regex", "[a-z]{5}"), "calm")
+    until(grammars, lambda: calm.done)
+    assert sum(made.done for made in flood) <= 2 * THREADS
+    until(grammars, lambda: all(made.done for made in flood))
+
+
+@pytest.mark.parametrize("kind", ["json_schema", "lark", "regex", "ebnf"])
+def test_a_source_has_a_largest_size(base: BaseModel, kind: str) -> None:
+    with pytest.raises(TooLarge) as refused:
+        Grammars(base, seconds=5.0, kept=4).compile(Grammar(kind, "a" * (MAX_SOURCE[kind] + 1)), "t")  # type: ignore[arg-type]
+    assert refused.value.param == PARAM
+
+
+def test_every_error_is_one_of_ours(base: BaseModel) -> None:
+    made = compiled(Grammars(base, seconds=5.0, kept=4), Grammar("json_schema", '{"x": '))
+    assert isinstance(made.error, EverlearnError) and made.error.code == "invalid_request"
