@@ -187,6 +187,8 @@ class Dispatcher:
             if pending is not None and pending.entry.tenant == tenant:
                 await first(pending.future, self.stopped, deadline)
                 return pending.future.result() if pending.future.done() else self._waiting(pending)
+            if (answer := self.ledger.answer(tenant, request_id)) is not None:
+                return answer
             entry, result, error = await self.ledger.read(lambda conn: request_log.get(conn, tenant, request_id))
             if entry.status != "pending":
                 return outcome(entry, result, error)

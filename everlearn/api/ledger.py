@@ -31,6 +31,8 @@ T = TypeVar("T")
 
 QueueState = Literal["active", "paused_capacity", "paused_rate_limit"]
 RECENT = 20_000  # ids of requests that finished lately: a late duplicate must not start them again
+# Small answers stay in memory for a minute: nearly every client asks for one in the moment after it is written.
+KEPT_ANSWERS, KEPT_BYTES, KEPT_SECONDS = 512, 64 * 1024, 60.0
 RETRY_SECONDS = 1.0
 encode_result = msgspec.msgpack.Encoder().encode
 decode_result = msgspec.msgpack.Decoder(Result).decode
@@ -82,6 +84,7 @@ class Ledger:
         self.sequences = 0
         self._pending: dict[str, Pending] = {}
         self._recent: OrderedDict[str, None] = OrderedDict()
+        self._answers: OrderedDict[str, tuple[Done | Failed, float]] = OrderedDict()  # and until when
         self._finishing: dict[str, set[asyncio.Task[None]]] = {}
         self._finished: dict[str, asyncio.Event] = {}  # by sampler: set when one of its samples finishes
 
@@ -93,6 +96,11 @@ class Ledger:
 
     def get(self, request_id: str) -> Pending | None:
         return self._pending.get(request_id)
+
+    def answer(self, tenant: str, request_id: str) -> Done | Failed | None:
+        """The durable answer of a request that finished a moment ago; None says nothing, the log knows."""
+        found, until = self._answers.get(request_id, (None, 0.0))
+        return found if found is not None and found.entry.tenant == tenant and time.monotonic() < until else None
 
     def known(self, request_id: str) -> bool:
         """Whether it is on its way, or was a moment ago."""
@@ -150,11 +158,11 @@ class Ledger:
             self._resolve(request_id, outcome(*stored))
         elif error is None:
             assert result is not None
-            self._resolve(request_id, Done(finished, result))
+            self._resolve(request_id, Done(finished, result), small=len(body or b"") <= KEPT_BYTES)
         else:
             self._resolve(request_id, Failed(finished, error))
 
-    def _resolve(self, request_id: str, answer: Done | Failed) -> None:
+    def _resolve(self, request_id: str, answer: Done | Failed, small: bool = True) -> None:
         pending = self._pending.pop(request_id, None)
         if pending is None:
             return
@@ -166,6 +174,10 @@ class Ledger:
         self._recent[request_id] = None
         if len(self._recent) > RECENT:
             self._recent.popitem(last=False)
+        if small:
+            self._answers[request_id] = (answer, time.monotonic() + KEPT_SECONDS)
+        if len(self._answers) > KEPT_ANSWERS:
+            self._answers.popitem(last=False)
         if not pending.future.done():
             pending.future.set_result(answer)
         if event := self._finished.pop(entry.model_id, None):
