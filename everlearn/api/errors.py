@@ -24,7 +24,8 @@ STATUS = {
     "error": 500,
     "user_error": 400,
     "invalid_request": 400,
-    "context_length_exceeded": 400,  # OpenAI's word, which clients look for
+    "context_length_exceeded": 400,  # OpenAI's words, which clients look for
+    "previous_response_not_found": 400,
     "unsupported": 400,
     "unauthenticated": 401,
     "forbidden": 403,

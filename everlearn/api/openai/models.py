@@ -17,7 +17,7 @@ router = APIRouter(tags=["openai: models"])
 OWNER = "everlearn"
 
 
-@router.get("/models", dependencies=[auth.scope("sample", "read")])
+@router.get("/models", dependencies=[auth.scope("train", "sample", "read")])
 async def list_models(request: Request) -> dict[str, Any]:
     """Base models and their aliases; adapters as `name` and as the `name@version` that it means now. GET /v1/adapters has the rest."""
     svc, caller = services(request), auth.caller(request)
@@ -30,7 +30,7 @@ async def list_models(request: Request) -> dict[str, Any]:
     return {"object": "list", "data": [model for model in shown if may_use(svc, caller, model["id"])]}
 
 
-@router.get("/models/{model:path}", dependencies=[auth.scope("sample", "read")])
+@router.get("/models/{model:path}", dependencies=[auth.scope("train", "sample", "read")])
 async def retrieve_model(request: Request, model: str) -> dict[str, Any]:
     svc, caller = services(request), auth.caller(request)
     target = await resolve(svc, caller.tenant, model)

@@ -30,6 +30,7 @@ from everlearn.store import records
 
 router = APIRouter(tags=["openai: responses"])
 ROUTE = "responses"
+MISSING = "previous_response_not_found"  # OpenAI's word
 
 
 @router.post("/responses", dependencies=[auth.scope("sample")])
@@ -63,7 +64,7 @@ async def create_response(request: Request) -> Response:
     return Response(encode(answer.whole(steps[0][0])), media_type="application/json", headers=call.headers)
 
 
-@router.get("/responses/{response_id}", dependencies=[auth.scope("sample", "read")])
+@router.get("/responses/{response_id}", dependencies=[auth.scope("sample")])
 async def get_response(request: Request, response_id: str) -> Response:
     svc = services(request)
     row, texts = await kept(svc, auth.tenant(request), response_id)
@@ -94,7 +95,7 @@ async def earlier(svc: Services, tenant: str, response_id: str | None) -> list[d
     try:
         _, said = await kept(svc, tenant, response_id)
     except NotFound as error:
-        raise InvalidRequest(f"previous_response_id: {error.message}", param="previous_response_id", code="not_found") from None
+        raise InvalidRequest(f"previous_response_id: {error.message}", param="previous_response_id", code=MISSING) from None
     messages = said["messages"][1:] if said["params"].get("instructions") else said["messages"]
     return [*messages, *said["answer"]]
 
@@ -172,7 +173,7 @@ def response_of(
     output: list[dict[str, Any]],
     usage: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    return {
+    told = {
         "id": f"resp_{suffix_of(record_id)}",
         "object": "response",
         "created_at": int(created_at),
@@ -181,9 +182,9 @@ def response_of(
         "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
         "model": model,
         "output": output,
-        "usage": usage,
         **forms.echoed(form),
     }
+    return told if usage is None else {**told, "usage": usage}
 
 
 def usage_of(prompt: int, completion: int, cached: int, reasoning: int) -> dict[str, Any]:

@@ -216,6 +216,6 @@ def echoed(form: ResponsesForm) -> dict[str, Any]:
         "top_logprobs": form.top_logprobs or 0,
         "top_p": 1.0 if form.top_p is None else form.top_p,
         "truncation": "disabled",
-        "user": form.user,
         "background": False,
+        **({} if form.user is None else {"user": form.user}),
     }

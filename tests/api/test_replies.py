@@ -1,0 +1,119 @@
+"""A reply says the same however its tokens arrive, and its log-probabilities leak no stop string."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from everlearn.api.replies import ContentDelta, Reply, ScoredToken, ToolCallDelta
+from everlearn.engine.protocol import TokenPart
+from everlearn.render import tokenizer as tokenizers
+from everlearn.render import tools
+from everlearn.render.tokenizer import ChatTokenizer
+from everlearn.types import Array, SampledSequence
+from tests.tiny import make_tokenizer
+
+TOOLS = [{"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}]
+TEXTS = [
+    "the quick brown fox",
+    "déjà vu 你好 🙂 END and more",
+    "<think>hm, 你好</think>so it is",
+    'I look. <tool_call>\n{"name": "look_up", "arguments": {"a": "é"}}\n</tool_call>',
+    "<tool_call>{broken",
+    "END",
+    "",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
+    folder: Path = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer(folder, 400)
+    return tokenizers.load(folder)
+
+
+def new(tokenizer: ChatTokenizer, stops: list[str] | None = None) -> Reply:
+    parser = tools.format_for(tokenizer, "LlamaForCausalLM", "llama").stream(TOOLS, "")
+    return Reply(tokenizer, parser=parser, stop_tokens=[2], stop_strings=stops or [], scored=True)
+
+
+def said(reply: Reply) -> tuple[str, str, list[tuple[str, str]]]:
+    return "".join(reply.content), "".join(reply.reasoning), [(call.name, call.arguments) for call in reply.calls]
+
+
+def parts(ids: list[int], cuts: list[int], reason: str) -> list[TokenPart]:
+    places = [0, *sorted({min(cut, len(ids)) for cut in cuts}), len(ids)]
+    cut = [ids[a:b] for a, b in itertools.pairwise(places)]
+    return [
+        TokenPart(0, piece, [-0.5] * len(piece), [[7]] * len(piece), [[-0.25]] * len(piece), reason if i == len(cut) - 1 else "")
+        for i, piece in enumerate(cut)
+    ]
+
+
+@given(text=st.one_of(st.sampled_from(TEXTS), st.text(max_size=40)), cuts=st.lists(st.integers(0, 60), max_size=8), stop=st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_a_stream_says_what_the_whole_says(tokenizer: ChatTokenizer, text: str, cuts: list[int], stop: bool) -> None:
+    ids = tokenizer.encode(text)
+    stops = ["END"] if stop else []
+    whole, streamed = new(tokenizer, stops), new(tokenizer, stops)
+    first = whole.feed(parts(ids, [], "length")[0])
+    steps = [streamed.feed(part) for part in parts(ids, cuts, "length")]
+    assert said(streamed) == said(whole)
+    assert streamed.finish == whole.finish == steps[-1].finish or stop
+    assert [token.id for step in steps for token in step.scored] == [token.id for token in first.scored]
+    if stop:
+        assert "END" not in "".join(whole.content)
+
+
+def test_stop_strings_end_the_reply_and_leave_no_trace_in_the_scores(tokenizer: ChatTokenizer) -> None:
+    reply = new(tokenizer, ["END"])
+    ids = tokenizer.encode("so END more")
+    steps = [reply.feed(part) for part in parts(ids, list(range(len(ids))), "length")]
+    assert (said(reply)[0], reply.finish, reply.stop_string) == ("so ", "stop", "END")
+    shown = b"".join(tokenizer.token_bytes(token.id) for step in steps for token in step.scored)
+    assert b"E" not in shown and shown.startswith(b"so")
+
+
+def test_the_stop_token_is_drawn_but_not_said(tokenizer: ChatTokenizer) -> None:
+    reply = new(tokenizer)
+    step = reply.feed(parts([*tokenizer.encode("hello"), 2], [], "stop")[0])
+    assert (said(reply)[0], step.finish, reply.ids[-1]) == ("hello", "stop", 2)
+    assert [token.id for token in step.scored] == tokenizer.encode("hello")
+    assert step.scored[0] == ScoredToken(tokenizer.encode("hello")[0], -0.5, [(7, -0.25)], 0)
+
+
+def test_calls_end_a_reply_with_their_own_reason(tokenizer: ChatTokenizer) -> None:
+    reply = new(tokenizer)
+    ids = tokenizer.encode(TEXTS[3])
+    steps = [reply.feed(part) for part in parts([*ids, 2], list(range(len(ids))), "stop")]
+    assert steps[-1].finish == reply.finish == "tool_calls"
+    assert said(reply) == ("I look.", "", [("look_up", '{"a": "é"}')])
+    message = reply.message()
+    assert json.loads(message["tool_calls"][0]["function"]["arguments"]) == {"a": "é"}
+    assert {type(delta) for step in steps for delta in step.deltas} == {ContentDelta, ToolCallDelta}
+
+
+def test_after_its_end_a_reply_says_nothing(tokenizer: ChatTokenizer) -> None:
+    reply = new(tokenizer)
+    reply.feed(TokenPart(0, [40], [-1.0], stop_reason="length"))
+    assert not reply.feed(TokenPart(0, [41], [-1.0])).deltas and len(reply.ids) == 1
+
+
+def test_tokens_of_a_thought_are_counted_in_a_whole_sequence_too(tokenizer: ChatTokenizer) -> None:
+    ids = tokenizer.encode(TEXTS[2])
+    sequence = SampledSequence("length", Array("int32", [len(ids)], b"".join(i.to_bytes(4, "little") for i in ids)), zeros(len(ids)))
+    reply, streamed = new(tokenizer), new(tokenizer)
+    reply.take(0, sequence, thinks=True)
+    for number in ids:
+        streamed.feed(TokenPart(0, [number], [-1.0]))
+    assert said(reply)[:2] == ("so it is", "hm, 你好")
+    assert 0 < reply.reasoning_tokens == streamed.reasoning_tokens < len(ids)
+
+
+def zeros(count: int) -> Array:
+    return Array("float32", [count], bytes(4 * count))
