@@ -81,6 +81,25 @@ def render(
     return _cut(text) if continue_final else text
 
 
+def turn(
+    tokenizer: ChatTokenizer,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    kwargs: Mapping[str, Any] = {},
+) -> tuple[str, str]:
+    """The prompt for the last message, and that message as the template writes it, its end of turn included: what to train on."""
+    prompt = render(tokenizer, messages[:-1], tools, kwargs=kwargs)
+    whole = render(tokenizer, messages, tools, add_generation_prompt=False, kwargs=kwargs)
+    if not whole.startswith(prompt):
+        raise InvalidRequest(
+            "the chat template shows earlier messages differently once there is an answer; train on its parts", param="messages"
+        )
+    answer = whole[len(prompt) :]
+    end = answer.rfind(tokenizer.eos) if tokenizer.eos else -1
+    return prompt, answer[: end + len(tokenizer.eos)] if end >= 0 else answer
+
+
 def supports_tools(tokenizer: ChatTokenizer) -> bool:
     """Whether the model's template shows tools to the model by itself."""
     source = _source(tokenizer, tools=True)

@@ -54,6 +54,14 @@ def test_the_last_message_can_be_left_open(tokenizer: ChatTokenizer):
     )
 
 
+def test_a_turn_to_train_on(tokenizer: ChatTokenizer, with_tokens: Callable[..., ChatTokenizer]):
+    said = [USER, {"role": "assistant", "content": "Hello."}]
+    prompt, answer = template.turn(tokenizer, said)
+    assert prompt == template.render(tokenizer, [USER]) and answer == "Hello.<|im_end|>"
+    with pytest.raises(InvalidRequest, match="differently"):
+        template.turn(with_tokens(template="{{ messages | length }}{% if add_generation_prompt %}go{% endif %}"), said)
+
+
 def test_parts_become_one_text_unless_the_template_goes_through_them(tokenizer: ChatTokenizer, with_tokens: Callable[..., ChatTokenizer]):
     parts = [{"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]}]
     assert "user\none\ntwo<|im_end|>" in template.render(tokenizer, parts)
