@@ -25,7 +25,7 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 MAX_MESSAGES = 10_000
-CONTINUE = "\ue000CONTINUE\ue000"  # marks the end of the last message's text; private use, and taken out again
+CONTINUE = "\ufdd1CONTINUE\ufdd1"  # marks the end of the last message's text; noncharacters, and taken out again
 REASONING = ("reasoning_content", "reasoning", "thinking")  # the same under the names that templates read
 
 
@@ -46,7 +46,8 @@ def render(
     continue_final: bool = False,
     kwargs: Mapping[str, Any] = {},
 ) -> str:
-    """The prompt. `messages` and `tools` are as OpenAI's API has them; `kwargs` are switches of the template (enable_thinking).
+    """The prompt. `messages` and `tools` are as OpenAI's API has them; `kwargs` are switches of the template (enable_thinking). What isn't
+    the assistant's own is guarded, so encode it with `tokenizer.encode`: a user's `<|im_end|>` is letters there, and ends nothing.
 
     `continue_final` leaves the last message open, so that the model goes on writing it. A model without a template gets ChatML.
     Raises InvalidRequest(param="messages") where the template refuses the messages or goes over its limits.
@@ -63,6 +64,7 @@ def render(
             f"the model's chat template can't be compiled: {error}; mend chat_template in its folder", param="model"
         ) from None
     plain = [_prepare(message, needs, place) for place, message in enumerate(messages)]
+    plain = [message if message["role"] == "assistant" else _guarded(tokenizer, message) for message in plain]
     if continue_final:
         add_generation_prompt = False
         _mark_end(plain[-1])
@@ -73,7 +75,7 @@ def render(
         **tokenizer_tokens(tokenizer),
         **_plain(kwargs),
         "messages": plain,
-        "tools": _plain(list(tools)) if tools else None,
+        "tools": _guarded(tokenizer, _plain(list(tools))) if tools else None,
         "documents": None,
         "add_generation_prompt": add_generation_prompt,
     }
@@ -235,6 +237,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     raise InvalidRequest(f"messages and tools hold JSON values; {type(value).__name__} is none", param="messages")
+
+
+def _guarded(tokenizer: ChatTokenizer, value: Any) -> Any:
+    if isinstance(value, str):
+        return tokenizer.guard(value)
+    if isinstance(value, dict):
+        return {key: _guarded(tokenizer, item) for key, item in value.items()}
+    return [_guarded(tokenizer, item) for item in value] if isinstance(value, list) else value
 
 
 # ---- an open last message ----

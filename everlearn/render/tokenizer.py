@@ -8,6 +8,7 @@ last byte is there.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tokenizers import Tokenizer
 from everlearn.errors import Unsupported
 
 TEMPLATE_BYTES = 1 << 20
+GUARD = "\ufdd0"  # a noncharacter: no text has it. Inside of a special token's text it keeps that text from becoming the token
 
 
 def _byte_characters() -> dict[str, int]:
@@ -40,6 +42,8 @@ class ChatTokenizer:
         self.special_ids = frozenset(number for number, token in added.items() if token.special)
         self._spelling, self.strips_first_space = _spelling(tokenizer.decoder)
         self._bytes: dict[int, bytes] = {}
+        spelled = sorted((token.content for token in added.values() if token.special and len(token.content) > 1), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, spelled)) or "(?!)")
 
     @property
     def template(self) -> str | None:
@@ -47,9 +51,17 @@ class ChatTokenizer:
         return self.templates.get("default")
 
     def encode(self, text: str, add_special: bool = False) -> list[int]:
-        """Token ids. Special tokens that stand in `text` become their ids; `add_special` lets the tokenizer add its own around it."""
+        """Token ids. Special tokens that stand in `text` become their ids, guarded ones (`guard`) what their letters are; `add_special`
+        lets the tokenizer add its own around it."""
+        if GUARD in text:
+            first, *others = text.split(GUARD)
+            return [*self.encode(first, add_special), *(number for piece in others for number in self.encode(piece))]
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special).ids
         return ids
+
+    def guard(self, text: str) -> str:
+        """`text` for a place where it is only text: a special token spelled out in it can't end a turn or begin another."""
+        return self._special.sub(lambda found: found[0][0] + GUARD + found[0][1:], text.replace(GUARD, ""))
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=skip_special)
