@@ -118,9 +118,31 @@ class Peer:
     def sample(self, command: p.Sample) -> None:
         if command.params.max_tokens == 666:
             return  # never answers
+        if command.params.max_tokens == 667:
+            os._exit(3)
+        if command.stream:
+            return self.stream(command)
         tokens = Array("int32", [1], command.params.seed.to_bytes(4, "little"))
         sequence = SampledSequence("length", tokens, Array("float32", [1], bytes(4)))
         self.emit(p.Completed(command.request_id, SampleResult([sequence] * command.num_samples)))
+
+    def stream(self, command: p.Sample) -> None:
+        """Tokens 0, 1, 2, ... in pieces of two; half of them, and then its end, where the file "dies" says so. Tokens are others where
+        the file "differs" says so."""
+        number = command.params.max_tokens
+        first = 100 if (self.home / "differs").exists() else 0
+        tokens = list(range(first, first + number))
+        for start in range(0, number, 2):
+            if start >= number // 2 and (self.home / "dies").exists():
+                (self.home / "dies").unlink()
+                time.sleep(0.1)  # what was sent is on its way
+                os._exit(3)
+            piece = tokens[start : start + 2]
+            reason = "length" if start + 2 >= number else ""
+            self.emit(p.Tokens(command.request_id, [p.TokenPart(0, piece, [-1.0] * len(piece), stop_reason=reason)]))
+        data = b"".join(token.to_bytes(4, "little") for token in tokens)
+        sequence = SampledSequence("length", Array("int32", [number], data), Array("float32", [number], bytes(4 * number)))
+        self.emit(p.Completed(command.request_id, SampleResult([sequence])))
 
 
 if __name__ == "__main__":

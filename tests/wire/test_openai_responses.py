@@ -37,7 +37,7 @@ def respond(client: openai.OpenAI, **fields: Any) -> Any:
     final = events[-1].response
     assert events[-1].type == f"response.{whole.status}" and final.usage.output_tokens == whole.usage.output_tokens
     assert [plain(item) for item in final.output] == [plain(item) for item in whole.output]
-    deltas = "".join(event.delta for event in events if event.type.endswith((".delta")))
+    deltas = "".join(event.delta for event in events if event.type.endswith(".delta"))
     assert deltas == "".join(text_of(item) for item in whole.output)
     return whole
 
