@@ -121,7 +121,8 @@ class Peer:
         if command.params.max_tokens == 667:
             os._exit(3)
         if command.stream:
-            return self.stream(command)
+            self.stream(command)
+            return
         tokens = Array("int32", [1], command.params.seed.to_bytes(4, "little"))
         sequence = SampledSequence("length", tokens, Array("float32", [1], bytes(4)))
         self.emit(p.Completed(command.request_id, SampleResult([sequence] * command.num_samples)))
