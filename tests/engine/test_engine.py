@@ -6,6 +6,7 @@ import queue
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,7 +29,7 @@ from everlearn.engine.protocol import (
     TakeSnapshot,
     Unload,
 )
-from everlearn.types import AdamParams, Array, ForwardBackwardResult, LoraSpec, SampleResult, SamplingParams
+from everlearn.types import AdamParams, Array, ForwardBackwardResult, Grammar, LoraSpec, SampleResult, SamplingParams
 from tests.engine.harness import random_datums
 
 LORA = LoraSpec(rank=4, seed=3)
@@ -199,3 +200,20 @@ def test_an_unloaded_run_whose_request_is_running_leaves_the_engine_alive(bench:
     while trainer.has_work() and time.monotonic() < until:
         bench.engine.step()
     assert not trainer.has_work()
+
+
+def test_an_idle_engine_notices_that_a_grammar_is_compiled(bench: Bench) -> None:
+    def sample(name: str, grammar: Grammar, **more: float) -> Sample:
+        prompt = Array.of(np.array([5, 6, 7], np.int32))
+        return Sample(name, "tiny", "", "", "default", prompt, 1, SamplingParams(8, seed=1, grammar=grammar), **more)  # type: ignore[arg-type]
+
+    started = time.monotonic()
+    event = bench.ask(sample("fine", Grammar("regex", "[ab]{4}")))
+    assert isinstance(event, Completed) and isinstance(event.result, SampleResult) and event.result.sequences[0].stop_reason == "stop"
+    event = bench.ask(sample("wrong", Grammar("regex", "((")), wait_for=Failed)
+    assert isinstance(event, Failed) and event.param == "response_format"
+    with bench.engine.served["tiny"].sampler.grammars.tokenizer_lock:  # what a compilation needs
+        event = bench.ask(sample("late", Grammar("regex", "[cd]{4}"), deadline=0.01))
+    assert isinstance(event, Completed) and isinstance(event.result, SampleResult) and event.result.sequences[0].stop_reason == "deadline"
+    assert time.monotonic() - started < 20
+    assert bench.engine.step() <= 0.5

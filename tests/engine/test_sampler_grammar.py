@@ -184,25 +184,24 @@ def test_a_model_without_an_end_of_sequence_stops_where_the_text_is_complete(tin
 
 def test_others_go_on_while_a_grammar_compiles(base: BaseModel) -> None:
     sampler = make_sampler(base)
-    slow = {"anyOf": [{"type": "object", "properties": {f"p{i}_{j}": {"type": "string"} for j in range(40)}} for i in range(60)]}
-    sampler.add(request("slow", prompts(4, [6])[0], max_tokens=4, grammar=schema(slow)))
-    assert sampler.stats()["compiling"] == 1
-    sampler.add(request("free", prompts(5, [6])[0], max_tokens=4))
-    first = run_until_idle(sampler)
-    assert list(first) == ["free"]
+    with sampler.grammars.tokenizer_lock:  # what a compilation needs
+        sampler.add(request("slow", prompts(4, [6])[0], max_tokens=4, grammar=schema(PERSON)))
+        assert sampler.stats()["compiling"] == 1
+        sampler.add(request("free", prompts(5, [6])[0], max_tokens=4))
+        assert list(run_until_idle(sampler)) == ["free"]
     assert list(answer_all(sampler)) == ["slow"]
     assert sampler.stats()["grammar_compiles"] == 1
-    sampler.add(request("known", prompts(4, [6])[0], max_tokens=4, grammar=schema(slow)))
+    sampler.add(request("known", prompts(4, [6])[0], max_tokens=4, grammar=schema(PERSON)))
     assert sampler.stats()["compiling"] == 0  # the second time it is there
 
 
 def test_a_request_may_leave_or_run_out_of_time_while_its_grammar_compiles(base: BaseModel) -> None:
     sampler = make_sampler(base)
-    bulky = {"type": "object", "properties": {f"p{j}": {"type": "string"} for j in range(1500)}}
-    for name, more in (("leaves", {}), ("late", {"deadline": 0.001, "num_samples": 2, "stream": True})):
-        sampler.add(request(name, [5, 6], max_tokens=4, grammar=schema(bulky | {"title": name}), **more))  # type: ignore[arg-type]
-    assert sampler.cancel("leaves")
-    answers = answer_all(sampler)
+    with sampler.grammars.tokenizer_lock:
+        for name, more in (("leaves", {}), ("late", {"deadline": 0.001, "num_samples": 2, "stream": True})):
+            sampler.add(request(name, [5, 6], max_tokens=4, grammar=schema(PERSON | {"title": name}), **more))  # type: ignore[arg-type]
+        assert sampler.cancel("leaves")
+        answers = answer_all(sampler)
     assert isinstance(answers["leaves"], Failed) and answers["leaves"].code == "cancelled"
     late = answers["late"]
     assert isinstance(late, SampleResult) and [s.stop_reason for s in late.sequences] == ["deadline"] * 2
@@ -333,6 +332,8 @@ def test_random_schemas_hold_for_all_that_stops(base: BaseModel, closers: dict[i
         for i, one in enumerate(schemas)
     ]
     answers = answer_all(sampler, *asked)
+    ends = [answer.sequences[0].stop_reason for answer in answers.values() if isinstance(answer, SampleResult)]
+    assert ends.count("stop") >= len(schemas) // 2, "hardly anything is tested"
     for i, one in enumerate(schemas):
         answer = answers[str(i)]
         if isinstance(answer, Failed):
