@@ -161,21 +161,17 @@ def _shown(tool: dict[str, Any]) -> dict[str, Any]:
 
 
 def _grammar(chat: ChatModel, turn: Turn, text: str) -> Grammar | None:
-    """What the reply must match: its calls' syntax, its answer's schema, or nothing."""
-    calls = chat.format.grammar(turn.offered, turn.tool_choice, turn.parallel_calls, prompt=text) if turn.offered else None
-    answer = turn.grammar
-    if turn.answer_schema is not None:
-        answer = (
-            chat.format.answer_grammar(turn.answer_schema, text)
-            if chat.format.thinks
-            else Grammar("json_schema", msgspec.json.encode(turn.answer_schema).decode())
-        )
-    if turn.offered and answer is not None:
+    """What the reply must match: its calls' syntax, its answer's schema or grammar, either of them, or nothing."""
+    format, offered, choice = chat.format, turn.offered, turn.tool_choice
+    must_call = bool(offered) and choice != "auto"
+    if turn.grammar is not None and offered:
         raise Unsupported(
-            "a format of the answer can't be combined with tools that may be called instead; leave one out, or set tool_choice to none",
-            param="response_format",
+            "structured_outputs can't be combined with tools; leave one out, or set tool_choice to none", param="structured_outputs"
         )
-    return calls or answer
+    if turn.answer_schema is not None and not must_call:
+        return format.answer_grammar(turn.answer_schema, text, offered, turn.parallel_calls)
+    calls = format.grammar(offered, choice, turn.parallel_calls, prompt=text) if offered else None
+    return calls or turn.grammar
 
 
 def _spec(

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from everlearn.errors import InvalidRequest
+from everlearn.errors import InvalidRequest, Unsupported
 from everlearn.render.parameters import ENDS, FUNCTION_END, PARAMETER, PARAMETER_END, kinds
 from everlearn.render.reasoning import CLOSE, OPEN, closed_by, opened_by
 from everlearn.render.syntaxes import (
@@ -103,14 +103,30 @@ def build(
     return Grammar("lark", lark.source(f"{before} {body}".strip()))
 
 
-def answer(rules: Rules, schema: Mapping[str, Any] | bool, special: Collection[str], thinks: bool, prompt: str) -> Grammar:
+def answer(
+    rules: Rules,
+    schema: Mapping[str, Any] | bool,
+    special: Collection[str],
+    thinks: bool,
+    prompt: str,
+    tools: Sequence[Signature] = (),
+    parallel: bool = True,
+) -> Grammar:
+    """JSON of `schema`, or calls of `tools` instead."""
+    if tools and rules is llama3:
+        raise Unsupported(
+            "this model writes calls as bare JSON, which can't be told from an answer in JSON; leave out the format or the tools",
+            param="response_format",
+        )
     lark = Lark(special)
     before = _thought(lark, rules, thinks, prompt)
-    if not before and rules is not harmony:
+    if not before and rules is not harmony and not tools:
         return Grammar("json_schema", json.dumps(schema, ensure_ascii=False))
     body = lark.json(Signature("", schema if isinstance(schema, Mapping) else {}, True))
     if rules is harmony:
         body = f'{lark.mark(CHANNEL)} "final" {lark.mark(MESSAGE)} {body}'
+    if tools:
+        body = f"({lark.rule(rules(lark, tools, False, parallel))} | {lark.rule(body)})"
     return Grammar("lark", lark.source(f"{before} {body}".strip()))
 
 

@@ -139,9 +139,12 @@ class ToolFormat(msgspec.Struct, frozen=True):
         """
         return callgrammar.build(self.grammar_of, signatures(tools, strict), tool_choice, parallel, self.special, self.thinks, prompt)
 
-    def answer_grammar(self, schema: Mapping[str, Any] | bool, prompt: str = "") -> Grammar:
-        """JSON of `schema` as the answer, after a thought where the model thinks."""
-        return callgrammar.answer(self.grammar_of, schema, self.special, self.thinks, prompt)
+    def answer_grammar(
+        self, schema: Mapping[str, Any] | bool, prompt: str = "", tools: Sequence[Tool] = (), parallel: bool = True
+    ) -> Grammar:
+        """JSON of `schema` as the answer, or calls of `tools` instead, after a thought where the model thinks."""
+        found = signatures(tools)
+        return callgrammar.answer(self.grammar_of, schema, self.special, self.thinks, prompt, found, parallel)
 
 
 def signatures(tools: Sequence[Tool], strict: bool = False) -> list[callgrammar.Signature]:

@@ -14,7 +14,7 @@ import pytest
 from llguidance import LLMatcher, LLTokenizer
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
-from everlearn.errors import InvalidRequest
+from everlearn.errors import InvalidRequest, Unsupported
 from everlearn.render.tokenizer import ChatTokenizer
 from everlearn.render.tools import FORMATS, TOKEN_FORMATS, ToolFormat
 from everlearn.types import Grammar
@@ -225,6 +225,24 @@ def test_an_answer_in_json(bound: Callable[..., Bound], family: str, special: bo
         assert kit.takes(opened, 'Hm.</think>{"a": 1}') and not kit.takes(opened, '{"a": 1}')
     else:
         assert grammar.kind == "json_schema"
+
+
+@EITHER
+@FAMILY
+def test_an_answer_in_json_or_calls_instead(bound: Callable[..., Bound], family: str, special: bool):
+    if family in TOKEN_FORMATS and not special:
+        return
+    kit = bound(family, special)
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
+    if family == "llama3":
+        with pytest.raises(Unsupported):
+            kit.format.answer_grammar(schema, tools=TOOLS)
+        return
+    before = {"harmony": "<|channel|>final<|message|>"}.get(family, "")
+    grammar = kit.format.answer_grammar(schema, tools=TOOLS, parallel=False)
+    assert kit.takes(grammar, before + '{"a": 1}') and kit.takes(grammar, reply(family, GOOD[0]))
+    for text in ('{"b": 1}', "Sunny.", reply(family, BAD[0]), reply(family, GOOD[0]) + '{"a": 1}'):
+        assert not kit.takes(grammar, before + text), text
 
 
 @pytest.mark.parametrize(

@@ -284,6 +284,24 @@ def test_tools_that_may_be_called_are_shown_and_none_hides_them(client) -> None:
     assert [call.function.name for call in answer.choices[0].message.tool_calls] == ["get_news"]
 
 
+def test_an_answer_in_a_format_or_a_call_instead(client) -> None:
+    form: Any = {"type": "json_schema", "json_schema": {"name": "days", "schema": {"enum": ["one", "two"]}}}
+    ended = set()
+    for seed in range(4):
+        answer = ask(client, seed=seed, tools=[WEATHER], parallel_tool_calls=False, response_format=form, max_tokens=250)
+        choice = answer.choices[0]
+        ended.add(choice.finish_reason)
+        if choice.message.tool_calls:
+            assert set(json.loads(choice.message.tool_calls[0].function.arguments)) == {"city", "days"}
+        else:
+            assert json.loads(text(answer)) in ("one", "two")
+    assert ended <= {"stop", "tool_calls"}
+    bound = ask(client, tools=[WEATHER], tool_choice="required", parallel_tool_calls=False, response_format=form, max_tokens=250)
+    assert bound.choices[0].finish_reason == "tool_calls"
+    refusal = refused(client, tools=[WEATHER], extra_body={"structured_outputs": {"regex": "a"}})
+    assert refusal["param"] == "structured_outputs"
+
+
 def test_the_sdks_helpers_for_streams_and_parsing_work(client) -> None:
     from pydantic import BaseModel
 
