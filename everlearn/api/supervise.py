@@ -27,6 +27,7 @@ from zmq.asyncio import Context, Socket
 from everlearn.api import deaths
 from everlearn.config import Settings, engine_environ
 from everlearn.engine import protocol
+from everlearn.engine.main import UNLOADABLE
 from everlearn.errors import Unavailable
 
 log = logging.getLogger(__name__)
@@ -315,17 +316,21 @@ class EngineProcess:
             self._tell_down()
 
     def _give_up(self) -> bool:
+        if self._process is not None and self._process.returncode == UNLOADABLE:
+            return self._failed(f"the base model can't be loaded: {self._tail[-1] if self._tail else 'see the log'}")
         now = time.monotonic()
         while self._deaths and now - self._deaths[0] > RESTART_WINDOW:
             self._deaths.popleft()
         if len(self._deaths) <= self.settings.engine.restart_limit:
             return False
         last = self.reason.removesuffix("; it is being restarted")
-        self.state = State.FAILED
-        self.reason = (
+        return self._failed(
             f"the engine died {len(self._deaths)} times within ten minutes (engine.restart_limit), so it isn't restarted any more; {last}"
         )
-        log.error("%s", self.reason)
+
+    def _failed(self, reason: str) -> bool:
+        self.state, self.reason = State.FAILED, reason
+        log.error("%s", reason)
         self._tell_down()
         return True
 

@@ -23,11 +23,13 @@ import zmq
 from everlearn.config import Settings
 from everlearn.engine import protocol
 from everlearn.engine.protocol import AnyCommand, AnyEvent, Failed, Heartbeat, Ready, RestoreFailed, Shutdown
+from everlearn.errors import UserError
 
 if TYPE_CHECKING:
     from everlearn.engine.engine import Engine
 
 HEARTBEAT_SECONDS = 0.5
+UNLOADABLE = 78  # exit status: the base model can't be served as it is, and another start wouldn't change that
 PR_SET_PDEATHSIG = 1
 
 
@@ -114,10 +116,14 @@ def main() -> None:
     from everlearn.engine.engine import Engine  # after set_num_threads: its import starts torch's pools
 
     mailbox = Mailbox(sys.argv[1])
-    engine = Engine(settings, mailbox.emit)
-    mailbox.thread.start()
-    _beat_in_background(engine, mailbox, parent)  # from here on, silence means that it hangs
-    served = engine.serve(settings.models.default)
+    try:
+        engine = Engine(settings, mailbox.emit)
+        mailbox.thread.start()
+        _beat_in_background(engine, mailbox, parent)  # from here on, silence means that it hangs
+        served = engine.serve(settings.models.default)
+    except UserError as error:
+        sys.stderr.write(error.message + "\n")
+        sys.exit(UNLOADABLE)
     kv_tokens = served.sampler.stats()["kv_blocks_total"] * settings.engine.block_size
     mailbox.emit(
         Ready(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import nn
 
@@ -108,7 +109,8 @@ def one_thread() -> Iterator[None]:
 
 
 def load_base(info: BaseModelInfo, device: torch.device, dtype: torch.dtype) -> BaseModel:
-    """Loads a Hugging Face folder (safetensors only) and hooks it. Raises Unsupported where transformers has no such architecture."""
+    """Loads a Hugging Face folder (safetensors only) and hooks it. Raises Unsupported where transformers has no such architecture, or
+    the folder doesn't hold all of its weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -119,16 +121,31 @@ def load_base(info: BaseModelInfo, device: torch.device, dtype: torch.dtype) -> 
         config = AutoConfig.from_pretrained(info.path, trust_remote_code=False, local_files_only=True)
     except ValueError as error:
         raise Unsupported(f"base model {info.name!r}: transformers can't read {info.path}/config.json: {error}") from error
-    model = AutoModelForCausalLM.from_pretrained(
-        info.path,
-        config=config,
-        dtype=dtype,
-        attn_implementation=attention.IMPLEMENTATION,
-        trust_remote_code=False,
-        local_files_only=True,
-        use_safetensors=True,
-    )
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            info.path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention.IMPLEMENTATION,
+            trust_remote_code=False,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise Unsupported(f"base model {info.name!r} can't be loaded from {info.path}: {error}") from error
+    refuse_missing_weights(info, report)
     return wrap(info, model.to(device), device, dtype)
+
+
+def refuse_missing_weights(info: BaseModelInfo, report: dict[str, Any]) -> None:
+    """transformers fills in random numbers for what a folder lacks, and warns; a model that is part noise is no model."""
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise Unsupported(
+            f"base model {info.name!r}: {info.path} lacks {len(missing)} of its tensors (the first: {missing[0]}); "
+            "download or convert the folder again, and check that every *.safetensors file is there"
+        )
 
 
 def wrap(info: BaseModelInfo, model: nn.Module, device: torch.device, dtype: torch.dtype) -> BaseModel:

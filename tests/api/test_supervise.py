@@ -38,6 +38,30 @@ def test_an_engine_that_hangs_is_killed(tmp_path: Path, monkeypatch, fault: str,
     asyncio.run(go())
 
 
+def test_a_model_that_can_not_be_loaded_is_said_once(tmp_path: Path) -> None:
+    """By the real engine: no loop of restarts, and the reason is the loader's own."""
+    from everlearn.api.supervise import EngineProcess
+    from everlearn.config import Settings
+    from tests.tiny import make_tiny_model
+
+    folder = make_tiny_model(tmp_path / "m")
+    (folder / "model.safetensors").rename(folder / "model.gone")
+    (folder / "other.safetensors").write_bytes(b"")
+    base = [{"name": "m", "path": str(folder)}]
+    settings = Settings.model_validate({"home": tmp_path, "engine": {"threads": 1}, "models": {"default": "m", "base": base}})
+
+    async def go() -> None:
+        engine = EngineProcess(settings)
+        engine.start()
+        async with asyncio.timeout(200):
+            while engine.state != "failed":
+                await asyncio.sleep(0.05)
+        assert engine.restarts == 1 and "can't be loaded: base model 'm'" in engine.reason, engine.reason
+        await engine.stop(0.0)
+
+    asyncio.run(go())
+
+
 def test_a_machine_that_slept_finds_its_engine_as_it_was(tmp_path: Path, monkeypatch) -> None:
     """The supervisor stood still as well: the first thing that it sees is a long silence, which is its own."""
     monkeypatch.setattr(supervise, "HUNG_SECONDS", 2.0)

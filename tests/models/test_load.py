@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import GraniteConfig, MistralConfig, Qwen3Config
 
 from everlearn.errors import Unsupported
-from everlearn.models.load import refuse_what_the_hooks_miss
+from everlearn.models.load import load_base, refuse_what_the_hooks_miss
 from everlearn.types import BaseModelInfo
+from tests.tiny import make_tiny_model
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -50,3 +55,36 @@ def test_full_attention_is_taken() -> None:
 def test_what_our_hooks_would_leave_out_is_refused(config: Any, what: str) -> None:
     with pytest.raises(Unsupported, match=what):
         check(config)
+
+
+def load(folder: Path) -> None:
+    load_base(BaseModelInfo("m", str(folder), [], "", 512, 1024, []), torch.device("cpu"), torch.float32)
+
+
+def test_a_folder_without_all_of_its_tensors_is_refused(tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path / "m")
+    load(folder)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    gone = "model.layers.1.mlp.up_proj.weight"
+    save_file({name: tensor for name, tensor in tensors.items() if name != gone}, file, {"format": "pt"})
+    with pytest.raises(Unsupported, match=rf"lacks 1 of its tensors \(the first: {gone}\)"):
+        load(folder)
+    save_file({name: tensor[:3].contiguous() if name == gone else tensor for name, tensor in tensors.items()}, file, {"format": "pt"})
+    with pytest.raises(Unsupported, match="can't be loaded"):
+        load(folder)
+    save_file(tensors, file, {"format": "pt"})
+    load(folder)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(Unsupported, match="can't be loaded"):
+        load(folder)
+
+
+def test_a_tied_head_is_not_missing(tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path / "m", tied=True)
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    load(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    with pytest.raises(Unsupported, match=r"lm_head\.weight"):
+        load(folder)
