@@ -98,13 +98,14 @@ class BlockPool:
 
 
 class KVCache:
-    """Keys and values [L, S, G, D] of every slot; slot = block * block_size + offset."""
+    """Keys and values [L, S, G, D] of every slot; slot = block * block_size + offset. `spare_slot` takes writes that nobody reads."""
 
     def __init__(
         self, num_layers: int, num_blocks: int, block_size: int, heads_GD: tuple[int, int], device: torch.device, dtype: torch.dtype
     ):
-        self.num_blocks, self.block_size = num_blocks, block_size
-        shape = (num_layers, 2, num_blocks * block_size, *heads_GD)
+        self.num_blocks, self.block_size = num_blocks + 1, block_size
+        self.spare_slot = num_blocks * block_size
+        shape = (num_layers, 2, self.num_blocks * block_size, *heads_GD)
         self.kv = torch.empty(shape, device=device, dtype=dtype)
         self.kv[:, :, :block_size] = 0
         self.keys, self.values = list(self.kv[:, 0]), list(self.kv[:, 1])

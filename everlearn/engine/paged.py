@@ -9,6 +9,7 @@ Axes: T tokens of the row, B decoding rows, M context (padded to whole blocks), 
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,6 +101,27 @@ class PagedBatch:
         self.context = width * size
         self.decoding_slots = self._move(slots_BM.ravel())
         self.decoding_mask = self._move(mask_BM).to(self.dtype)[:, None, None, :]
+
+    def padded(self, num_rows: int, width: int, segments: list[Segment]) -> PagedBatch:
+        """A batch of decoding rows with fixed shapes, to be filled from others that fit into it (engine/graphs.py)."""
+        fixed = copy(self)
+        fixed.segments, fixed.context, fixed.num_decoding = segments, width, num_rows
+        fixed.tokens_T, fixed.positions_T, fixed.slots_T = (self.tokens_T.new_zeros(num_rows) for _ in range(3))
+        fixed.decoding_slots = self.decoding_slots.new_empty(num_rows * width)
+        fixed.decoding_mask = self.decoding_mask.new_empty(num_rows, 1, 1, width)
+        return fixed
+
+    def fill(self, batch: PagedBatch) -> None:
+        """Takes over another batch's rows. What is beyond them reads the null block and writes into the spare slot."""
+        rows, context = batch.num_decoding, batch.context
+        for mine, its in ((self.tokens_T, batch.tokens_T), (self.positions_T, batch.positions_T), (self.slots_T, batch.slots_T)):
+            mine[:rows].copy_(its)
+        self.slots_T[rows:] = self.cache.spare_slot
+        self.decoding_slots.fill_(NULL_BLOCK * self.cache.block_size)
+        self.decoding_slots.view(self.num_decoding, -1)[:rows, :context].copy_(batch.decoding_slots.view(rows, -1))
+        self.decoding_mask.fill_(float("-inf"))
+        self.decoding_mask[..., 0] = 0.0
+        self.decoding_mask[:rows, ..., :context].copy_(batch.decoding_mask)
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
         """query [H, T, D], key and value [G, T, D] -> [H, T, D]."""

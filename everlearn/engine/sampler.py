@@ -23,6 +23,7 @@ from everlearn.engine.drawing import Drawn, diverged, draw
 from everlearn.engine.fairness import FairQueue
 from everlearn.engine.faults import as_error
 from everlearn.engine.grammar import Grammars
+from everlearn.engine.graphs import DecodeGraphs
 from everlearn.engine.kvcache import BlockPool, KVCache, num_blocks_for
 from everlearn.engine.masks import Masks, advance
 from everlearn.engine.paged import Chunk, PagedBatch, segments_of
@@ -55,6 +56,7 @@ class Sampler:
         self.pool = BlockPool(num_blocks, engine.block_size)
         heads_GD = (base.num_kv_heads, base.head_dim)
         self.cache = KVCache(base.num_layers, num_blocks, engine.block_size, heads_GD, base.device, base.dtype)
+        self.graphs = DecodeGraphs(base) if base.device.type == "cuda" else None
         self.blocks = Blocks(self.pool, self.cache)
         self.grammars = Grammars(base, engine.grammar_seconds, engine.grammar_cache)
         self.masks = Masks(self.grammars, engine.threads or os.cpu_count() or 1)
@@ -230,7 +232,8 @@ class Sampler:
 
     def _run(self, chunks: list[Chunk]) -> tuple[PagedBatch, torch.Tensor]:
         batch = PagedBatch(chunks, self.cache, self.base.device, self.base.dtype)
-        return batch, self.base.hidden(batch.tokens_T, batch.positions_T, batch)
+        hidden_TD = self.graphs.hidden(batch) if self.graphs is not None else None
+        return batch, self.base.hidden(batch.tokens_T, batch.positions_T, batch) if hidden_TD is None else hidden_TD
 
     # --- postprocess ---
 

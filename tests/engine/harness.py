@@ -17,16 +17,16 @@ FLOAT32 = torch.float32
 CPU = torch.device("cpu")
 
 
-def load_tiny(folder: Path) -> BaseModel:
+def load_tiny(folder: Path, device: torch.device = CPU) -> BaseModel:
     info = BaseModelInfo("tiny", str(folder), [], "LlamaForCausalLM", 512, 1024, [2])
-    base = load_base(info, CPU, FLOAT32)
+    base = load_base(info, device, FLOAT32)
     base.head.tile, base.head.chunk_tokens = 100, 24  # several tiles and chunks even here
     return base
 
 
 def adapter(base: BaseModel, model_id: str = "run", **lora: object) -> TrainingAdapter:
     spec = LoraSpec(**{"rank": 4, "seed": 7, **lora})  # type: ignore[arg-type]
-    return TrainingAdapter(model_id, "default", "tiny", spec, base.adapter_shapes(spec), CPU, FLOAT32)
+    return TrainingAdapter(model_id, "default", "tiny", spec, base.adapter_shapes(spec), base.device, FLOAT32)
 
 
 def datum(tokens: list[int], targets: list[int], **inputs: object) -> Datum:
