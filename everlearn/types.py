@@ -177,3 +177,7 @@ class BaseModelInfo(msgspec.Struct, frozen=True):
     max_context: int
     eos_token_ids: list[int]
     num_parameters: int = 0
+
+    def room(self, prompt_length: int) -> int:
+        """How many tokens may be drawn after a prompt: the last one is never read, so it needs no place in the context."""
+        return self.max_context - prompt_length + 1

@@ -28,7 +28,7 @@ def admit(command: Sample, base: BaseModel, cache_tokens: int) -> int:
         raise InvalidRequest(f"deadline is {command.deadline}; it must be a number of seconds, or 0 for none", param="deadline")
     if len(prompt) > context:
         raise TooLarge(f"the prompt has {len(prompt)} tokens; {name} takes {context}; shorten it", param="prompt")
-    max_new = max(min(params.max_tokens, max(context - len(prompt), 1)), 0)
+    max_new = max(min(params.max_tokens, base.info.room(len(prompt))), 0)
     if len(prompt) + max_new - 1 > cache_tokens:
         raise TooLarge(
             f"prompt and max_tokens need {len(prompt) + max_new - 1} tokens of KV cache; it holds {cache_tokens}; "

@@ -1,7 +1,8 @@
 """Stop strings: the text of a sequence, one token at a time.
 
 A token is not a piece of text: a character may span tokens, and decoders merge spaces across them. So the text that a token adds is
-the difference between two decodes of a short window, and a window that ends inside a character waits for the rest of it.
+what differs between two decodes of a short window, and a window that ends inside a character waits for the rest of it. A character
+belongs to the token that completes it, also where it began in the prompt.
 """
 
 from __future__ import annotations
@@ -31,11 +32,13 @@ class StopStrings:
         self.window.append(token)
         self.num_pending += 1
         text = self._decode(self.window)
-        fresh = text[len(self.known_text) :]
+        # Half a character, known before, may have become a whole one.
+        known = self.known_text if text.startswith(self.known_text) else self.known_text.rstrip(BROKEN)
+        fresh = text[len(known) :]
         seen = self.tail + fresh
         if any(s in seen for s in self.strings):
             return True
-        if not fresh.endswith(BROKEN) or self.num_pending >= MAX_PENDING:
+        if not text.endswith(BROKEN) or self.num_pending >= MAX_PENDING:
             self.tail = seen[-self.keep :] if self.keep else ""
             self.window = self.window[-self.num_pending :]
             self.known_text = self._decode(self.window)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models
 
 from everlearn.engine.stops import StopStrings
 
@@ -48,3 +48,39 @@ def test_bytes_that_never_become_a_character_hide_nothing(tokenizer: Tokenizer) 
     assert not any(stops.add(lone) for _ in range(30))
     found = [stops.add(token) for token in tokenizer.encode(" the fox jumps over").ids]
     assert any(found)
+
+
+def byte_fallback() -> Tokenizer:
+    """Another kind of decoder: half a character is a replacement sign for each of its bytes."""
+    names = [f"<0x{byte:02X}>" for byte in range(256)] + [chr(letter) for letter in range(97, 123)] + [" "]
+    tokenizer = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["byte level", "byte fallback"])
+@pytest.mark.parametrize("character", ["語", "é", "🦊"])
+def test_a_character_that_began_in_the_prompt_is_found_whole(tokenizer: Tokenizer, kind: str, character: str) -> None:
+    used = tokenizer if kind == "byte level" else byte_fallback()
+    ids = used.encode(f"ab{character}cd").ids
+    end = next(i for i in range(len(ids), 0, -1) if used.decode(ids[:i]) == f"ab{character}")
+    assert used.decode(ids[: end - 1]) != f"ab{character}", "its last byte is a token"
+    first = next(i for i in range(1, end) if "\ufffd" in used.decode(ids[:i]))
+    for start in range(first, end):  # each number of its bytes in the prompt
+        for stop, at in ((character, end), (f"{character}c", end + 1), ("cd", len(ids)), ("b", None), (f"b{character}", None)):
+            stops = StopStrings(used, ["not there", stop], ids[:start])
+            found = next((i + 1 for i in range(start, len(ids)) if stops.add(ids[i])), None)
+            assert found == at, (start, stop)
+
+
+def test_half_a_character_in_the_prompt_hides_nothing_when_it_is_never_completed(tokenizer: Tokenizer) -> None:
+    half = tokenizer.encode("語").ids[:2]
+    for said in ("fox", "語 fox"):
+        stops = StopStrings(tokenizer, ["fox"], half)
+        tokens = tokenizer.encode(said).ids
+        assert [stops.add(token) for token in tokens] == [False] * (len(tokens) - 1) + [True]
+
+
+def test_a_replacement_sign_that_the_prompt_ends_with_is_the_prompts(tokenizer: Tokenizer) -> None:
+    stops = StopStrings(tokenizer, ["\ufffd"], tokenizer.encode("ab\ufffd").ids)
+    assert not any(stops.add(token) for token in tokenizer.encode(" the fox").ids)

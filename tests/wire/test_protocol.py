@@ -120,6 +120,16 @@ def test_large_results_are_announced_before_they_are_sent(raw: Raw) -> None:
     assert whole.headers["content-type"] == PROTO
 
 
+def test_every_token_that_is_allowed_is_drawn(raw: Raw) -> None:
+    """The door and the engine have one rule: the last drawn token needs no place in the context of 1024."""
+    sampler = raw.sampler(14)
+    body = sample(sampler, 0, tokens=[1] * 1020, params={"max_tokens": 5, "stop": []})
+    (sequence,) = raw.result(raw.ok("/asample", **body)["request_id"])["sequences"]
+    assert len(sequence["tokens"]) == 5
+    refusal = raw.post("/asample", **sample(sampler, 1, tokens=[1] * 1020, params={"max_tokens": 6}))
+    assert refusal.status_code == 400 and "room for 1..5" in refusal.json()["detail"]
+
+
 def test_sampling_numbers_need_all_64_bits(raw: Raw) -> None:
     sampler = raw.sampler(11)
     seq = 1_000_000_000 * 999_999_999 + 1

@@ -131,8 +131,8 @@ def prompt(form: forms.SampleForm, info: BaseModelInfo) -> np.ndarray:
 
 
 def sampling_params(form: forms.SamplingParamsForm, prompt_length: int, info: BaseModelInfo) -> SamplingParams:
-    """The last drawn token is never read, hence the + 1. Without max_tokens the rest of the context is available."""
-    room = info.max_context - prompt_length + 1
+    """Without max_tokens the rest of the context is available."""
+    room = info.room(prompt_length)
     tokens = room if form.max_tokens is None else form.max_tokens
     if not 1 <= tokens <= room:
         raise InvalidRequest(
