@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import everlearn
 from everlearn.api import adapters, capabilities, errors, ops, records, usage
+from everlearn.api.anthropic import messages as anthropic
 from everlearn.api.auth import KeyCache, authenticate, scope
 from everlearn.api.chatmodels import ChatModels
 from everlearn.api.dispatch import Dispatcher
@@ -37,6 +38,7 @@ from everlearn.config import Settings
 from everlearn.models.catalog import Catalog
 from everlearn.store import garbage
 from everlearn.store.db import Database, open_database
+from everlearn.store.spool import Spool
 from everlearn.telemetry import request_id_var
 
 log = logging.getLogger(__name__)
@@ -63,6 +65,7 @@ def create_app(settings: Settings) -> FastAPI:
     for prefix in openai.PREFIXES:
         for router in openai.ROUTERS:
             app.include_router(router, prefix=prefix)
+    app.include_router(anthropic.router, prefix=anthropic.PREFIX)
     for router, scopes in ROUTERS:
         app.include_router(router, dependencies=[scope(*scopes)])
 
@@ -99,7 +102,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 def open_services(settings: Settings) -> Services:
-    """Everything that blocks at start: migrations, the claim on the store, the sweep of unfinished folders, the catalog."""
+    """Everything that blocks at start: migrations, the claim on the store, the sweep of unfinished folders, the catalog, the spool."""
     settings.home.mkdir(parents=True, exist_ok=True)
     catalog = Catalog(settings)
     db = open_database(settings.store_url)
@@ -128,8 +131,9 @@ def make_services(settings: Settings, db: Database, catalog: Catalog) -> Service
     dispatcher = Dispatcher(settings, db, engine, metrics)
     serving = Serving(settings, engine, dispatcher, metrics.serving)
     metrics.watch(engine, dispatcher, serving)
-    recorder = Recorder(db, metrics.records_total.inc, metrics.records_lost.inc)
+    recorder = Recorder(db, Spool(settings.home / "spool"), metrics.records_total.inc, metrics.records_lost.inc)
     metrics.records_waiting.set_function(lambda: len(recorder))
+    metrics.records_spooled.set_function(lambda: recorder.spool.size)
     limiter = Limiter(catalog, recorder.backlog)
     return Services(settings, db, catalog, engine, dispatcher, metrics, serving, ChatModels(catalog), limiter, recorder)
 
@@ -154,6 +158,8 @@ class Observe:
                 status = message["status"]
                 headers = [(k, v) for k, v in message.get("headers", []) if k.lower() != b"x-request-id"]
                 message["headers"] = [*headers, (b"x-request-id", request_id.encode())]
+                if scope["path"].startswith(errors.ANTHROPIC_PATH):
+                    message["headers"].append((b"request-id", request_id.encode()))  # where Anthropic's clients look for it
             await send(message)
 
         metrics.http_running.inc()

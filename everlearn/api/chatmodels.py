@@ -29,17 +29,22 @@ class ChatModel:
         # What ends a turn may be another token than what ends a text; the tokenizer knows the first, the model's config the second.
         self.eos_id = tokenizer.id_of(tokenizer.eos) if tokenizer.eos else None
 
-    def thinking(self, effort: str) -> dict[str, Any]:
-        """The template's switches for an effort of reasoning. Raises Unsupported where the model has no such thing."""
+    def switches(self, effort: str) -> dict[str, Any] | None:
+        """The template's switches for an effort of reasoning; None where it has none for that."""
         for name in ("enable_thinking", "thinking"):
             if template.knows(self.tokenizer, name):
                 return {name: effort != "none"}
         if template.knows(self.tokenizer, "reasoning_effort") and effort in EFFORTS:
             return {"reasoning_effort": effort}
-        if effort == "none" and not self.format.thinks:
-            return {}
+        return {} if effort == "none" and not self.format.thinks else None
+
+    def thinking(self, effort: str, field: str = "reasoning_effort") -> dict[str, Any]:
+        """The same for the request's `field`. Raises Unsupported where the model has no such thing."""
+        found = self.switches(effort)
+        if found is not None:
+            return found
         what = "always thinks as much as it likes" if self.format.thinks else "doesn't think before it answers"
-        raise Unsupported(f"reasoning_effort {effort!r}: {self.base.name} {what}; leave it out", param="reasoning_effort")
+        raise Unsupported(f"{field} {effort[:40]!r}: {self.base.name} {what}; leave it out", param=field)
 
 
 class ChatModels:

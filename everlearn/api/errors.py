@@ -1,4 +1,4 @@
-"""One table from error codes to HTTP statuses, and one envelope that the OpenAI and the Tinker clients both read.
+"""One table from error codes to HTTP statuses, and two envelopes: one that OpenAI's and Tinker's clients both read, and Anthropic's.
 
 The Tinker SDK sends a request again on 408, 409, 429 and 5xx, for minutes and whatever the headers say; so nothing permanent is
 answered with one of these, and a conflict is a 400 (its `code` says what it is).
@@ -50,6 +50,11 @@ TYPES = {
     503: "server_error",
 }
 
+# The same of Anthropic's API, and where that is. A full queue has a type of its own there.
+ANTHROPIC_PATH = "/anthropic/"
+ANTHROPIC_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large"}
+ANTHROPIC_TYPES |= {429: "rate_limit_error", 500: "api_error", 503: "api_error"}
+
 HEADERS = {
     429: {"retry-after": "1"},
     503: {"retry-after": "1"},
@@ -63,10 +68,21 @@ def envelope(status: int, code: str, message: str, param: str | None = None) -> 
     return {"error": error, "detail": message}
 
 
-def error_response(status: int, code: str, message: str, param: str | None = None, headers: dict[str, str] | None = None) -> Response:
-    """The answer to a request that failed; the request's id is in the header (and in our log) for both sides to name it."""
+def anthropic_envelope(status: int, code: str, message: str, param: str | None = None) -> dict[str, Any]:
+    """`details.error_code` is where the SDK looks for a code; `param` and `code` stand where the other routes have them."""
+    kind = "overloaded_error" if code == "overloaded" else ANTHROPIC_TYPES.get(status, "invalid_request_error")
+    error = {"type": kind, "message": message, "param": param, "code": code, "details": {"error_code": code}}
+    return {"type": "error", "error": error, "request_id": request_id_var.get() or None}
+
+
+def error_response(
+    status: int, code: str, message: str, param: str | None = None, headers: dict[str, str] | None = None, *, path: str = ""
+) -> Response:
+    """The answer to a request that failed, in the shape of the API at `path`; the request's id is in the header (and in our log) for
+    both sides to name it."""
+    shape = anthropic_envelope if path.startswith(ANTHROPIC_PATH) else envelope
     # Lone surrogates may come back from a client's own text; JSON with ASCII escapes can always be sent.
-    body = msgspec.json.encode(envelope(status, code, message.encode("utf-8", "backslashreplace").decode(), param))
+    body = msgspec.json.encode(shape(status, code, message.encode("utf-8", "backslashreplace").decode(), param))
     merged = {**HEADERS.get(status, {}), **(headers or {})}
     if request_id := request_id_var.get():
         merged["x-request-id"] = request_id
@@ -87,7 +103,7 @@ def on_everlearn_error(request: Request, error: Exception) -> Response:
     headers = {} if wait is None else {"retry-after": str(wait)}
     if isinstance(error, errors.RateLimited):
         headers |= {RATE_LIMIT + name: value for name, value in error.limits.items()}
-    return error_response(status, error.code, error.message, error.param, headers)
+    return error_response(status, error.code, error.message, error.param, headers, path=request.scope["path"])
 
 
 def on_validation_error(request: Request, error: Exception) -> Response:
@@ -95,7 +111,7 @@ def on_validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     param = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))
-    return error_response(400, "invalid_request", f"{param or 'body'}: {first['msg']}", param or None)
+    return error_response(400, "invalid_request", f"{param or 'body'}: {first['msg']}", param or None, path=request.scope["path"])
 
 
 def on_http_exception(request: Request, error: Exception) -> Response:
@@ -108,13 +124,14 @@ def on_http_exception(request: Request, error: Exception) -> Response:
         message = f"no route {request.method} {request.scope['path'][:200]}; the routes are listed at /openapi.json"
     if error.status_code == 405:
         message = f"{request.scope['path'][:200]} doesn't answer {request.method}"
-    return error_response(error.status_code, code, message, headers=dict(error.headers or {}))
+    return error_response(error.status_code, code, message, headers=dict(error.headers or {}), path=request.scope["path"])
 
 
 def unexpected(scope: Any, error: Exception) -> Response:
     """A fault of ours, which the outermost middleware caught."""
     log.error("%s %s failed", scope["method"], route_path(scope), exc_info=error)
-    return error_response(500, "internal", f"a fault of the server ({type(error).__name__}); its log has the details under this request id")
+    message = f"a fault of the server ({type(error).__name__}); its log has the details under this request id"
+    return error_response(500, "internal", message, path=scope["path"])
 
 
 def route_path(scope: Any) -> str:
@@ -129,4 +146,14 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, on_http_exception)
 
 
-__all__ = ["STATUS", "category", "envelope", "error_response", "install", "route_path", "unexpected"]
+__all__ = [
+    "ANTHROPIC_PATH",
+    "STATUS",
+    "anthropic_envelope",
+    "category",
+    "envelope",
+    "error_response",
+    "install",
+    "route_path",
+    "unexpected",
+]

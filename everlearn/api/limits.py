@@ -78,7 +78,8 @@ class BodyLimit:
                 await self.drain(receive, ends)
             await self.on_refusal(scope, ends, error)
             status = 413 if isinstance(error, TooLarge) else 400
-            return await error_response(status, error.code, error.message, error.param, {"connection": "close"})(scope, receive, send)
+            told = error_response(status, error.code, error.message, error.param, {"connection": "close"}, path=scope["path"])
+            return await told(scope, receive, send)
         await self.app(scope, replay(body, receive), send)
         return None
 

@@ -42,7 +42,8 @@ class Watch:
 
 
 class EventStream(Response):
-    """`source` gives encoded events. `on_error` makes the event for an error after the headers, `on_end` is called whatever happens."""
+    """`source` gives encoded events. `on_error` makes the event for an error after the headers, `on_end` is called whatever happens.
+    `ping` is sent while nothing else is."""
 
     media_type = "text/event-stream"
 
@@ -52,10 +53,11 @@ class EventStream(Response):
         headers: Mapping[str, str],
         on_error: Callable[[EverlearnError], bytes],
         on_end: Callable[[], None],
+        ping: bytes = PING,
     ):
         super().__init__(headers={**HEADERS, **headers}, media_type=self.media_type)
         del self.headers["content-length"]
-        self.source, self.on_error, self.on_end = source, on_error, on_end
+        self.source, self.on_error, self.on_end, self.ping = source, on_error, on_end, ping
         self._sent = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -87,7 +89,7 @@ class EventStream(Response):
                 await asyncio.sleep(wait)
             else:
                 self._sent = loop.time()
-                await send({"type": "http.response.body", "body": PING, "more_body": True})
+                await send({"type": "http.response.body", "body": self.ping, "more_body": True})
 
 
 def data(body: bytes) -> bytes:
