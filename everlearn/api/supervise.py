@@ -40,6 +40,7 @@ WATCH_SECONDS = 0.5
 RESTART_WINDOW = 600.0
 BACKOFF_MAX = 10.0
 TAIL_LINES = 20
+MESSAGES = 256  # taken in a row before others get their turn
 
 
 class State(enum.StrEnum):
@@ -223,8 +224,13 @@ class EngineProcess:
         return process
 
     async def _receive(self, socket: Socket) -> None:
+        # To be woken costs as much as dozens of messages, and a step of the sampler sends one for each stream.
+        waiting: zmq.Socket[bytes] = zmq.Socket.shadow(socket.underlying)
         while True:
             self._take(await socket.recv())
+            with contextlib.suppress(zmq.Again):
+                for _ in range(MESSAGES):
+                    self._take(waiting.recv(zmq.NOBLOCK))
 
     async def _receive_rest(self, socket: Socket) -> None:
         """What a dead engine managed to send still counts: it is work that needn't be done again."""
