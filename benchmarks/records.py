@@ -25,6 +25,7 @@ from everlearn.api.recorder import Recorder
 from everlearn.store import records
 from everlearn.store.db import open_database
 from everlearn.store.records import Record, RecordedChoice
+from everlearn.store.spool import Spool
 
 TEXT = "The parcel left our house on Monday and should be with you by Thursday; the number below follows it. " * 20
 
@@ -82,7 +83,7 @@ def summary(name: str, values: list[float]) -> dict[str, Any]:
 
 async def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     db = open_database(f"sqlite:///{folder / 'records.db'}")
-    recorder = Recorder(db)
+    recorder = Recorder(db, Spool(folder / "spool"))
     recorder.start()
     quiet, busy, adds = [], [], []
     for _ in range(args.rounds):

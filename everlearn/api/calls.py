@@ -1,14 +1,14 @@
 """One request of a client while it is answered: its share of the key's limits, its generations, and the records that stay of them.
 
 The same for every dialect. A `Call` is started, then read (streamed or whole), and ended whatever happened: then the engine holds
-nothing of it, the key's share is settled, and what was said is on its way into the store.
+nothing of it, and the key's share is settled. What was said is on its way into the store before the client has the last of it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -30,7 +30,7 @@ BEGIN_SECONDS = 10.0  # how long the headers wait for the first token: until the
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
-    """What the record says of the request. `params` is only called if content is kept. `answer` replaces the messages that were said."""
+    """What the record says of the request. `params` is only called if content is kept."""
 
     route: str
     messages: Any
@@ -41,13 +41,13 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Exchange:
-    """One prompt of a call: its generation, a reply for each sequence, and the record's id."""
+    """One prompt of a call: its generation, a reply for each sequence, and the record's id. `keep` is awaited when all is said, and before
+    the last of it can leave."""
 
-    def __init__(self, opened: Opened, generation: Generation):
-        self.opened, self.generation = opened, generation
+    def __init__(self, opened: Opened, generation: Generation, keep: Callable[[Exchange], Awaitable[None]]):
+        self.opened, self.generation, self._keep = opened, generation, keep
         self.replies: list[Reply] = opened.replies()
         self.record_id = records.new_id()
-        self.answer: Any = None  # what the record keeps as answer; None: the messages
 
     @property
     def prompt_tokens(self) -> int:
@@ -66,7 +66,11 @@ class Exchange:
         """What is said, as it is drawn: the index of a sequence and its step, all that has come at once."""
         replies = self.replies
         async for parts in self.generation:
-            yield [(part.index, replies[part.index].feed(part)) for part in parts]
+            steps = [(part.index, replies[part.index].feed(part)) for part in parts]
+            if all(reply.finish for reply in replies):
+                await self._keep(self)
+            yield steps
+        await self._keep(self)
 
     async def whole(self) -> list[Step]:
         """All of it. Raises Unavailable if its time was over before a token was drawn."""
@@ -75,6 +79,7 @@ class Exchange:
         steps = [reply.take(i, result.sequences[i], thinks) for i, reply in enumerate(self.replies)]
         if self.opened.spec.params.max_tokens and not any(reply.ids for reply in self.replies) and steps[0].finish == "deadline":
             raise Unavailable(f"its {self.opened.spec.deadline:g} s were over before its turn came; try again later", param="deadline")
+        await self._keep(self)
         return steps
 
 
@@ -88,6 +93,7 @@ class Call:
         self._started = time.perf_counter()
         self._lease: Lease | None = None
         self._watch: Watch | None = None
+        self._recorded: set[str] = set()
         self._ended = False
 
     @property
@@ -112,7 +118,7 @@ class Call:
         self._lease = self.svc.limiter.admit(self.caller, self.target.name, sum(one.most_tokens for one in opened))
         try:
             for one in opened:
-                self.exchanges.append(Exchange(one, await self.svc.serving.generate(one.spec)))
+                self.exchanges.append(Exchange(one, await self.svc.serving.generate(one.spec), self.keep))
         except BaseException:
             self._give_up()
             self._lease.spent(0)
@@ -136,7 +142,7 @@ class Call:
             self.end()
 
     def end(self) -> None:
-        """Frees what is still held, settles the share, hands over the records. Only the first time counts."""
+        """Frees what is still held, settles the share, hands over the records of what was cut off. Only the first time counts."""
         if self._ended or self._lease is None:
             return
         self._ended = True
@@ -145,10 +151,19 @@ class Call:
         self._give_up()
         self._lease.spent(sum(exchange.prompt_tokens + exchange.completion_tokens for exchange in self.exchanges))
         self._lease.release()
-        seconds = time.perf_counter() - self._started
         for exchange in self.exchanges:
             if exchange.completion_tokens or exchange.generation.value is not None:
-                self.svc.records.add(self._record(exchange, seconds))
+                self._hand_over(exchange)
+
+    async def keep(self, exchange: Exchange) -> None:
+        """All of it is said: from here on its record outlives this process."""
+        self._hand_over(exchange)
+        await self.svc.records.safe(exchange.record_id)
+
+    def _hand_over(self, exchange: Exchange) -> None:
+        if exchange.record_id not in self._recorded:
+            self._recorded.add(exchange.record_id)
+            self.svc.records.add(self._record(exchange, time.perf_counter() - self._started))
 
     def _give_up(self) -> None:
         for exchange in self.exchanges:
@@ -171,7 +186,7 @@ class Call:
                 for reply in exchange.replies
             ],
             messages=asked.messages if keeps else None,
-            answer=(exchange.answer or [reply.message() for reply in exchange.replies]) if keeps else None,
+            answer=[reply.message() for reply in exchange.replies] if keeps else None,
             params=asked.params() if keeps else None,
             user=asked.user,
             metadata=asked.metadata,

@@ -57,9 +57,10 @@ class Metrics:
         self.store_bytes = Gauge(
             "everlearn_store_bytes", "bytes in the store: payloads and results of the log, records", ["part"], registry=self.registry
         )
-        self.records_total = Counter("everlearn_records", "records of answers that became durable", registry=self.registry)
+        self.records_total = Counter("everlearn_records", "records of answers that came into the database", registry=self.registry)
         self.records_lost = Counter("everlearn_records_lost", "records that could not be stored", registry=self.registry)
-        self.records_waiting = Gauge("everlearn_records_waiting", "records that are not durable yet", registry=self.registry)
+        self.records_waiting = Gauge("everlearn_records_waiting", "records that the database has not got yet", registry=self.registry)
+        self.records_spooled = Gauge("everlearn_records_spool_bytes", "bytes on disk of records that wait", registry=self.registry)
 
     def watch(self, engine: EngineProcess, dispatcher: Dispatcher, serving: Serving) -> None:
         """Adds the gauges that are read when somebody asks."""
