@@ -75,10 +75,12 @@ class HostileProxy:
         await asyncio.gather(*rest, return_exceptions=True)
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
-            while await self._exchange(reader, writer):
-                pass
-        writer.close()
+        try:
+            with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+                while await self._exchange(reader, writer):
+                    pass
+        finally:
+            await closed(writer)
 
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         """One request and what becomes of it; False when the connection is at its end."""
@@ -128,9 +130,12 @@ class HostileProxy:
         except OSError:
             return b""
         writer.write(b"\r\n".join([*lines, b"connection: close"]) + b"\r\n\r\n" + body)
-        with contextlib.suppress(ConnectionError):
-            return await reader.read()
-        return b""
+        try:
+            with contextlib.suppress(ConnectionError):
+                return await reader.read()
+            return b""
+        finally:
+            await closed(writer)
 
     def calm(self) -> None:
         self.hostile = False
@@ -148,3 +153,10 @@ def content_length(head: bytes) -> int:
 def made_up(status: int) -> bytes:
     """What a gateway between client and server says, without knowing anything."""
     return b"HTTP/1.1 %d Gateway\r\ncontent-type: text/html\r\ncontent-length: 13\r\n\r\n<h1>oops</h1>" % status
+
+
+async def closed(writer: asyncio.StreamWriter) -> None:
+    """Closes a connection and waits for that; what the other end did to it doesn't matter any more."""
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
