@@ -55,12 +55,12 @@ class EngineSettings(Section):
         0, ge=0, description="tokens of one training slice; 0: 512 on CPU, 8192 on GPU. Serving waits for one slice at most"
     )
     batch_window_ms: float = Field(3.0, ge=0, description="how long a training batch waits for other tenants' requests")
-    sampling_share: float = Field(0.6, gt=0, lt=1, description="share of the device's time that sampling gets while training waits too")
+    sampling_share: float = Field(0.7, gt=0, lt=1, description="share of the device's time that sampling gets while training waits too")
     adapter_slots: int = Field(16, ge=1, description="sampler versions kept in memory; idle ones are reloaded from disk")
     kv_tokens: int = Field(0, ge=0, description="tokens of the paged KV cache; 0: 32768 on CPU, by free memory on GPU")
     block_size: int = Field(16, ge=1, description="tokens of a KV block")
     max_batch: int = Field(64, ge=1, description="sequences that decode together")
-    prefill_tokens: int = Field(0, ge=0, description="prompt tokens of one sampling step; 0: 256 on CPU, 2048 on GPU")
+    prefill_tokens: int = Field(0, ge=0, description="prompt tokens of one sampling step; 0: 512 on CPU, 2048 on GPU")
     max_rank: int = Field(512, ge=1, description="largest LoRA rank that is accepted")
     snapshot_overhead: float = Field(
         0.1, gt=0, description="a snapshot is taken when its cost is below this share of the work it saves from replay"

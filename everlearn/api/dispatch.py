@@ -156,7 +156,7 @@ class Dispatcher:
             )
 
     async def _accept(self, entry: Entry, payload: bytes) -> Entry:
-        entry = await self.ledger.write(lambda conn: request_log.append(conn, entry, payload))
+        entry = await self.ledger.write(lambda conn: request_log.append(conn, entry, payload), flush=entry.kind != "sample")
         if entry.existing:  # what it says, not what came now: a seed or an id may have been drawn anew
             payload = await self.ledger.read(lambda conn: request_log.payload(conn, entry.request_id) or b"")
         # `existing` alone doesn't tell: the store may have had to run the append twice. What is pending and unknown goes on.

@@ -143,7 +143,8 @@ class Ledger:
             body = encode_result(result) if error is None else None
             drawn = sum(sequence.tokens.shape[0] for sequence in result.sequences) if isinstance(result, SampleResult) else 0
             try:
-                finished = await self.write(partial(request_log.finish, request_id=request_id, result=body, error=error, tokens_out=drawn))
+                answer = partial(request_log.finish, request_id=request_id, result=body, error=error, tokens_out=drawn)
+                finished = await self.write(answer, flush=entry.kind != "sample")
                 break
             except Unavailable as problem:  # a full disk, a database that restarts: the answer is kept until it can be written
                 log.error("the answer of %s can't be stored yet: %s", request_id, problem.message)
@@ -197,8 +198,8 @@ class Ledger:
     async def read(self, fn: Callable[..., T]) -> T:
         return await asyncio.to_thread(self.db.read, fn)
 
-    async def write(self, fn: Callable[..., T]) -> T:
-        return await asyncio.wrap_future(self.db.write(fn))
+    async def write(self, fn: Callable[..., T], flush: bool = True) -> T:
+        return await asyncio.wrap_future(self.db.write(fn, flush))
 
 
 async def first(future: asyncio.Future[Any], stopped: asyncio.Event, deadline: float) -> None:

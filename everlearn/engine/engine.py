@@ -50,7 +50,7 @@ from everlearn.types import DoneResult, LoraSpec, OptimStepResult, Result, Saved
 
 log = logging.getLogger(__name__)
 QUEUED = ForwardBackward | OptimStep | Save | Publish | Load | TakeSnapshot
-CPU_MICRO_BATCH, GPU_MICRO_BATCH = 256, 8192
+CPU_MICRO_BATCH, GPU_MICRO_BATCH = 512, 8192
 RECENT_SECONDS = 2.0
 COMPILING_WAIT = 0.005
 

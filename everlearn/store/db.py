@@ -13,8 +13,9 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +26,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from everlearn.errors import InvalidRequest, Unavailable
 
 T = TypeVar("T")
-Job = tuple[Callable[[Connection], Any], "Future[Any]"]
+Job = tuple[Callable[[Connection], Any], "Future[Any]", bool]
 
 BUSY_SECONDS = 30
 BATCH_LIMIT = 256
@@ -49,14 +50,17 @@ class Database:
         self._writer = threading.Thread(target=self._write_loop, name="store-writer", daemon=True)
         self._writer.start()
 
-    def write(self, fn: Callable[[Connection], T]) -> Future[T]:
+    def write(self, fn: Callable[[Connection], T], flush: bool = True) -> Future[T]:
         """Runs `fn(conn)` on the writer thread; the future holds its value once the commit is durable. What `fn` raises undoes
-        that function's own changes only. Fails with Unavailable when the database can't be written."""
+        that function's own changes only. Fails with Unavailable when the database can't be written.
+
+        `flush=False` is for what can be asked for again (a sample and its answer): its commit survives the death of this process
+        but, until the next flushed one, not that of the machine."""
         future: Future[T] = Future()
         with self._lock:
             if self._closed:
                 raise Unavailable("the store is closed; this server is shutting down")
-            self._jobs.put((fn, future))
+            self._jobs.put((fn, future, flush))
         return future
 
     def read(self, fn: Callable[[Connection], T]) -> T:
@@ -111,7 +115,7 @@ class Database:
                 return _fail(batch, error)
             except Exception as error:  # noqa: BLE001  # a dead writer thread would leave every caller waiting for ever
                 return _fail(batch, error)
-        for (_, future), (value, raised) in zip(batch, outcomes, strict=True):
+        for (_, future, _), (value, raised) in zip(batch, outcomes, strict=True):
             if raised is None:
                 future.set_result(value)
             else:
@@ -119,8 +123,8 @@ class Database:
 
     def _run(self, batch: list[Job]) -> list[tuple[Any, BaseException | None]]:
         outcomes: list[tuple[Any, BaseException | None]] = []
-        with self.engine.connect().execution_options(**WRITES) as conn, conn.begin():
-            for fn, _ in batch:
+        with self.engine.connect().execution_options(**WRITES) as conn, _flushing(conn, any(flush for _, _, flush in batch)):
+            for fn, _, _ in batch:
                 savepoint = conn.begin_nested()
                 try:
                     value = fn(conn)
@@ -202,6 +206,26 @@ def _sqlite_begin(conn: Connection) -> None:
     conn.exec_driver_sql("BEGIN IMMEDIATE" if conn.get_execution_options().get("everlearn_writes") else "BEGIN")
 
 
+@contextmanager
+def _flushing(conn: Connection, flush: bool) -> Iterator[None]:
+    """A transaction whose commit waits for the disk, or only for the operating system."""
+    if flush:
+        with conn.begin():
+            yield
+    elif conn.dialect.name == "postgresql":
+        with conn.begin():
+            conn.exec_driver_sql("SET LOCAL synchronous_commit = off")
+            yield
+    else:
+        driver: Any = conn.connection.driver_connection
+        driver.execute("PRAGMA synchronous = NORMAL")  # takes effect outside of transactions only
+        try:
+            with conn.begin():
+                yield
+        finally:
+            driver.execute("PRAGMA synchronous = FULL")
+
+
 def _undo_or_raise(savepoint: NestedTransaction, error: DBAPIError) -> None:
     """Some failures (a full disk, a lost connection) take the whole transaction with them: then the batch failed, by that error."""
     if error.connection_invalidated:
@@ -214,7 +238,7 @@ def _undo_or_raise(savepoint: NestedTransaction, error: DBAPIError) -> None:
 
 def _fail(batch: list[Job], error: Exception) -> None:
     reason = getattr(error, "orig", None) or error
-    for _, future in batch:
+    for _, future, _ in batch:
         future.set_exception(Unavailable(f"the store can't be written ({reason}); nothing was accepted, try again"))
 
 
