@@ -60,7 +60,7 @@ class EngineSettings(Section):
     kv_tokens: int = Field(0, ge=0, description="tokens of the paged KV cache; 0: 32768 on CPU, by free memory on GPU")
     block_size: int = Field(16, ge=1, description="tokens of a KV block")
     max_batch: int = Field(64, ge=1, description="sequences that decode together")
-    prefill_tokens: int = Field(0, ge=0, description="prompt tokens of one sampling step; 0: 512 on CPU, 2048 on GPU")
+    prefill_tokens: int = Field(0, ge=0, description="prompt tokens of one sampling step; 0: 256 on CPU, 2048 on GPU")
     max_rank: int = Field(512, ge=1, description="largest LoRA rank that is accepted")
     snapshot_overhead: float = Field(
         0.1, gt=0, description="a snapshot is taken when its cost is below this share of the work it saves from replay"
