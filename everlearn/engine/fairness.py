@@ -9,6 +9,7 @@ tenant delay another's first one by a single turn. The queue knows neither seque
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -37,7 +38,16 @@ class FairQueue(Generic[T]):
 
     def pop(self) -> tuple[str, T]:
         """The next item and its tenant; there must be one."""
-        tenant = min(self.lanes, key=self.served.__getitem__)
+        found = self.pop_of_others(())
+        assert found is not None
+        return found
+
+    def pop_of_others(self, tenants: Collection[str]) -> tuple[str, T] | None:
+        """The next item of a tenant that isn't among `tenants`."""
+        eligible = [tenant for tenant in self.lanes if tenant not in tenants]
+        if not eligible:
+            return None
+        tenant = min(eligible, key=self.served.__getitem__)
         self.level = max(self.level, self.served[tenant])
         lane = self.lanes[tenant]
         item = lane.popleft()

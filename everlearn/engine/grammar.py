@@ -2,19 +2,22 @@
 
 A grammar comes from a client, so it is hostile until shown otherwise. What bounds it: its source has a largest size; llguidance counts
 its own work and gives up over limits; the threads that compile have stacks deep enough for any source of that size; a trial walk finds
-grammars whose single steps would stall the engine; and whatever takes longer than `engine.grammar_seconds` fails its request, while
-its thread is given up on until it returns. Tenants take turns at the threads. How masks are used is in masks.py.
+grammars whose single steps would stall the engine; whatever takes longer than `engine.grammar_seconds` fails its request, while its
+thread is given up on until it returns. Tenants take turns at the threads, and who holds much memory waits until some of it is free:
+a short source may compile to 40 MiB, but not quickly, so processor time stands for memory. How masks are used is in masks.py.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import random
 import threading
 import time
-from collections import OrderedDict
+import weakref
+from collections import OrderedDict, deque
 from functools import cached_property
 from typing import TYPE_CHECKING, cast
 
@@ -46,7 +49,9 @@ MAX_LOST = 4
 # Rules may nest as deep as a source is long: at 3 KiB a level the largest needs about 40 MiB of stack (address space until used).
 STACK_BYTES = 2**28
 NICENESS = 5
-KEPT_BYTES = 2**22  # of sources; what is compiled from them is at most about a hundred times as large
+KEPT_BYTES = 2**22  # of sources
+# Seconds of compiling that the cache keeps, and that the unfinished requests of one tenant may hold; about 40 MiB each.
+KEPT_SECONDS, HELD_SECONDS = 5.0, 10.0
 TRIAL_TOKENS = 32
 # Processor time for one token of the trial walk beyond which a grammar counts as too ambiguous to serve.
 SLOW_SECONDS = 0.1
@@ -59,8 +64,9 @@ class Compilation:
         self.grammar = grammar
         self.matcher: LLMatcher | None = None
         self.error: EverlearnError | None = None
-        self.started = 0.0
-        self.lost = False
+        self.started = math.inf  # on the monotonic clock
+        self.seconds = 0.0  # of processor time
+        self.counted = self.lost = False
 
     @property
     def done(self) -> bool:
@@ -77,7 +83,9 @@ class Grammars:
         self.tokenizer_lock = threading.Lock()
         self.tokenizer: LLTokenizer | None = None
         self.known: OrderedDict[Grammar, Compilation] = OrderedDict()
-        self.known_bytes = 0
+        self.known_bytes, self.known_seconds = 0, 0.0
+        self.held: dict[str, float] = {}  # seconds of compiling in memory, by the tenant that asked first
+        self.released: deque[tuple[str, float]] = deque()  # by finalisers, which run wherever they like and take no lock
         self.queue: FairQueue[Compilation] = FairQueue()
         self.compiling: list[Compilation] = []
         self.threads = self.lost = 0
@@ -101,8 +109,7 @@ class Grammars:
                 return known
             made = self.known[grammar] = Compilation(grammar)
             self.known_bytes += len(grammar.source)
-            while len(self.known) > self.kept or self.known_bytes > KEPT_BYTES:
-                self._forget(next(iter(self.known.values())))
+            self._shrink()
             self.queue.append(tenant, made)
             self._start_thread()
         return made
@@ -121,59 +128,89 @@ class Grammars:
                 self.threads, self.lost = self.threads - 1, self.lost + 1
                 log.warning("a grammar did not compile within %g s; %d threads are given up on", self.seconds, self.lost)
                 self._start_thread()
-            while self.queue and not self.threads:
+            self._start_thread()  # for those who held too much a moment ago
+            while self.queue and self.lost >= MAX_LOST and not self.threads:
                 made = self.queue.pop()[1]
                 made.error = Unavailable(f"{self.lost} grammars keep the compiler's threads busy; send this again later")
                 self._forget(made)
+
+    def _shrink(self) -> None:
+        while len(self.known) > self.kept or self.known_bytes > KEPT_BYTES or self.known_seconds > KEPT_SECONDS:
+            self._forget(next(iter(self.known.values())))
 
     def _forget(self, made: Compilation) -> None:
         if self.known.get(made.grammar) is made:
             del self.known[made.grammar]
             self.known_bytes -= len(made.grammar.source)
+            self.known_seconds -= made.seconds if made.counted else 0.0
+
+    def _next(self) -> tuple[str, Compilation] | None:
+        """The next to compile; tenants that hold too much are passed over."""
+        while self.released:
+            tenant, seconds = self.released.popleft()
+            self.held[tenant] -= seconds
+            if self.held[tenant] < 1e-9:
+                del self.held[tenant]
+        found = self.queue.pop_of_others({tenant for tenant, seconds in self.held.items() if seconds > HELD_SECONDS})
+        if found is not None:
+            self.compiling.append(found[1])
+        return found
+
+    def _count(self, tenant: str, made: Compilation) -> None:
+        """Counts what was compiled as long as anyone has it."""
+        self.held[tenant] = self.held.get(tenant, 0.0) + made.seconds
+        weakref.finalize(made, self.released.append, (tenant, made.seconds))
+        if self.known.get(made.grammar) is made:
+            made.counted = True
+            self.known_seconds += made.seconds
+            self._shrink()
 
     def _start_thread(self) -> None:
         """Called with the lock held. The stack size is the process's for a moment; a foreign thread born then has a deeper stack."""
-        if self.queue and self.threads < THREADS and self.lost < MAX_LOST:
+        if self.threads < THREADS and self.lost < MAX_LOST and (found := self._next()):
             self.threads += 1
             before = threading.stack_size(STACK_BYTES)
-            threading.Thread(target=self._work, name="grammar", daemon=True).start()
+            threading.Thread(target=self._work, args=found, name="grammar", daemon=True).start()
             threading.stack_size(before)
 
-    def _work(self) -> None:
+    def _work(self, tenant: str, made: Compilation) -> None:
         """A thread lives as long as something waits."""
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)  # on Linux a thread has its own
         while True:
-            with self.lock:
-                if not self.queue:
-                    self.threads -= 1
-                    return
-                tenant, made = self.queue.pop()
-                made.started = time.monotonic()
-                self.compiling.append(made)
-            matcher, error = self._try(made.grammar)
+            matcher, error = self._try(made)
             with self.lock:
                 self.compiles += 1
+                self.queue.charge(tenant, made.seconds)
                 if made.lost:
                     self.lost -= 1
                     return
                 self.compiling.remove(made)
-                self.queue.charge(tenant, time.monotonic() - made.started)
+                if matcher is not None:
+                    self._count(tenant, made)
                 made.matcher, made.error = matcher, error
+                found = self._next()
+                if found is None:
+                    self.threads -= 1
+                    return
+                tenant, made = found
 
-    def _try(self, grammar: Grammar) -> tuple[LLMatcher | None, EverlearnError | None]:
+    def _try(self, made: Compilation) -> tuple[LLMatcher | None, EverlearnError | None]:
+        begun = time.thread_time()
         try:
-            return self._compile(grammar), None
+            with self.tokenizer_lock:
+                self.tokenizer = self.tokenizer or self._wrap_tokenizer()
+            begun, made.started = time.thread_time(), time.monotonic()
+            return self._compile(self.tokenizer, spell(made.grammar)), None
         except EverlearnError as error:
             return None, error
         except BaseException as error:  # noqa: BLE001 - a panic in Rust is no Exception, and it is this request's affair alone
             reason = str(error).splitlines() or [type(error).__name__]
-            return None, InvalidRequest(f"the {grammar.kind} can't be used: {reason[0][:300]}", param=PARAM)
+            return None, InvalidRequest(f"the {made.grammar.kind} can't be used: {reason[0][:300]}", param=PARAM)
+        finally:
+            made.seconds = time.thread_time() - begun
 
-    def _compile(self, grammar: Grammar) -> LLMatcher:
-        spelled = spell(grammar)
-        with self.tokenizer_lock:
-            self.tokenizer = self.tokenizer or self._wrap_tokenizer()
-        matcher = LLMatcher(self.tokenizer, spelled, limits=LIMITS, log_level=0)
+    def _compile(self, tokenizer: LLTokenizer, spelled: str) -> LLMatcher:
+        matcher = LLMatcher(tokenizer, spelled, limits=LIMITS, log_level=0)
         mask = allocate_token_bitmask(1, 32 * self.words)
         if not matcher.is_error():
             fill_next_token_bitmask(matcher, mask)  # the first mask is the dearest; copies inherit what it found out

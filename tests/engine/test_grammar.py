@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import random
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from everlearn.engine.grammar import KEPT_BYTES, MAX_SOURCE, PARAM, THREADS, Compilation, Grammars
+from everlearn.engine.grammar import HELD_SECONDS, KEPT_BYTES, KEPT_SECONDS, MAX_SOURCE, PARAM, THREADS, Compilation, Grammars
 from everlearn.errors import EverlearnError, InvalidRequest, TooLarge, Unavailable
 from everlearn.models.load import BaseModel
 from everlearn.types import Grammar
@@ -198,13 +199,43 @@ def test_the_cache_is_bounded_in_number_and_bytes(base: BaseModel) -> None:
     until(grammars, lambda: not grammars.queue and not grammars.threads)
 
 
+def test_who_holds_much_memory_waits_until_some_is_free(base: BaseModel) -> None:
+    grammars = Grammars(base, seconds=60.0, kept=2)
+    first = compiled(grammars, Grammar("regex", "held"))
+    with grammars.lock:
+        grammars.held["tenant"] += 2 * HELD_SECONDS
+        weakref.finalize(first, grammars.released.append, ("tenant", 2 * HELD_SECONDS))
+    waits = grammars.compile(Grammar("regex", "waits"), "tenant")
+    for i in range(3):  # others go on, and the cache lets go of the first
+        other = grammars.compile(Grammar("regex", f"other{i}"), "other")
+        until(grammars, lambda other=other: other.done)
+    assert not waits.done and grammars.threads == 0
+    assert grammars.known.get(first.grammar) is None
+    del first
+    until(grammars, lambda: waits.done)
+    assert set(grammars.held) <= {"tenant", "other"}
+
+
+def test_dear_grammars_are_kept_in_small_numbers(base: BaseModel) -> None:
+    grammars = Grammars(base, seconds=60.0, kept=1000)
+    for i in range(12):
+        with grammars.lock:
+            made = grammars.known[Grammar("regex", str(i))] = Compilation(Grammar("regex", str(i)))
+            grammars.known_bytes += len(made.grammar.source)
+            made.seconds = 1.0
+            grammars._count("t", made)
+    assert len(grammars.known) == KEPT_SECONDS
+    assert compiled(grammars, Grammar("regex", "cheap")).matcher is not None
+    assert 0 < grammars.known_seconds <= KEPT_SECONDS
+
+
 def test_tenants_take_turns_at_the_compiler(base: BaseModel) -> None:
     grammars = Grammars(base, seconds=20.0, kept=100)
-    flood = [grammars.compile(dear(f"c{i}"), "flood") for i in range(10)]
-    calm = grammars.compile(Grammar("regex", "[a-z]{5}"), "calm")
-    until(grammars, lambda: calm.done)
-    assert sum(made.done for made in flood) <= 2 * THREADS
-    until(grammars, lambda: all(made.done for made in flood))
+    with grammars.tokenizer_lock:  # nothing is compiled before all have asked
+        flood = [grammars.compile(dear(f"c{i}"), "flood") for i in range(10)]
+        calm = grammars.compile(Grammar("regex", "[a-z]{5}"), "calm")
+    until(grammars, lambda: calm.done and all(made.done for made in flood))
+    assert sum(made.started < calm.started for made in flood) <= 2 * THREADS
 
 
 @pytest.mark.parametrize("kind", ["json_schema", "lark", "regex", "ebnf"])
