@@ -6,6 +6,7 @@ the user `postgres` (or `nobody`) when the tests run as root, because PostgreSQL
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import shutil
@@ -70,6 +71,12 @@ def postgres_server() -> Iterator[Path]:
 
 @pytest.fixture
 def postgres_url(postgres_server: Path) -> Iterator[str]:
+    with new_database(postgres_server) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def new_database(postgres_server: Path) -> Iterator[str]:
     """The SQLAlchemy URL of a new, empty database; dropped afterwards."""
     name = f"test_{time.time_ns()}"
     with psycopg.connect(host=str(postgres_server), user="everlearn", dbname="postgres", autocommit=True) as admin:

@@ -33,6 +33,7 @@ from everlearn.api.services import Services
 from everlearn.api.serving import Serving
 from everlearn.api.supervise import EngineProcess
 from everlearn.api.tinker import places
+from everlearn.api.tinker.forms import CHECK_ADDRESS
 from everlearn.api.tinker.routes import ROUTERS
 from everlearn.config import Settings
 from everlearn.models.catalog import Catalog
@@ -67,7 +68,7 @@ def create_app(settings: Settings) -> FastAPI:
             app.include_router(router, prefix=prefix)
     app.include_router(anthropic.router, prefix=anthropic.PREFIX)
     for router, scopes in ROUTERS:
-        app.include_router(router, dependencies=[scope(*scopes)])
+        app.include_router(router, dependencies=[scope(*scopes), CHECK_ADDRESS])
 
     @app.get("/openapi.json", include_in_schema=False, dependencies=[scope("train", "sample", "read")])
     async def openapi() -> dict[str, object]:

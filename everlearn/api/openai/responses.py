@@ -1,7 +1,8 @@
 """/responses: what agents use of it (text, functions, streaming, previous_response_id). A response is kept as a record, and told from it.
 
 `previous_response_id` continues the conversation of a record. It needs the record's content: `store: false`, or a key whose content
-isn't kept, ends the chain.
+isn't kept, ends the chain. A response is there for the key that made it, and for keys that may read all records; to others of the tenant
+it doesn't exist.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from everlearn.store import records
 
 router = APIRouter(tags=["openai: responses"])
 ROUTE = "responses"
+READERS = ("read", "admin")  # scopes with which everybody's are read, as in /v1/records
 MISSING = "previous_response_not_found"  # OpenAI's word
 
 
@@ -41,7 +43,7 @@ async def create_response(request: Request) -> Response:
     target = await resolve(svc, caller.tenant, form.model)
     chat = await svc.chat_models.get(target.base)
     forms.check(form, chat.format.thinks)
-    said = [*await earlier(svc, caller.tenant, form.previous_response_id), *items.messages_of(form.input)]
+    said = [*await earlier(svc, caller, form.previous_response_id), *items.messages_of(form.input)]
     offered, choice = forms.tools_and_choice(form)
     effort = form.reasoning.effort if form.reasoning else None
     turn = Turn(
@@ -67,7 +69,7 @@ async def create_response(request: Request) -> Response:
 @router.get("/responses/{response_id}", dependencies=[auth.scope("sample")])
 async def get_response(request: Request, response_id: str) -> Response:
     svc = services(request)
-    row, texts = await kept(svc, auth.tenant(request), response_id)
+    row, texts = await kept(svc, auth.caller(request), response_id)
     fields = {**texts["params"], "input": "", "user": row.user, "metadata": texts["metadata"]}
     form = msgspec.convert(fields, forms.ResponsesForm)
     reason = row.finish_reasons[0]
@@ -79,28 +81,28 @@ async def get_response(request: Request, response_id: str) -> Response:
 
 @router.delete("/responses/{response_id}", dependencies=[auth.scope("sample")])
 async def delete_response(request: Request, response_id: str) -> dict[str, Any]:
-    svc, tenant = services(request), auth.tenant(request)
-    row, _ = await kept(svc, tenant, response_id)
-    await svc.write(lambda conn: records.delete(conn, tenant, row.record_id))
+    svc, caller = services(request), auth.caller(request)
+    row, _ = await kept(svc, caller, response_id)
+    await svc.write(lambda conn: records.delete(conn, caller.tenant, row.record_id))
     return {"id": response_id, "object": "response", "deleted": True}
 
 
 # ---- what was said before ----
 
 
-async def earlier(svc: Services, tenant: str, response_id: str | None) -> list[dict[str, Any]]:
+async def earlier(svc: Services, caller: auth.Caller, response_id: str | None) -> list[dict[str, Any]]:
     """The conversation up to a response, its instructions left out: those are each request's own."""
     if response_id is None:
         return []
     try:
-        _, said = await kept(svc, tenant, response_id)
+        _, said = await kept(svc, caller, response_id)
     except NotFound as error:
         raise InvalidRequest(f"previous_response_id: {error.message}", param="previous_response_id", code=MISSING) from None
     messages = said["messages"][1:] if said["params"].get("instructions") else said["messages"]
     return [*messages, *said["answer"]]
 
 
-async def kept(svc: Services, tenant: str, response_id: str) -> tuple[records.Row, dict[str, Any]]:
+async def kept(svc: Services, caller: auth.Caller, response_id: str) -> tuple[records.Row, dict[str, Any]]:
     """The record behind a response, and its texts."""
     missing = NotFound(f"there is no response {response_id[:80]!r}, or it isn't kept any more", param="response_id")
     if not response_id.startswith("resp_"):
@@ -108,10 +110,10 @@ async def kept(svc: Services, tenant: str, response_id: str) -> tuple[records.Ro
     record_id = shapes.public_id("rec_", response_id.removeprefix("resp_"))
     await svc.records.settled(record_id)
     try:
-        row, body = await svc.read(lambda conn: records.get(conn, tenant, record_id))
+        row, body = await svc.read(lambda conn: records.get(conn, caller.tenant, record_id))
     except NotFound:
         raise missing from None
-    if row.route != ROUTE:
+    if row.route != ROUTE or (row.key_id != caller.key_id and caller.scopes.isdisjoint(READERS)):
         raise missing
     if body is None:
         raise NotFound(f"the content of response {response_id} wasn't kept (store was false, or the key's content isn't kept)")

@@ -1,7 +1,8 @@
 """The JSON requests of the Tinker protocol, and how they are read.
 
 SDKs of many ages send many fields. A field that we don't know is harmless while it is off (null, false, 0, "" or empty) and
-refused by name otherwise: what we can't honour is never accepted and ignored.
+refused by name otherwise: what we can't honour is never accepted and ignored. Texts that not every database takes are refused by
+name too, on all of them.
 """
 
 from __future__ import annotations
@@ -11,11 +12,14 @@ from functools import cache
 from typing import Any, TypeVar
 
 import msgspec
-from fastapi import Request
+from fastapi import Depends, Request
 
 from everlearn.api.tinker.codec_json import ModelInput, TensorData
 from everlearn.errors import InvalidRequest, Unsupported
+from everlearn.store.names import storable
 
+NUL = b"\\u0000"  # the one way to spell it in JSON; half a surrogate pair is no JSON to our decoder
+FREE_TEXTS = ("stop", "events")  # compared with what is drawn; kept as a client's report: no database looks into them
 BIG_BODY = 256 * 1024  # bytes; decoding more than this would hold up the event loop
 
 F = TypeVar("F", bound=msgspec.Struct)
@@ -249,11 +253,42 @@ async def read(request: Request, form: type[F], *, strict: bool = True) -> F:
 def parse(body: bytes, form: type[F], *, strict: bool = True) -> F:
     try:
         value = msgspec.json.decode(body or b"{}")
+        if NUL in body:
+            _refuse_unstorable(value, "")
         if strict and isinstance(value, dict):
             _refuse_unknown(value, form)
         return msgspec.convert(value, form)
     except (msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"the body doesn't read as {form.__name__}: {error}") from None
+
+
+async def check_address(request: Request) -> None:
+    """A dependency: what stands in the path and behind it can be looked up."""
+    for name, text in (*request.path_params.items(), *request.query_params.multi_items()):
+        text_of(text, name[:60].replace("\0", ""))
+
+
+CHECK_ADDRESS = Depends(check_address)
+
+
+def text_of(value: str, name: str) -> str:
+    """The text, if every database takes it; InvalidRequest naming the field otherwise."""
+    if not storable(value):
+        raise InvalidRequest(f"{name} holds NUL or half a surrogate pair, which can't be stored; leave it out", param=name)
+    return value
+
+
+def _refuse_unstorable(value: Any, path: str) -> None:
+    if isinstance(value, str):
+        text_of(value, path)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _refuse_unstorable(item, f"{path}[{index}]")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            if key not in FREE_TEXTS:
+                text_of(key, f"a name in {path or 'the body'}")
+                _refuse_unstorable(item, f"{path}.{key}" if path else key)
 
 
 def _refuse_unknown(value: dict[str, Any], form: type[msgspec.Struct], prefix: str = "") -> None:

@@ -20,6 +20,7 @@ from everlearn.api.services import services
 from everlearn.api.tinker import checks, codec, forms
 from everlearn.api.tinker.ticket import Ticket
 from everlearn.errors import EverlearnError, UserError
+from everlearn.store.names import storable
 
 Place = tuple[str, int]  # model_id, seq_id
 
@@ -65,7 +66,7 @@ async def read(request: Request, form: type[forms.F]) -> forms.F:
 
 async def keep(request: Request, place: Place | None, content: bytes, error: UserError) -> None:
     """Lets `place` pass; `content` is what a repetition of the request will be known by."""
-    if place is not None and 1 <= place[1] <= checks.MAX_SEQ:
+    if place is not None and storable(place[0]) and 1 <= place[1] <= checks.MAX_SEQ:
         await Ticket(services(request), auth.tenant(request), *place, checks.fingerprint(content)).refuse(error)
 
 

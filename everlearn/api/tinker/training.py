@@ -113,7 +113,7 @@ async def forward_backward_json(request: Request, body: bytes, *, forward_only: 
 
 
 def open_ticket(request: Request, model_id: str, seq_id: int | None, fingerprint: str) -> Ticket:
-    return Ticket(services(request), tenant(request), model_id, checks.seq(seq_id), fingerprint)
+    return Ticket(services(request), tenant(request), forms.text_of(model_id, "model_id"), checks.seq(seq_id), fingerprint)
 
 
 async def submit_batch(ticket: Ticket, body: bytes, decode: Callable[[], ForwardBackwardCall]) -> dict[str, Any]:
