@@ -45,6 +45,26 @@ SECTIONS: dict[str, list[Panel]] = {
         Panel("Time to first token", "Streamed requests, from arrival.", "s", percentiles("vllm:time_to_first_token_seconds")),
         Panel("Between tokens", "Streamed requests, between two steps.", "s", percentiles("vllm:inter_token_latency_seconds")),
         Panel("Request", "From arrival to the whole answer.", "s", percentiles("vllm:e2e_request_latency_seconds")),
+        Panel("Waiting", "In the engine, until its turn came.", "s", percentiles("vllm:request_queue_time_seconds")),
+        Panel(
+            "Prefill and decode",
+            "Median and 99th percentile of the time from a request's turn to its first token, and from there to its last.",
+            "s",
+            {
+                **{f"prefill {name}": query for name, query in percentiles("vllm:request_prefill_time_seconds", (0.5, 0.99)).items()},
+                **{f"decode {name}": query for name, query in percentiles("vllm:request_decode_time_seconds", (0.5, 0.99)).items()},
+            },
+        ),
+        Panel(
+            "Steps",
+            "Sampling steps a second, and how many tokens each computes: mean and 90th percentile.",
+            "short",
+            {
+                "steps a second": rate("vllm:iteration_tokens_total_count", MODEL),
+                "tokens of one": f"{rate('vllm:iteration_tokens_total_sum', MODEL)} / {rate('vllm:iteration_tokens_total_count', MODEL)}",
+                "tokens of one, p90": quantile(0.9, "vllm:iteration_tokens_total", MODEL),
+            },
+        ),
         Panel(
             "Tokens",
             "Prompts read and tokens drawn, a second.",
@@ -154,7 +174,7 @@ SECTIONS: dict[str, list[Panel]] = {
         Panel("Store", "Bytes: payloads and results of the log, contents of records.", "bytes", {"{{part}}": "everlearn_store_bytes"}),
         Panel(
             "Records",
-            "Written a second, and those that aren't durable yet. A lost one is a fault.",
+            "Written a second, and those that the database has not got yet. A lost one is a fault.",
             "short",
             {
                 "written": rate("everlearn_records_total"),

@@ -174,7 +174,30 @@ def errors_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"settings.md": settings_page, "cli.md": cli_page, "errors.md": errors_page}
+def faultpoints_page() -> str:
+    from everlearn import faultpoints
+
+    lines = [
+        "# Fault points",
+        NOTE,
+        "For tests of durability, not for production. `EVERLEARN_FAULT=POINT:N:KIND` in the environment of a server lets KIND happen the",
+        "N-th time that one of its processes comes by POINT, once in the life of the home folder (it then holds a file",
+        f"`{faultpoints.FIRED}`). Each effect has two points: EFFECT.before and EFFECT.after. Without the variable nothing is armed.",
+        "",
+        "```bash",
+        "EVERLEARN_FAULT=store.commit.after:3:kill everlearn serve",
+        "```",
+        "",
+        f"Kinds: `kill` (SIGKILL of the process), `error`, `full-disk`, `delay` ({faultpoints.DELAY_SECONDS:g} s).",
+        "",
+        "| effect | what it is |",
+        "|---|---|",
+        *(f"| `{effect}` | {text} |" for effect, text in faultpoints.EFFECTS.items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {"settings.md": settings_page, "cli.md": cli_page, "errors.md": errors_page, "faultpoints.md": faultpoints_page}
 
 
 def main() -> None:

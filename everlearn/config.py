@@ -20,7 +20,7 @@ from pydantic_core import ErrorDetails
 from everlearn.errors import InvalidRequest, NotFound
 
 PREFIX = "EVERLEARN_"
-NOT_SETTINGS = ("URL", "API_KEY")  # the command line's own (client_environ below), no settings of the server
+NOT_SETTINGS = ("URL", "API_KEY", "FAULT")  # the command line's own and a test's (see below), no settings of the server
 
 
 class Section(BaseModel):
@@ -73,7 +73,9 @@ class EngineSettings(Section):
     )
     restart_limit: int = Field(20, ge=1, description="engine restarts within ten minutes before the server gives up and says so")
     stuck_seconds: float = Field(
-        1800.0, gt=0, description="an engine that loads its model, or works without progress, for longer is killed and restarted"
+        1800.0,
+        gt=0,
+        description="an engine that loads its model, or works without progress, for longer is killed and restarted",
     )
     queue_limit: int = Field(4096, ge=1, description="sampling sequences that may wait in the engine; more is a 429")
     grammar_seconds: float = Field(5.0, gt=0, description="time that compiling a grammar may take; more is a 400")
@@ -152,6 +154,26 @@ def client_environ(environ: Mapping[str, str] | None = None) -> ClientEnviron:
 def engine_environ() -> dict[str, str]:
     """The environment of the engine process: the server's own, and defaults for what its libraries read from there."""
     return {**ENGINE_ENVIRON, **os.environ}
+
+
+class Fault(NamedTuple):
+    """What is to happen the n-th time that a process comes by a point (everlearn/faultpoints.py)."""
+
+    point: str
+    n: int
+    kind: str
+
+
+def fault(environ: Mapping[str, str] | None = None) -> Fault | None:
+    """EVERLEARN_FAULT=POINT:N:KIND, a test's wish. None without it."""
+    text = (os.environ if environ is None else environ).get(PREFIX + "FAULT", "")
+    if not text:
+        return None
+    point, _, rest = text.partition(":")
+    n, _, kind = rest.partition(":")
+    if not (point and kind and n.isdigit() and int(n) > 0):
+        raise InvalidRequest(f"EVERLEARN_FAULT={text!r} must have the form POINT:N:KIND, such as store.commit.after:3:kill")
+    return Fault(point, int(n), kind)
 
 
 def load(path: Path | None = None, environ: Mapping[str, str] | None = None, flags: Mapping[str, Any] | None = None) -> Loaded:

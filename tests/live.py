@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 KEY = "tml-test"
-READY_SECONDS = 180.0
+READY_SECONDS = 600.0  # a busy machine imports for minutes
 
 
 class LiveServer:
@@ -71,8 +71,10 @@ def launch(command: list[str], environment: dict[str, str], log: Path) -> subpro
         return subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
 
 
-def start_server(home: Path, model: Path, settings: Mapping[str, object] | None = None, name: str = "tiny") -> LiveServer:
-    """Starts `everlearn serve` on a free port and waits until it is ready."""
+def start_server(
+    home: Path, model: Path, settings: Mapping[str, object] | None = None, name: str = "tiny", variables: Mapping[str, str] | None = None
+) -> LiveServer:
+    """Starts `everlearn serve` on a free port, with `variables` in its environment, and waits until it is ready."""
     home.mkdir(parents=True, exist_ok=True)
     port = free_port()
     given = {"engine.threads": 1, "engine.kv_tokens": 8192, **(settings or {})}
@@ -85,12 +87,18 @@ def start_server(home: Path, model: Path, settings: Mapping[str, object] | None 
         "EVERLEARN_HOME": str(home),
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "default",
+        **(variables or {}),
     }
     command = [sys.executable, "-m", "everlearn.cli.main", "--config", str(config), "serve", "--port", str(port)]
     log = home / "server.log"
     process = launch(command, environment, log)
     url = f"http://127.0.0.1:{port}"
-    wait_ready(process, url, log)
+    try:
+        wait_ready(process, url, log)
+    except AssertionError:
+        process.kill()
+        process.wait()
+        raise
     return LiveServer(process, home, url, log, command, environment)
 
 

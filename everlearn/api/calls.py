@@ -23,6 +23,7 @@ from everlearn.api.sse import Watch
 from everlearn.api.target import Target
 from everlearn.api.turns import Opened
 from everlearn.errors import Unavailable
+from everlearn.render.reasoning import opened_by
 from everlearn.store import records
 from everlearn.store.records import Record, RecordedChoice
 
@@ -64,18 +65,21 @@ class Exchange:
 
     async def steps(self) -> AsyncIterator[list[tuple[int, Step]]]:
         """What is said, as it is drawn: the index of a sequence and its step, all that has come at once."""
-        replies = self.replies
-        async for parts in self.generation:
+        replies, generation = self.replies, self.generation
+        async for parts in generation:
             steps = [(part.index, replies[part.index].feed(part)) for part in parts]
-            if all(reply.finish for reply in replies):
+            if over := all(reply.finish for reply in replies):
                 await self._keep(self)
             yield steps
+            if over and len(generation.finished) < len(replies):  # we have heard enough, and the engine would go on
+                generation.enough()
+                return
         await self._keep(self)
 
     async def whole(self) -> list[Step]:
         """All of it. Raises Unavailable if its time was over before a token was drawn."""
         result = await self.generation.result()
-        thinks = self.opened.chat.format.thinks
+        thinks = self.opened.chat.format.thinks or opened_by(self.opened.text)
         steps = [reply.take(i, result.sequences[i], thinks) for i, reply in enumerate(self.replies)]
         if self.opened.spec.params.max_tokens and not any(reply.ids for reply in self.replies) and steps[0].finish == "deadline":
             raise Unavailable(f"its {self.opened.spec.deadline:g} s were over before its turn came; try again later", param="deadline")

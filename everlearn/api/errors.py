@@ -26,6 +26,7 @@ STATUS = {
     "invalid_request": 400,
     "context_length_exceeded": 400,  # OpenAI's words, which clients look for
     "previous_response_not_found": 400,
+    "thread_unsupported_request": 400,  # Anthropic's
     "unsupported": 400,
     "unauthenticated": 401,
     "forbidden": 403,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from everlearn.engine import protocol
 from everlearn.errors import Conflict, EverlearnError, Unavailable
+from everlearn.faultpoints import around
 from everlearn.store import checkpoints, rebuild
 from everlearn.store import log as request_log
 
@@ -189,7 +190,8 @@ class Feed:
     def _send(self, item: Item, payload: bytes | None) -> None:
         """Sends one command and takes it off its queue: no await in between, so it is sent once per engine."""
         if payload:
-            self.dispatcher.engine.send(payload)
+            with around("command.send"):
+                self.dispatcher.engine.send(payload)
             self.sent[item.request_id] = (item.seq, len(payload))
             self.dispatcher.sent(item.request_id, self)
             if item.kind in EFFECTS:
@@ -224,7 +226,8 @@ class Feed:
         run, base_seq = replay.run, -1
         if replay.snapshot is not None:
             base_seq = replay.snapshot.seq
-            self.dispatcher.engine.send(protocol.Restore(run.run_id, run.tenant, run.base_model, run.lora, replay.snapshot.folder))
+            with around("restore.send"):
+                self.dispatcher.engine.send(protocol.Restore(run.run_id, run.tenant, run.base_model, run.lora, replay.snapshot.folder))
         self.generation, self.wanted = generation, False
         self.next_seq = max(replay.finished_seq, base_seq) + 1
         self.effect_seq = self.snapshot_seq = base_seq

@@ -1,7 +1,8 @@
 """What the serving part counts and times, under vLLM's names, so that its dashboards work here.
 
-Observed by the serving loop (everlearn/api/serving.py) for each request and step; what only the engine knows (running, waiting,
-cache) is read from its heartbeat when somebody asks (everlearn/api/ops.py). The label `model_name` is that of the base model: a name
+Observed by the serving loop (everlearn/api/serving.py) for each request and step. The engine says with each answer how long that waited,
+read its prompt and decoded; what only it knows of itself (running, waiting, cache, sizes of steps) is read from its heartbeat when
+somebody asks (everlearn/api/ops.py). The label `model_name` is that of the base model: a name
 that tenants choose must become no label.
 """
 
@@ -36,9 +37,13 @@ class ServingMetrics:
         self.tpot_old = histogram("vllm:time_per_output_token_seconds", "the same as inter_token_latency", BETWEEN_TOKENS)
         self.tpot = histogram("vllm:request_time_per_output_token_seconds", "mean seconds for a token after the first", BETWEEN_TOKENS)
         self.seconds = histogram("vllm:e2e_request_latency_seconds", "a sampling request from acceptance to its answer", SECONDS)
-        self.decode_seconds = histogram("vllm:request_decode_time_seconds", "from first to last token (streamed requests)", SECONDS)
+        self.queue_seconds = histogram("vllm:request_queue_time_seconds", "in the engine, until its turn came", SECONDS)
+        self.prefill_seconds = histogram("vllm:request_prefill_time_seconds", "in the engine, from its turn to the first token", SECONDS)
+        self.decode_seconds = histogram("vllm:request_decode_time_seconds", "in the engine, from the first token to the last", SECONDS)
+        self.running_seconds = histogram("vllm:request_inference_time_seconds", "in the engine, from its turn to the last token", SECONDS)
         self.prompt_tokens = histogram("vllm:request_prompt_tokens", "prompt tokens of a request", TOKENS)
         self.generation_tokens = histogram("vllm:request_generation_tokens", "tokens drawn for a request", TOKENS)
+        self.longest = histogram("vllm:request_max_num_generation_tokens", "tokens of the longest sequence of a request", TOKENS)
         self.max_tokens = histogram("vllm:request_params_max_tokens", "max_tokens of a request", TOKENS)
         self.n = histogram("vllm:request_params_n", "n of a request", COUNTS)
         self.success = Counter("vllm:request_success", "samples that ended as they should", [*LABEL, "finished_reason"], registry=registry)
@@ -68,11 +73,15 @@ class ServingMetrics:
         self.seconds.labels(model).observe(time.perf_counter() - generation.created)
         self.prompt_tokens.labels(model).observe(len(spec.prompt))
         self.generation_tokens.labels(model).observe(sum(drawn))
+        self.longest.labels(model).observe(max(drawn, default=0))
         self.max_tokens.labels(model).observe(spec.params.max_tokens)
         self.n.labels(model).observe(spec.n)
         for sequence in value.sequences:
             self.success.labels(model, sequence.stop_reason).inc()
-        if generation.first_token and max(drawn, default=0) > 1:
-            decoding = generation.last_token - generation.first_token
-            self.decode_seconds.labels(model).observe(decoding)
-            self.tpot.labels(model).observe(decoding / (max(drawn) - 1))
+        if times := generation.times:
+            self.queue_seconds.labels(model).observe(times.queue)
+            self.prefill_seconds.labels(model).observe(times.prefill)
+            self.decode_seconds.labels(model).observe(times.decode)
+            self.running_seconds.labels(model).observe(times.prefill + times.decode)
+            if max(drawn, default=0) > 1:
+                self.tpot.labels(model).observe(times.decode / (max(drawn) - 1))

@@ -6,19 +6,22 @@ The serving metrics have vLLM's names, so that its dashboards work here; everyth
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 from starlette.responses import JSONResponse, Response
 
 import everlearn
 from everlearn.api.meters import ServingMetrics
 from everlearn.api.services import services
+from everlearn.engine.protocol import STEP_TOKENS
 
 if TYPE_CHECKING:
     from everlearn.api.dispatch import Dispatcher
@@ -90,6 +93,7 @@ class EngineCollector(Collector):
         yield counter("vllm:prefix_cache_queries", "prompt tokens looked up in the prefix cache", engine.counter("prompt_tokens"), model)
         yield counter("vllm:prefix_cache_hits", "prompt tokens found there", engine.counter("prefix_hit_tokens"), model)
         yield counter("vllm:num_preemptions", "sequences that gave up their KV blocks for others", engine.counter("preemptions"), model)
+        yield steps(engine.step_sizes(), engine.counter("step_tokens"), model)
         yield counter("everlearn_grammar_compiles", "grammars compiled", engine.counter("grammar_compiles"))
         yield counter("everlearn_deadlines_passed", "samples that ended at their deadline", engine.counter("deadlines_passed"))
         if beat is not None:
@@ -111,6 +115,13 @@ def gauge(name: str, text: str, value: float, model: str | None = None) -> Metri
 def counter(name: str, text: str, value: float, model: str | None = None) -> Metric:
     family = CounterMetricFamily(name, text, labels=["model_name"] if model else [])
     family.add_metric([model] if model else [], value)
+    return family
+
+
+def steps(sizes: list[int], tokens: int, model: str) -> Metric:
+    family = HistogramMetricFamily("vllm:iteration_tokens_total", "tokens that a sampling step computes", labels=["model_name"])
+    bounds = [*map(float, STEP_TOKENS), math.inf]
+    family.add_metric([model], [(floatToGoString(bound), sum(sizes[: n + 1])) for n, bound in enumerate(bounds)], tokens)
     return family
 
 

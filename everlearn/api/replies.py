@@ -15,6 +15,7 @@ import msgspec
 
 from everlearn.engine.protocol import TokenPart
 from everlearn.render.detokenize import TextStream
+from everlearn.render.reasoning import OPEN
 from everlearn.render.replies import ContentDelta, Delta, ReasoningDelta, ToolCallDelta
 from everlearn.render.tokenizer import ChatTokenizer
 from everlearn.render.tools import ReplyParser
@@ -49,7 +50,8 @@ class SpokenCall(msgspec.Struct):
 
 
 class Reply:
-    """`parser` None: the text is content as it stands (completions). `scored`: report tokens too."""
+    """`parser` None: the text is content as it stands (completions). `scored`: report tokens too. `single_call`: the reply is over where
+    a second call begins, for models that no grammar holds to one."""
 
     def __init__(
         self,
@@ -61,6 +63,7 @@ class Reply:
         keep: Collection[int] = (),
         scored: bool = False,
         continues: bool = False,
+        single_call: bool = False,
     ):
         self.text = TextStream(tokenizer, stop_strings, keep=keep, continues=continues)
         self.parser, self.stop_tokens, self.scored = parser, frozenset(stop_tokens), scored
@@ -71,6 +74,7 @@ class Reply:
         self.logprobs: list[float] = []
         self.reasoning_tokens = 0
         self.finish = ""
+        self._single_call, self._over = single_call, False
         self._shown = 0  # characters that TextStream has let go
         self._held: deque[ScoredToken] = deque()
 
@@ -91,9 +95,9 @@ class Reply:
         return said
 
     def take(self, index: int, sequence: SampledSequence, thinks: bool) -> Step:
-        """A whole sequence. Of a model that thinks, token by token, so that those of the thought can be counted."""
+        """A whole sequence. Where there is a thought, token by token, so that those of the thought can be counted."""
         whole = part_of(index, sequence, self.scored)
-        if not thinks:
+        if self.parser is None or not (thinks or self._begins_with_a_thought(whole.tokens)):
             return self.feed(whole)
         step = Step([], [], "")
         last = len(whole.tokens) - 1
@@ -124,17 +128,23 @@ class Reply:
         if part.stop_reason or self.text.stopped is not None:
             return self._end(text, part.stop_reason)
         deltas = self._deltas(text)
+        if self._over:
+            self.finish = "tool_calls"
         if deltas and self.parser is not None and isinstance(deltas[-1], ReasoningDelta):
             self.reasoning_tokens += len(ids)
-        return Step(deltas, self._released(), "")
+        return Step(deltas, self._released(), self.finish)
+
+    def _begins_with_a_thought(self, ids: Sequence[int]) -> bool:
+        first = b"".join(self.text.tokenizer.token_bytes(number) for number in ids[:32])
+        return first.lstrip().startswith(OPEN.encode())
 
     def _end(self, text: str, reason: str) -> Step:
         rest = self.text.finish()
         self._shown += len(rest)
         deltas = self._deltas(text + rest)
-        if self.parser is not None:
+        if self.parser is not None and not self._over:
             deltas += self._kept(self.parser.finish())
-        stopped = self.text.stopped is not None
+        stopped = self.text.stopped is not None or self._over
         self.finish = "stop" if stopped else reason
         if self.calls and self.finish == "stop":
             self.finish = "tool_calls"
@@ -149,12 +159,15 @@ class Reply:
 
     def _kept(self, deltas: list[Delta]) -> list[Delta]:
         """Notes what is said, so that the whole reply is there at its end."""
-        for delta in deltas:
+        for place, delta in enumerate(deltas):
             if isinstance(delta, ContentDelta):
                 self.content.append(delta.text)
             elif isinstance(delta, ReasoningDelta):
                 self.reasoning.append(delta.text)
             else:
+                if delta.index and self._single_call:
+                    self._over = True
+                    return deltas[:place]
                 if delta.index == len(self.calls):
                     self.calls.append(SpokenCall(delta.id or "", delta.name or ""))
                 self.calls[delta.index].arguments += delta.arguments

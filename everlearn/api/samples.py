@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from everlearn.api.ledger import Pending, first
 from everlearn.engine import protocol
+from everlearn.faultpoints import around
 from everlearn.store import log as request_log
 from everlearn.store.log import Entry
 
@@ -35,7 +36,8 @@ class Samples:
             return
         if self.dispatcher.may_send(request_id):
             pending.generation = engine.generation
-            engine.send(payload)
+            with around("command.send"):
+                engine.send(payload)
             self.dispatcher.sent(request_id, None)
 
     async def send_all(self) -> None:

@@ -60,7 +60,7 @@ class Generation:
 
     __slots__ = (
         "_done", "_overdue", "_parts", "_serving", "_waiter", "cached", "command", "created", "engine", "error", "finished",
-        "first_token", "last_token", "received", "replayed", "request_id", "seen", "spec", "value",
+        "first_token", "last_token", "received", "replayed", "request_id", "seen", "spec", "times", "value",
     )  # fmt: skip
 
     def __init__(self, serving: Serving, spec: GenerationSpec, request_id: str):
@@ -71,6 +71,7 @@ class Generation:
         self.engine = 0  # the engine process that has it; 0: none
         self.cached = 0
         self.value: SampleResult | None = None
+        self.times: protocol.Times | None = None
         self.error: EverlearnError | None = None
         self.received: list[list[int]] = [[] for _ in range(spec.n)] if spec.stream else []
         self.finished: set[int] = set()
@@ -115,6 +116,10 @@ class Generation:
     def cancel(self) -> None:
         """Its client has gone, or needs no more. Nothing happens if it had ended."""
         self._serving.cancel(self)
+
+    def enough(self) -> None:
+        """What was drawn says it all; the rest needn't be drawn."""
+        self._serving.cancel(self, EverlearnError("no more was needed", code="cancelled"))
 
     @property
     def done(self) -> bool:
@@ -202,7 +207,8 @@ class Serving:
             self.engine.send(protocol.Cancel(request_id))  # its Failed ends the bookkeeping in the dispatcher
         else:
             self.dispatcher.let_go(request_id)
-        self.metrics.cancelled.inc()
+        if error is None:
+            self.metrics.cancelled.inc()
         self._end(generation, None, error or EverlearnError("the request was cancelled", code="cancelled"))
 
     def _admit(self, sequences: int) -> None:
@@ -261,6 +267,7 @@ class Serving:
             kind = BY_CODE.get(event.code, EverlearnError)
             self._end(generation, None, kind(event.message, param=event.param, code=event.code))
         elif isinstance(event.result, SampleResult):
+            generation.times = event.times
             self._end(generation, event.result, None)
 
     def _tokens(self, generation: Generation, event: protocol.Tokens) -> None:

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 LATE_SECONDS = 5.0  # heartbeats come once a second; later than this and /readyz says so
 HUNG_SECONDS = 30.0  # later than this and the process is killed
-LOADING_HUNG_SECONDS = 120.0  # the same before it is ready: importing and mapping large files may hold up every thread
+LOADING_HUNG_SECONDS = 600.0  # the same before it is ready: importing from a slow disk, or on a busy machine, may hold up every thread
 STUCK_SECONDS = 300.0  # heartbeats come, but the work doesn't move: /readyz says so (engine.stuck_seconds: it is killed)
 WATCH_SECONDS = 0.5
 RESTART_WINDOW = 600.0
@@ -78,6 +78,7 @@ class EngineProcess:
         self.pid: int | None = None
         self.ready: protocol.Ready | None = None
         self.heartbeat: protocol.Heartbeat | None = None
+        self._step_sizes = [0] * (len(protocol.STEP_TOKENS) + 1)  # of the engines that died
         self.totals: dict[str, int] = {}  # the counters of engines that have died
         self.last_death = deaths.Death("", False)
         self.listeners: list[Listener] = []
@@ -312,6 +313,7 @@ class EngineProcess:
         if beat := self.heartbeat:
             for name in COUNTERS:
                 self.totals[name] = self.totals.get(name, 0) + getattr(beat, name)
+            self._step_sizes = self.step_sizes()
         self.heartbeat = None
         self.pid = None
         self.state, self.reason = State.RESTARTING, f"{reason}; it is being restarted"
@@ -349,8 +351,13 @@ class EngineProcess:
         """A counter of the heartbeat, summed over all engines since the server started."""
         return self.totals.get(name, 0) + (getattr(self.heartbeat, name) if self.heartbeat else 0)
 
+    def step_sizes(self) -> list[int]:
+        """The heartbeat's, summed likewise."""
+        now = self.heartbeat.step_sizes if self.heartbeat else []
+        return [before + size for before, size in zip(self._step_sizes, now, strict=True)] if now else self._step_sizes
+
 
 COUNTERS = (
     "trained_tokens", "sampled_tokens", "prefix_hit_tokens", "prompt_tokens", "optimizer_steps", "preemptions", "grammar_compiles",
-    "deadlines_passed",
+    "deadlines_passed", "step_tokens",
 )  # fmt: skip

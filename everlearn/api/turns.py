@@ -104,6 +104,7 @@ class Opened(msgspec.Struct, frozen=True):
             keep=() if turn is None else format.keep_ids,
             scored=self.scored,
             continues=turn is None or turn.continue_final,
+            single_call=turn is not None and not turn.parallel_calls,
         )
 
 

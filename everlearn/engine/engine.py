@@ -43,6 +43,7 @@ from everlearn.engine.sampler import Sampler
 from everlearn.engine.scheduler import SAMPLE, TRAIN, Scheduler
 from everlearn.engine.trainer import Job, Trainer
 from everlearn.errors import InternalError, NotFound
+from everlearn.faultpoints import around
 from everlearn.models.bank import Bank
 from everlearn.models.catalog import Catalog
 from everlearn.models.load import BaseModel, load_base, pick_device
@@ -122,7 +123,8 @@ class Engine:
                 for served in self.served.values():
                     served.sampler.cancel(command.request_id)
             case Create():
-                self._add_run(command.model_id, command.tenant, command.base, command.lora)
+                with around("run.create"):
+                    self._add_run(command.model_id, command.tenant, command.base, command.lora)
                 self._complete(command.request_id, DoneResult())
             case Restore():
                 self._restore(command)
@@ -182,7 +184,8 @@ class Engine:
                 run.last_job = time.monotonic()
                 return
             case OptimStep():
-                metrics = adapter.optim_step(command.adam)
+                with around("optimizer.apply"):
+                    metrics = adapter.optim_step(command.adam)
                 self.optimizer_steps += 1
                 run.steps_since_snapshot += 1
                 self._complete(command.request_id, OptimStepResult(metrics))
@@ -191,7 +194,8 @@ class Engine:
                 self._write(state, command.folder, command.request_id)
             case Publish():
                 bank = self.served[adapter.base].bank
-                bank.publish(command.version, adapter.scale, adapter.pairs())
+                with around("version.publish"):
+                    bank.publish(command.version, adapter.scale, adapter.pairs())
                 state = persist.State(adapter, optimizer=False, gradient=False, metadata=command.metadata)
                 self._write(state, command.folder, command.request_id, on_disk=lambda: bank.written(command.version))
             case Load():
@@ -202,7 +206,8 @@ class Engine:
         self._applied(run, command)
 
     def _load(self, run: Run, command: Load) -> None:
-        persist.restore(run.adapter, Path(command.folder), command.optimizer)
+        with around("weights.load"):
+            persist.restore(run.adapter, Path(command.folder), command.optimizer)
         run.seconds_since_snapshot = float("inf")  # a snapshot soon, so that the checkpoint it came from may be deleted
         self._complete(command.request_id, DoneResult())
 
@@ -226,7 +231,8 @@ class Engine:
         if run.snapshot_running:
             return
         adapter = run.adapter
-        seq, state = adapter.seq, persist.State(adapter, optimizer=True, gradient=True)
+        with around("snapshot.copy"):
+            seq, state = adapter.seq, persist.State(adapter, optimizer=True, gradient=True)
         run.snapshot_running = True
         run.steps_since_snapshot, run.seconds_since_snapshot = 0, 0.0
         folder = self.settings.home / "snapshots" / adapter.model_id.replace(":", "_") / f"{seq:012d}"
@@ -273,7 +279,8 @@ class Engine:
             with torch.inference_mode():
                 for served in sampling:
                     for event in served.sampler.step():
-                        self.emit(event)
+                        with around("result.emit"):
+                            self.emit(event)
         self.scheduler.charge(side, time.perf_counter() - started)
         self.last_progress = time.time()
         return 0.0
@@ -304,7 +311,8 @@ class Engine:
     # --- answers ---
 
     def _complete(self, request_id: str, result: Result) -> None:
-        self.emit(Completed(request_id, result))
+        with around("result.emit"):
+            self.emit(Completed(request_id, result))
 
     def _fail(self, request_id: str, error: Exception) -> None:
         answer = as_error(error, "in the engine")

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import zmq
 
-from everlearn.config import Settings
+from everlearn import faultpoints
+from everlearn.config import Settings, fault
 from everlearn.engine import protocol
 from everlearn.engine.protocol import AnyCommand, AnyEvent, Failed, Heartbeat, Ready, RestoreFailed, Shutdown
 from everlearn.errors import UserError
@@ -105,6 +106,7 @@ def main() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     started = time.perf_counter()
     settings = Settings.model_validate_json(sys.stdin.read())
+    faultpoints.arm(fault(), settings.home)
     threads = settings.engine.threads or os.cpu_count() or 1
 
     import torch
@@ -189,6 +191,8 @@ def _heartbeat(engine: Engine) -> Heartbeat:
         grammar_compiles=totals.get("grammar_compiles", 0),
         sampling_compiling=totals.get("compiling", 0),
         deadlines_passed=totals.get("deadlines_passed", 0),
+        step_tokens=totals.get("step_tokens", 0),
+        step_sizes=[sum(sizes) for sizes in zip(*(served.sampler.step_sizes for served in list(engine.served.values())), strict=True)],
         rss_bytes=int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"),
     )
 

@@ -11,6 +11,8 @@ import msgspec
 
 from everlearn.types import AdamParams, Array, BaseModelInfo, Datum, LoraSpec, Result, SamplingParams
 
+STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
 
 class Command(msgspec.Struct, frozen=True, tag_field="op"):
     pass
@@ -176,9 +178,21 @@ class Tokens(Event, tag="tokens"):
     cached: int = 0
 
 
+class Times(msgspec.Struct, frozen=True, array_like=True):
+    """Seconds of a sample in the engine: until its turn came, from then to its first token, from its first token to its last. What didn't
+    happen took 0."""
+
+    queue: float
+    prefill: float
+    decode: float
+
+
 class Completed(Event, tag="completed"):
+    """`times`: of samples."""
+
     request_id: str
     result: Result
+    times: Times | None = None
 
 
 class Failed(Event, tag="failed"):
@@ -207,7 +221,8 @@ class RestoreFailed(Event, tag="restore_failed"):
 
 
 class Heartbeat(Event, tag="heartbeat"):
-    """Sent at least once a second, also while a batch runs (from a thread that owns nothing)."""
+    """Sent at least once a second, also while a batch runs (from a thread that owns nothing). `step_sizes` counts the sampling steps by
+    their tokens: those of at most STEP_TOKENS[0], ..., and those of more than the last. `step_tokens` is the tokens of all of them."""
 
     unix_time: float
     training_queued: int
@@ -227,6 +242,8 @@ class Heartbeat(Event, tag="heartbeat"):
     grammar_compiles: int = 0
     sampling_compiling: int = 0
     deadlines_passed: int = 0
+    step_tokens: int = 0
+    step_sizes: list[int] = []
 
 
 AnyEvent = Ready | Tokens | Completed | Failed | Snapshotted | RestoreFailed | Heartbeat

@@ -12,6 +12,7 @@ import heapq
 import logging
 import os
 import time
+from bisect import bisect_left
 from collections import deque
 
 import torch
@@ -27,7 +28,7 @@ from everlearn.engine.graphs import DecodeGraphs
 from everlearn.engine.kvcache import BlockPool, KVCache, num_blocks_for
 from everlearn.engine.masks import Masks, advance
 from everlearn.engine.paged import Chunk, PagedBatch, segments_of
-from everlearn.engine.protocol import Completed, Failed, Sample, Tokens
+from everlearn.engine.protocol import STEP_TOKENS, Completed, Failed, Sample, Tokens
 from everlearn.engine.scoring import LOGIT_ROWS
 from everlearn.engine.sequence import Request, Sequence
 from everlearn.engine.stops import StopStrings
@@ -68,6 +69,7 @@ class Sampler:
         self.deadlines: list[tuple[float, str]] = []  # a heap; entries of requests that have ended are passed over
         self.streaming: dict[str, Request] = {}  # requests that want to hear of this step
         self.events: list[Completed | Failed] = []
+        self.step_tokens, self.step_sizes = 0, [0] * (len(STEP_TOKENS) + 1)
         self.sampled_tokens = self.prompt_tokens = self.prefix_hit_tokens = self.preemptions = self.deadlines_passed = 0
 
     # --- what the engine calls ---
@@ -104,6 +106,9 @@ class Sampler:
         with torch.inference_mode():
             chunks = self._schedule()
             if chunks:
+                tokens = sum(chunk.stop - chunk.start for chunk in chunks)
+                self.step_tokens += tokens
+                self.step_sizes[bisect_left(STEP_TOKENS, tokens)] += 1
                 try:
                     self._postprocess(chunks, *self._run(chunks))
                 except torch.OutOfMemoryError as error:
@@ -132,6 +137,7 @@ class Sampler:
             "preemptions": self.preemptions,
             "deadlines_passed": self.deadlines_passed,
             "grammar_compiles": self.grammars.compiles,
+            "step_tokens": self.step_tokens,
         }
 
     # --- schedule ---
@@ -179,6 +185,7 @@ class Sampler:
                 break
             self._reserve(sequence, stop)
             self.running.append(sequence)
+            sequence.request.begin()
             budget -= stop - sequence.computed
             chunks.append(self._chunk(sequence, stop, coming))
         self._put_back(passed_over)
@@ -335,7 +342,7 @@ class Sampler:
 
     def _complete(self, request: Request) -> None:
         self._close(request)
-        self.events.append(Completed(request.command.request_id, request.result()))
+        self.events.append(Completed(request.command.request_id, request.result(), request.times()))
 
     def _remove(self, sequence: Sequence) -> None:
         self.blocks.give_back(sequence)

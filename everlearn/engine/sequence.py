@@ -6,13 +6,14 @@ partly filled last one before they write. A sequence that loses its blocks keeps
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from everlearn.engine.kvcache import next_digest, root_digest
-from everlearn.engine.protocol import Sample, TokenPart, Tokens
+from everlearn.engine.protocol import Sample, Times, TokenPart, Tokens
 from everlearn.engine.scoring import PromptScores
 from everlearn.engine.stops import StopStrings
 from everlearn.models.lora import AdapterWeights
@@ -45,12 +46,23 @@ class Request:
         self.adapter: AdapterWeights | None = None
         self.admitted = self.prompt_counted = False
         self.hit_tokens = 0
-        self.expires = 0.0  # on the monotonic clock; 0: never
+        # On the monotonic clock; 0: never, or not yet.
+        self.expires = self.scheduled = self.first_token = self.last_token = 0.0
+        self.arrived = time.monotonic()
         self.sequences = [Sequence(self, 0)]
 
     @property
     def done(self) -> bool:
         return len(self.sequences) == self.command.num_samples and all(s.stop_reason for s in self.sequences)
+
+    def begin(self) -> None:
+        """Its turn has come."""
+        self.scheduled = self.scheduled or time.monotonic()
+
+    def times(self) -> Times:
+        now = time.monotonic()
+        prefill = (self.first_token or now) - self.scheduled if self.scheduled else 0.0
+        return Times((self.scheduled or now) - self.arrived, prefill, self.last_token - self.first_token)
 
     def news(self) -> Tokens:
         """What its samples have drawn since this was asked last."""
@@ -161,6 +173,8 @@ class Sequence:
     def append(self, token: int, logprob: float) -> None:
         """Takes a drawn token and decides whether it was the last one."""
         request = self.request
+        request.last_token = time.monotonic()
+        request.first_token = request.first_token or request.last_token
         self.generated.append(token)
         self.logprobs.append(logprob)
         if self.counts is not None:

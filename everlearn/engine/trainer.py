@@ -24,6 +24,7 @@ from everlearn.engine.faults import as_error
 from everlearn.engine.packing import Piece, choose, cut
 from everlearn.engine.protocol import ForwardBackward
 from everlearn.errors import EverlearnError, InvalidRequest
+from everlearn.faultpoints import around
 from everlearn.losses.metrics import request_metrics
 from everlearn.losses.table import LOSSES, Loss, pack_inputs
 from everlearn.models.attention import PackedBatch, running
@@ -263,10 +264,12 @@ class Trainer:
         if job.error is not None:
             if job.grad is adapter.grad:
                 adapter.clear_gradient()
-        elif job.grad is adapter.grad:
-            adapter.has_grad = True
-        else:
-            adapter.grad.add_(job.grad)
+            return
+        with around("gradient.join"):
+            if job.grad is adapter.grad:
+                adapter.has_grad = True
+            else:
+                adapter.grad.add_(job.grad)
 
 
 def _active(part: Part) -> torch.Tensor:

@@ -18,6 +18,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from everlearn.errors import Conflict, InvalidRequest, NotFound
+from everlearn.faultpoints import around
 from everlearn.store import runs, tables
 from everlearn.store.folders import read_manifest, remove_folder, sweep, verify_folder, write_folder
 
@@ -172,10 +173,11 @@ def complete(conn: Connection, uid: str, size: int, sha256: str, ttl_seconds: fl
     if row is None:
         return
     older = _at(row.run_id, row.kind, row.name) & (table.c.state == "complete")
-    conn.execute(table.update().where(older).values(state="deleted"))
     expires = None if ttl_seconds is None else now + ttl_seconds
     values = {"state": "complete", "bytes": size, "sha256": sha256, "created_at": now, "expires_at": expires}
-    conn.execute(table.update().where(table.c.uid == uid).values(**values))
+    with around("checkpoint.row"):
+        conn.execute(table.update().where(older).values(state="deleted"))
+        conn.execute(table.update().where(table.c.uid == uid).values(**values))
 
 
 def abandon(conn: Connection, uid: str) -> None:

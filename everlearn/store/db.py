@@ -24,6 +24,7 @@ from sqlalchemy.engine import Connection, Engine, NestedTransaction
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from everlearn.errors import InvalidRequest, Unavailable
+from everlearn.faultpoints import reach
 
 T = TypeVar("T")
 Job = tuple[Callable[[Connection], Any], "Future[Any]", bool]
@@ -136,6 +137,8 @@ class Database:
                     else:
                         savepoint.rollback()
                     outcomes.append((None, error))
+            reach("store.commit.before")
+        reach("store.commit.after")
         return outcomes
 
 

@@ -25,6 +25,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from everlearn.errors import Conflict, InternalError, NotFound
+from everlearn.faultpoints import around
 from everlearn.store import checkpoints, runs, tables
 from everlearn.store.checkpoints import TinkerPath
 from everlearn.types import LoraSpec, Result, SavedResult
@@ -150,6 +151,12 @@ def _complete_publish(conn: Connection, entry: Entry, body: bytes) -> None:
     if meta.get("name") is not None:
         return _complete_save(conn, entry, body)
     saved = _saved(entry, body)
+    with around("sampler.row"):
+        _open_sampler(conn, entry, saved)
+
+
+def _open_sampler(conn: Connection, entry: Entry, saved: SavedResult) -> None:
+    meta = entry.meta
     version = tables.versions.update().where(tables.versions.c.version == meta["version"])
     conn.execute(version.values(state="complete", bytes=saved.bytes, sha256=saved.sha256))
     run = runs.get_run(conn, entry.tenant, entry.model_id)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from everlearn.errors import InternalError, NotFound
+from everlearn.faultpoints import around
 
 MANIFEST = "manifest.json"
 UNFINISHED = ".tmp-"  # no checkpoint, run or version name can end in it with an id: names are put into folders as name@seq
@@ -48,9 +49,13 @@ def write_folder(final: Path, files: Mapping[str, Content], manifest: Mapping[st
     temporary = final.parent / f"{final.name}{UNFINISHED}{secrets.token_hex(4)}"
     temporary.mkdir()
     try:
-        listed = {name: _write_file(temporary / _plain(name), content) for name, content in files.items()}
+        listed = {}
+        for name, content in files.items():
+            with around("folder.file"):
+                listed[name] = _write_file(temporary / _plain(name), content)
         body = json.dumps({**manifest, "files": listed}, indent=1, sort_keys=True).encode()
-        _write_file(temporary / MANIFEST, body)
+        with around("folder.manifest"):
+            _write_file(temporary / MANIFEST, body)
         fsync_folder(temporary)
         _rename_over(temporary, final)
     except BaseException:
@@ -99,10 +104,11 @@ def hash_file(path: Path) -> tuple[int, str]:
 def remove_folder(folder: Path) -> None:
     """Removes a folder so that a crash on the way leaves an unfinished one (swept at boot), never half of a complete one."""
     doomed = folder.parent / f"{folder.name}{UNFINISHED}{secrets.token_hex(4)}"
-    try:
-        folder.rename(doomed)
-    except FileNotFoundError:
-        return
+    with around("folder.remove"):
+        try:
+            folder.rename(doomed)
+        except FileNotFoundError:
+            return
     shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -153,8 +159,10 @@ def _write_file(path: Path, content: Content) -> dict[str, Any]:
 
 def _rename_over(temporary: Path, final: Path) -> None:
     if not final.exists():
-        temporary.rename(final)
-        fsync_folder(final.parent)
+        with around("folder.rename"):
+            temporary.rename(final)
+        with around("folder.sync"):
+            fsync_folder(final.parent)
         return
     # The same save, run again after a crash that came before its row was committed. Swapping the names leaves no moment without
     # a complete folder; where the system can't, a crash between the two renames loses a folder that the log can make again.

@@ -17,6 +17,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from everlearn.errors import Conflict, NotFound
+from everlearn.faultpoints import around
 from everlearn.store import effects, tables
 from everlearn.store import usage as totals
 
@@ -112,8 +113,9 @@ def append(conn: Connection, entry: Entry, payload: bytes) -> Entry:
         "tokens_in": entry.meta.get("tokens", 0),
         "tokens_out": 0,
     }
-    conn.execute(INSERT_REQUEST, values)
-    conn.execute(INSERT_PAYLOAD, {"request_id": entry.request_id, "tenant": entry.tenant, "body": payload})
+    with around("log.append"):
+        conn.execute(INSERT_REQUEST, values)
+        conn.execute(INSERT_PAYLOAD, {"request_id": entry.request_id, "tenant": entry.tenant, "body": payload})
     return entry
 
 
@@ -128,18 +130,17 @@ def finish(conn: Connection, request_id: str, result: bytes | None, error: dict[
     keep_payload = row.replays and error is None
     values = {"status": status, "error": error, "finished_at": now, "result_bytes": len(body), "tokens_out": tokens_out}
     values["payload_bytes"] = row.payload_bytes if keep_payload else 0
-    conn.execute(ANSWER, {"id": request_id, **{f"new_{name}": value for name, value in values.items()}})
-    if error is None:
-        conn.execute(INSERT_RESULT, {"request_id": request_id, "tenant": row.tenant, "body": body})
-    if not keep_payload:
-        conn.execute(DROP_PAYLOAD, {"id": request_id})
-    if not row.is_sample:
-        conn.execute(ADVANCE_RUN, {"id": row.model_id, "seq": row.seq, "now": now})
     entry = msgspec.structs.replace(entry_of(row), status=status, finished_at=now)
-    if error is None:
-        effects.COMPLETIONS.get(entry.kind, effects.nothing)(conn, entry, body)
-    else:
-        effects.FAILURES.get(entry.kind, effects.nothing)(conn, entry, body)
+    with around("log.finish"):
+        conn.execute(ANSWER, {"id": request_id, **{f"new_{name}": value for name, value in values.items()}})
+        if error is None:
+            conn.execute(INSERT_RESULT, {"request_id": request_id, "tenant": row.tenant, "body": body})
+        if not keep_payload:
+            conn.execute(DROP_PAYLOAD, {"id": request_id})
+        if not row.is_sample:
+            conn.execute(ADVANCE_RUN, {"id": row.model_id, "seq": row.seq, "now": now})
+        follow = effects.COMPLETIONS if error is None else effects.FAILURES
+        follow.get(entry.kind, effects.nothing)(conn, entry, body)
     return entry
 
 
@@ -203,8 +204,9 @@ def add_snapshot(conn: Connection, model_id: str, seq: int, folder: str, size: i
     if newest is not None and newest.seq >= seq:
         return newest.seq == seq and newest.folder == folder
     row = {"model_id": model_id, "seq": seq, "tenant": run.tenant, "folder": folder, "bytes": size}
-    conn.execute(snapshots.insert().values(**row, state="complete", created_at=time.time()))
-    conn.execute(snapshots.update().where((snapshots.c.model_id == model_id) & (snapshots.c.seq < seq)).values(state="deleted"))
+    with around("snapshot.row"):
+        conn.execute(snapshots.insert().values(**row, state="complete", created_at=time.time()))
+        conn.execute(snapshots.update().where((snapshots.c.model_id == model_id) & (snapshots.c.seq < seq)).values(state="deleted"))
     compact(conn, model_id, seq)
     return True
 
@@ -217,8 +219,9 @@ def compact(conn: Connection, model_id: str, seq: int) -> int:
     covered = (requests.c.model_id == model_id) & ~requests.c.is_sample & (requests.c.seq <= min(seq, newest.seq))
     covered &= (requests.c.status != "pending") & (requests.c.payload_bytes > 0)
     ids = sa.select(requests.c.request_id).where(covered)
-    dropped = conn.execute(payloads.delete().where(payloads.c.request_id.in_(ids))).rowcount
-    conn.execute(requests.update().where(covered).values(payload_bytes=0))
+    with around("payloads.drop"):
+        dropped = conn.execute(payloads.delete().where(payloads.c.request_id.in_(ids))).rowcount
+        conn.execute(requests.update().where(covered).values(payload_bytes=0))
     return dropped
 
 

@@ -37,9 +37,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ChatTokenizer:
     return tokenizers.load(folder)
 
 
-def new(tokenizer: ChatTokenizer, stops: list[str] | None = None) -> Reply:
+def new(tokenizer: ChatTokenizer, stops: list[str] | None = None, single_call: bool = False) -> Reply:
     parser = tools.format_for(tokenizer, "LlamaForCausalLM", "llama").stream(TOOLS, "")
-    return Reply(tokenizer, parser=parser, stop_tokens=[2], stop_strings=stops or [], scored=True)
+    return Reply(tokenizer, parser=parser, stop_tokens=[2], stop_strings=stops or [], scored=True, single_call=single_call)
 
 
 def said(reply: Reply) -> tuple[str, str, list[tuple[str, str]]]:
@@ -98,6 +98,17 @@ def test_calls_end_a_reply_with_their_own_reason(tokenizer: ChatTokenizer) -> No
     assert {type(delta) for step in steps for delta in step.deltas} == {ContentDelta, ToolCallDelta}
 
 
+def test_a_second_call_ends_a_reply_that_may_have_one(tokenizer: ChatTokenizer) -> None:
+    call = '<tool_call>\n{"name": "look_up", "arguments": {}}\n</tool_call>'
+    ids = tokenizer.encode(f"{call}\n{call} and more")
+    whole, streamed = new(tokenizer, single_call=True), new(tokenizer, single_call=True)
+    whole.feed(parts(ids, [], "length")[0])
+    for part in parts(ids, list(range(len(ids))), "length"):
+        streamed.feed(part)
+    assert said(whole) == said(streamed) == ("", "", [("look_up", "{}")]) and whole.finish == streamed.finish == "tool_calls"
+    assert len(streamed.ids) < len(ids)
+
+
 def test_after_its_end_a_reply_says_nothing(tokenizer: ChatTokenizer) -> None:
     reply = new(tokenizer)
     reply.feed(TokenPart(0, [40], [-1.0], stop_reason="length"))
@@ -108,7 +119,7 @@ def test_tokens_of_a_thought_are_counted_in_a_whole_sequence_too(tokenizer: Chat
     ids = tokenizer.encode(TEXTS[2])
     sequence = SampledSequence("length", Array("int32", [len(ids)], b"".join(i.to_bytes(4, "little") for i in ids)), zeros(len(ids)))
     reply, streamed = new(tokenizer), new(tokenizer)
-    reply.take(0, sequence, thinks=True)
+    reply.take(0, sequence, thinks=False)
     for number in ids:
         streamed.feed(TokenPart(0, [number], [-1.0]))
     assert said(reply)[:2] == ("so it is", "hm, 你好")

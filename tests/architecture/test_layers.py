@@ -8,7 +8,7 @@ import sys
 from everlearn.cli.main import ACTS, NOUNS
 
 LEVELS = [
-    {"types", "config", "errors", "telemetry", ""},
+    {"types", "config", "errors", "faultpoints", "telemetry", ""},
     {"render", "store", "planner"},
     {"models", "losses", "parallel"},
     {"engine"},
@@ -17,7 +17,7 @@ LEVELS = [
 ]
 LEVEL = {section: level for level, sections in enumerate(LEVELS) for section in sections}
 HEAVY = {"torch", "transformers", "safetensors.torch", "peft", "accelerate"}
-TENSOR_FREE = {"api", "store", "cli", "render", "planner", "demo", "types", "config", "errors", "telemetry"}
+TENSOR_FREE = {"api", "store", "cli", "render", "planner", "demo", "types", "config", "errors", "faultpoints", "telemetry"}
 TENSOR_FREE_MODULES = {"everlearn.models.catalog", "everlearn.models.embedded", "everlearn.engine.protocol", "everlearn.losses.spec"}
 
 

@@ -125,8 +125,14 @@ def test_what_vllm_s_own_dashboard_asks_for_is_there(exported: dict[str, set[str
         "inter_token_latency_seconds",
         "request_prompt_tokens",
         "request_generation_tokens",
+        "request_queue_time_seconds",
+        "request_prefill_time_seconds",
         "request_decode_time_seconds",
+        "request_inference_time_seconds",
+        "request_max_num_generation_tokens",
         "request_params_max_tokens",
+        "request_params_n",
+        "iteration_tokens_total",
     ):
         assert {f"vllm:{histogram}{suffix}" for suffix in SUFFIXES} <= set(exported), histogram
     for name in ("prompt_tokens_total", "generation_tokens_total", "request_success_total", "num_requests_running", "num_requests_waiting"):

@@ -77,7 +77,7 @@ def play(plan: Plan, url: str, model: str, on_phase: OnPhase = lambda step, phas
         forward = client.forward_backward(plan.batch(step), "cross_entropy")
         update = client.optim_step(types.AdamParams(learning_rate=3e-3, grad_clip_norm=1.0))
         on_phase(step, "training")
-        _keep(trace, forward.result(timeout=PATIENCE), update.result(timeout=PATIENCE))
+        keep(trace, forward.result(timeout=PATIENCE), update.result(timeout=PATIENCE))
         extra = plan.extra(step)
         if extra == "save_state":
             saving = client.save_state(f"step-{step}")
@@ -138,7 +138,7 @@ def checkpoint_folder(home: Path, path: str) -> Path:
     return folder
 
 
-def _keep(trace: Trace, forward: types.ForwardBackwardOutput, update: types.OptimStepResponse) -> None:
+def keep(trace: Trace, forward: types.ForwardBackwardOutput, update: types.OptimStepResponse) -> None:
     metrics = update.metrics or {}
     trace.losses.append(forward.metrics["loss:sum"])
     trace.logprobs.append([float(x) for output in forward.loss_fn_outputs for x in output["logprobs"].data])

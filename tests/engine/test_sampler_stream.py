@@ -50,6 +50,31 @@ def test_a_stream_is_the_answer_in_pieces(base: BaseModel) -> None:
             assert tokens_of(answers[wanted.request_id], index) == tokens_of(again[wanted.request_id], index)
 
 
+def test_an_answer_says_where_its_time_went(base: BaseModel) -> None:
+    """The parts follow each other, and are the whole; a step is counted by its size."""
+    sampler = make_sampler(base, max_batch=1)
+    began = time.monotonic()
+    for name in ("first", "second"):
+        sampler.add(request(name, prompts(3, [20])[0], max_tokens=6))
+    sampler.add(request("scored", prompts(3, [20])[0], max_tokens=0))
+    ends: dict[str, float] = {}
+    answers: dict[str, Completed] = {}
+    while sampler.has_work():
+        for event in sampler.step():
+            assert isinstance(event, Completed)
+            answers[event.request_id], ends[event.request_id] = event, time.monotonic()
+    for name, answer in answers.items():
+        assert answer.times is not None
+        spent = answer.times.queue + answer.times.prefill + answer.times.decode
+        assert 0 < spent <= ends[name] - began and answer.times.prefill > 0
+        assert (answer.times.decode > 0) == (name != "scored")
+    first, second = answers["first"].times, answers["second"].times
+    assert first is not None and second is not None and second.queue >= first.prefill + first.decode
+    # A prompt of 20 and five tokens, the prompt again but for what the prefix cache held, five more tokens, and the scored prompt's rest.
+    assert sampler.step_sizes[0] >= 10 and sampler.step_sizes[3] == 1 and sum(sampler.step_sizes) == 13
+    assert sampler.step_tokens == sampler.stats()["step_tokens"] == 60 + 10 - sampler.prefix_hit_tokens
+
+
 def test_without_tokens_only_the_end_is_told(base: BaseModel) -> None:
     sampler = make_sampler(base)
     sampler.add(request("r", prompts(2, [5])[0], max_tokens=0, num_samples=2, stream=True))

@@ -1,4 +1,4 @@
-"""Environments that hold an older SDK each, with the dependencies that it asked for itself.
+"""Environments that hold an older SDK or another client each, with the dependencies that it asked for itself.
 
 They are made with pip on first use, in EVERLEARN_TEST_SDK_CACHE or the user's cache folder, and kept.
 """
@@ -23,25 +23,34 @@ def cache() -> Path:
 
 def sdk_python(version: str) -> Path:
     """The interpreter of an environment with tinker==version; skips the test where pip can't make one."""
-    folder = cache() / f"sdk-{version}"
+    return python_in(f"sdk-{version}", "tinker", version)
+
+
+def python_with(package: str, version: str) -> Path:
+    """The same for another package."""
+    return python_in(f"{package}-{version}", package, version)
+
+
+def python_in(name: str, package: str, version: str) -> Path:
+    folder = cache() / name
     python = folder / "bin" / "python"
-    if installed(python) == version:
+    if installed(python, package) == version:
         return python
     try:
         venv.create(folder, with_pip=True, clear=True)
-        command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"tinker=={version}"]
+        command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"{package}=={version}"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     except (OSError, subprocess.SubprocessError) as error:
-        pytest.skip(f"no environment for tinker {version}: {error}")
+        pytest.skip(f"no environment for {package} {version}: {error}")
     if done.returncode:
-        pytest.skip(f"pip can't install tinker {version}: {done.stderr.strip()[-300:]}")
+        pytest.skip(f"pip can't install {package} {version}: {done.stderr.strip()[-300:]}")
     return python
 
 
-def installed(python: Path) -> str | None:
+def installed(python: Path, package: str) -> str | None:
     if not python.is_file():
         return None
-    code = "import importlib.metadata; print(importlib.metadata.version('tinker'))"
+    code = f"import importlib.metadata; print(importlib.metadata.version({package!r}))"
     done = subprocess.run([str(python), "-c", code], capture_output=True, text=True)
     return done.stdout.strip() or None
 

@@ -227,6 +227,18 @@ def test_a_model_that_does_not_think_has_no_effort(client) -> None:
     assert ask(client, reasoning_effort="none").usage.completion_tokens == 8
 
 
+def test_a_thought_is_no_content(client) -> None:
+    extra = {"structured_outputs": {"regex": "<think>hm 1</think>so"}}
+    answer = ask(client, max_tokens=60, extra_body=extra)
+    assert text(answer) == "so" and answer.choices[0].message.model_extra["reasoning_content"] == "hm 1"
+    thought = answer.usage.completion_tokens_details.reasoning_tokens
+    assert 0 < thought < answer.usage.completion_tokens
+    chunks = stream(client, model="tiny", messages=HI, max_tokens=60, seed=1, extra_body=extra, stream_options={"include_usage": True})
+    deltas = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
+    assert "".join((delta.model_extra or {}).get("reasoning_content", "") for delta in deltas) == "hm 1"
+    assert chunks[-1].usage.completion_tokens_details.reasoning_tokens == thought
+
+
 # -- formats and tools -------------------------------------------------------------------------------------------------------
 
 

@@ -421,6 +421,20 @@ def test_the_admin_client_reads_what_the_store_knows(server, saved, sampler) -> 
     assert {event.event_info.type for event in usage.data} >= {"training", "sampling_prefill", "checkpoint"}
 
 
+def test_usage_counts_what_was_read_and_what_was_drawn(server) -> None:
+    """In a session of its own: one prompt of 3 tokens, four answers of 5."""
+    service = tinker.ServiceClient(base_url=server.url, api_key=KEY)
+    client = service.create_sampling_client(base_model=server.model)
+    answer = client.sample(prompt([1, 40, 41]), 4, types.SamplingParams(max_tokens=5, stop=[])).result(timeout=60)
+    assert [len(sequence.tokens) for sequence in answer.sequences] == [5] * 4
+    now, hours = datetime.datetime.now(datetime.UTC), datetime.timedelta(hours=2)
+    found = tinker.AdminClient(base_url=server.url, api_key=KEY).get_billing_usage(now - hours, now + hours).result()
+    session = service.holder.get_session_id()
+    mine = {event.event_info.type: event.event_info.token_count for event in found.data if event.session_id == session}
+    assert mine == {"sampling_prefill": 3, "sampling_sample": 20}
+    service.close("success").result(timeout=60)
+
+
 def test_deprecated_methods_still_work(service, training, server) -> None:
     import asyncio
 

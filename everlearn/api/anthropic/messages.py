@@ -28,13 +28,17 @@ PREFIX = "/anthropic/api/v1"  # the SDK puts /v1/messages behind its base_url
 router = APIRouter(tags=["anthropic: messages"])
 # Of the API, as the header anthropic-version says it. The later takes less than the earlier, and answers alike; here both are read alike.
 VERSIONS = ("2023-06-01", "2026-10-21")
+REFUSED_HEADERS = {
+    "anthropic-user-profile-id": "there are no profiles here; leave it out",
+    "anthropic-workspace-id": "a key belongs to one tenant; leave it out",
+}
 PING = event("ping")
 
 
 @router.post("/messages", dependencies=[auth.scope("sample")])
 async def create_message(request: Request) -> Response:
     svc, caller = services(request), auth.caller(request)
-    check_version(request)
+    check_headers(request)
     form = await read(request, types.MessagesForm)
     draw = types.draw_of(form)
     target = await resolve(svc, caller.tenant, form.model)
@@ -56,7 +60,7 @@ async def create_message(request: Request) -> Response:
 async def count_tokens(request: Request) -> dict[str, int]:
     """How long the prompt of such a message is; nothing is drawn."""
     svc, caller = services(request), auth.caller(request)
-    check_version(request)
+    check_headers(request)
     form = await read(request, types.CountForm)
     target = await resolve(svc, caller.tenant, form.model)
     svc.limiter.check_model(caller, target.name)
@@ -65,10 +69,14 @@ async def count_tokens(request: Request) -> dict[str, int]:
     return {"input_tokens": len(prompt)}
 
 
-def check_version(request: Request) -> None:
+def check_headers(request: Request) -> None:
+    """What headers may ask for. `anthropic-beta` asks for nothing by itself: the fields that it opens are known here or refused."""
     version = request.headers.get("anthropic-version", VERSIONS[-1])
     if version not in VERSIONS:
         raise Unsupported(f"anthropic-version {version[:40]!r} is not offered; {' and '.join(VERSIONS)} are", param="anthropic-version")
+    for name, why in REFUSED_HEADERS.items():
+        if name in request.headers:
+            raise Unsupported(f"{name} is not offered: {why}", param=name)
 
 
 def asked(form: types.MessagesForm, said: list[dict[str, Any]]) -> Asked:

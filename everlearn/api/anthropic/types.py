@@ -155,8 +155,6 @@ class CountForm(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_d
     output_config: OutputConfig | None = None
     cache_control: CacheControl | None = None
     speed: str | None = None
-    user_profile_id: str | None = None
-    workspace_id: str | None = None
 
 
 class MessagesForm(CountForm, kw_only=True):
@@ -171,6 +169,7 @@ class MessagesForm(CountForm, kw_only=True):
     container: Any = None
     diagnostics: Any = None
     inference_geo: str | None = None
+    thread: Any = None
     # vLLM's
     min_p: float | None = None
     presence_penalty: float | None = None
@@ -187,13 +186,14 @@ REFUSED: dict[str, tuple[frozenset[str], str]] = {
     "inference_geo": (frozenset(), "answers come from this machine; leave it out"),
     "service_tier": (frozenset({"auto", "standard_only"}), "there is one tier; leave it out"),
     "speed": (frozenset({"standard"}), "there is one speed; leave it out"),
-    "user_profile_id": (frozenset(), "there are no profiles here; leave it out"),
-    "workspace_id": (frozenset(), "a key belongs to one tenant; leave it out"),
 }
+NO_THREADS = "thread_unsupported_request"  # Anthropic's word, at which the SDK goes on without
 
 
 def refuse(form: CountForm) -> None:
-    """Raises Unsupported for the first field of REFUSED that asks for something."""
+    """Raises Unsupported for the first field that asks for something of REFUSED."""
+    if getattr(form, "thread", None) is not None:
+        raise Unsupported("thread is not offered: no conversation is held here; send all of it", param="thread", code=NO_THREADS)
     for name, (harmless, why) in REFUSED.items():
         value = getattr(form, name, None)
         if value is not None and not (isinstance(value, str) and value in harmless):

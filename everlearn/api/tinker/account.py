@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
@@ -23,6 +24,7 @@ READS = [scope("read")]
 MAX_WINDOW = timedelta(days=14)
 LIVE_SECONDS = 120.0
 EVENT_TYPES = ("all", "checkpoints", "projects", "teams", "organizations")
+EVENT_OF = {"forward_backward": "training", "sample": "sampling_prefill", "save": "checkpoint", "publish": "checkpoint"}
 STATUSES = ("active", "cancelled", "failed", "client_finished")
 
 
@@ -61,15 +63,14 @@ async def usage_events(request: Request, starting_on: datetime, ending_before: d
 
 def _usage(conn: Connection, owner: str, start: float, end: float) -> dict[str, Any]:
     table = tables.requests
-    kinds = ("forward_backward", "sample", "save", "publish")
-    where = (table.c.tenant == owner) & table.c.kind.in_(kinds) & (table.c.status == "done")
-    query = sa.select(table.c.kind, table.c.model_id, table.c.meta, table.c.created_at).where(
-        where & table.c.created_at.between(start, end)
-    )
-    amounts: dict[tuple[float, str, str], int] = {}
-    for kind, model_id, meta, created_at in conn.execute(query):
-        key = (created_at - created_at % 3600, model_id.split(":", 1)[0], kind if kind != "publish" else "save")
-        amounts[key] = amounts.get(key, 0) + (1 if kind in ("save", "publish") else int(meta.get("tokens", 0)))
+    where = (table.c.tenant == owner) & table.c.kind.in_(EVENT_OF) & (table.c.status == "done")
+    query = sa.select(*table.c["kind", "model_id", "tokens_in", "tokens_out", "created_at"])
+    amounts: Counter[tuple[float, str, str]] = Counter()
+    for kind, model_id, tokens_in, tokens_out, created_at in conn.execute(query.where(where & table.c.created_at.between(start, end))):
+        place = (created_at - created_at % 3600, model_id.split(":", 1)[0])
+        amounts[*place, EVENT_OF[kind]] += 1 if EVENT_OF[kind] == "checkpoint" else tokens_in
+        if kind == "sample":
+            amounts[*place, "sampling_sample"] += tokens_out
     sessions = {session_id: _session_attributes(conn, owner, session_id) for _, session_id, _ in amounts}
     events = [_event(hour, session_id, kind, amount) for (hour, session_id, kind), amount in sorted(amounts.items())]
     return {"data": events, "sessions": sessions, "cost_data_through": None}
@@ -83,11 +84,9 @@ def _session_attributes(conn: Connection, owner: str, session_id: str) -> dict[s
 
 
 def _event(hour: float, session_id: str, kind: str, amount: int) -> dict[str, Any]:
-    info: dict[str, Any] = {
-        "forward_backward": {"type": "training", "token_count": amount},
-        "sample": {"type": "sampling_prefill", "cached": False, "token_count": amount},
-        "save": {"type": "checkpoint", "count": amount},
-    }[kind]
+    info: dict[str, Any] = {"type": kind, "count" if kind == "checkpoint" else "token_count": amount}
+    if kind == "sampling_prefill":
+        info["cached"] = False
     return {"bucket_start": iso(hour), "bucket_end": iso(hour + 3600), "session_id": session_id, "event_info": info}
 
 

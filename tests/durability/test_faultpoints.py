@@ -1,0 +1,174 @@
+"""A kill at every named point of a short run through the SDK: the trace is the one of a run that nobody disturbed.
+
+The process that comes by the point dies, API or engine; whichever it is, it is started again, and the client only waits.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tinker
+from tinker import types
+
+from everlearn.faultpoints import FIRED, POINTS
+from tests.durability.checker import check_history
+from tests.durability.workload import PATIENCE, Plan, Trace, final_weights, keep
+from tests.live import KEY, LiveServer, start_server
+
+pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"), pytest.mark.timeout(900)]
+
+PLAN = Plan(seed=5, datums=2)
+# Which coming-by is meant: in the midst of the run, or the only one.
+NTH = {
+    "log.append": 6,
+    "log.finish": 6,
+    "store.commit": 12,
+    "command.send": 6,
+    "gradient.join": 3,
+    "optimizer.apply": 2,
+    "result.emit": 5,
+    "folder.file": 3,
+    "checkpoint.row": 2,
+}
+OFTEN = ("store.commit.after", "log.finish.before", "optimizer.apply.after", "folder.rename.after", "restore.send.after")
+SETTINGS = {"engine.snapshot_min_steps": 1, "engine.snapshot_overhead": 1e6, "engine.restart_limit": 1000}
+
+
+def run(server: LiveServer, on_step: Callable[[int], None] = lambda step: None) -> Trace:
+    """All kinds of training requests, and samples from a named and from an unnamed version."""
+    service = tinker.ServiceClient(base_url=server.url, api_key=KEY)
+    client = service.create_lora_training_client(server.model, rank=4, seed=3).result(timeout=PATIENCE)
+    trace = Trace(run_id=client.model_id, requests=1)
+
+    def steps(first: int, last: int) -> None:
+        for step in range(first, last):
+            on_step(step)
+            forward = client.forward_backward(PLAN.batch(step), "cross_entropy")
+            update = client.optim_step(types.AdamParams(learning_rate=3e-3, grad_clip_norm=1.0))
+            keep(trace, forward.result(timeout=PATIENCE), update.result(timeout=PATIENCE))
+
+    def sample(sampler: tinker.SamplingClient) -> None:
+        parameters = types.SamplingParams(max_tokens=8, temperature=1.0, seed=7)
+        answer = sampler.sample(types.ModelInput.from_ints([1, 40, 41]), 2, parameters).result(timeout=PATIENCE)
+        trace.samples += [(list(sequence.tokens), list(sequence.logprobs or [])) for sequence in answer.sequences]
+
+    steps(0, 2)
+    saved = client.save_state("middle").result(timeout=PATIENCE).path
+    steps(2, 4)
+    client.load_state_with_optimizer(saved).result(timeout=PATIENCE)
+    published = client.save_weights_for_sampler("published").result(timeout=PATIENCE).path
+    sample(service.create_sampling_client(model_path=published))
+    steps(4, 6)
+    sample(client.save_weights_and_get_sampling_client())
+    steps(6, 8)
+    trace.saved = [path.removeprefix(f"tinker://{trace.run_id}/") for path in (saved, published)]
+    trace.final = client.save_state("final").result(timeout=PATIENCE).path
+    trace.requests += 5
+    service.close("success").result(timeout=PATIENCE)
+    return trace
+
+
+class Reviver:
+    """Starts the server again whenever it has died, as a service manager does."""
+
+    def __init__(self, server: LiveServer):
+        self.server, self.deaths = server, 0
+        self.failure: BaseException | None = None
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._watch)
+        self.thread.start()
+
+    def _watch(self) -> None:
+        while not self.over.wait(0.05):
+            if self.server.process.poll() is not None:
+                self.deaths += 1
+                try:
+                    self.server.restart()
+                except BaseException as error:  # noqa: BLE001  # told by `end`
+                    self.failure = error
+                    return
+
+    def end(self) -> None:
+        self.over.set()
+        self.thread.join()
+        if self.failure is not None:
+            raise self.failure
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Trace, dict[str, np.ndarray]]]:
+    server = start_server(tmp_path_factory.mktemp("home"), tiny_model, SETTINGS)
+    trace = run(server)
+    yield trace, final_weights(server, trace)
+    server.stop()
+
+
+def play(tiny_model: Path, home: Path, fault: str, then: Callable[[LiveServer], Callable[[int], None]]) -> tuple[LiveServer, Trace, int]:
+    server = start_server(home, tiny_model, SETTINGS, variables={"EVERLEARN_FAULT": fault})
+    reviver = Reviver(server)
+    try:
+        trace = run(server, then(server))
+    finally:
+        reviver.end()
+    return server, trace, reviver.deaths
+
+
+def compare(server: LiveServer, trace: Trace, expected: tuple[Trace, dict[str, np.ndarray]]) -> None:
+    other, weights = expected
+    assert other.optimizer_steps == [1, 2, 3, 4, 3, 4, 5, 6], "the load goes back to the second step"
+    check_history(server, f"sqlite:///{server.home / 'everlearn.db'}", trace, other.optimizer_steps)
+    assert trace.losses == other.losses
+    assert trace.logprobs == other.logprobs
+    assert trace.gradient_norms == other.gradient_norms
+    for (tokens, logprobs), (other_tokens, other_logprobs) in zip(trace.samples, other.samples, strict=True):
+        assert tokens == other_tokens and logprobs == pytest.approx(other_logprobs, abs=1e-5)
+    for name, tensor in final_weights(server, trace).items():
+        assert tensor.tobytes() == weights[name].tobytes(), name
+
+
+def undisturbed(server: LiveServer) -> Callable[[int], None]:
+    return lambda step: None
+
+
+def engine_dies(server: LiveServer) -> Callable[[int], None]:
+    """Something to rebuild: without it nothing is restored in so short a run."""
+    return lambda step: server.kill_engine() if step == 5 else None
+
+
+@pytest.mark.parametrize("point", [pytest.param(p, marks=[] if p in OFTEN else pytest.mark.slow) for p in POINTS])
+def test_a_kill_at_any_point_changes_nothing(tiny_model: Path, tmp_path: Path, expected, point: str) -> None:
+    effect = point.rpartition(".")[0]
+    then = engine_dies if effect == "restore.send" else undisturbed
+    server, trace, _ = play(tiny_model, tmp_path / "home", f"{point}:{NTH.get(effect, 1)}:kill", then)
+    try:
+        assert (server.home / FIRED).exists(), "nobody came by"
+        compare(server, trace, expected)
+    finally:
+        server.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "log.append.after:6:error",  # the append is undone, the client is told to come again
+        "store.commit.before:12:full-disk",
+        "store.commit.after:12:error",  # committed, and nobody knows
+        "log.finish.before:6:full-disk",
+        "command.send.before:6:delay",
+        "result.emit.after:5:delay",
+        "gradient.join.before:3:error",  # the engine doesn't outlive a fault in the midst of an effect
+        "snapshot.row.before:1:error",
+    ],
+)
+def test_errors_and_delays_that_clients_never_see(tiny_model: Path, tmp_path: Path, expected, fault: str) -> None:
+    server, trace, deaths = play(tiny_model, tmp_path / "home", fault, undisturbed)
+    try:
+        assert (server.home / FIRED).exists() and not deaths
+        compare(server, trace, expected)
+    finally:
+        server.stop()

@@ -1,0 +1,81 @@
+"""Run inside the environment of OpenAI's Agents SDK: an agent with a tool, on the server at argv[1] with model argv[2].
+
+Prints one JSON object of what came back; the test asserts on that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import sys
+from typing import Literal
+
+from agents import (
+    Agent,
+    ModelSettings,
+    OpenAIChatCompletionsModel,
+    OpenAIResponsesModel,
+    Runner,
+    function_tool,
+    set_tracing_disabled,
+)
+from openai import AsyncOpenAI
+
+URL, MODEL, KEY = sys.argv[1], sys.argv[2], "tml-test"
+hosts: set[str] = set()
+look_up = socket.getaddrinfo
+
+
+def noted(host, *rest, **more):
+    hosts.add(str(host))
+    return look_up(host, *rest, **more)
+
+
+socket.getaddrinfo = noted
+set_tracing_disabled(True)  # traces would go to another host
+called: list[str] = []
+
+
+@function_tool
+def get_weather(city: Literal["Bonn", "Bern"]) -> str:
+    """The weather of a city."""
+    called.append(city)
+    return f"rain in {city}"
+
+
+async def converse(kind, client: AsyncOpenAI) -> dict:
+    called.clear()
+    agent = Agent(
+        name="Weather",
+        instructions="Be brief.",
+        tools=[get_weather],
+        model=kind(model=MODEL, openai_client=client),
+        # The SDK asks for a call in the first turn, and lets the model decide from the second on.
+        model_settings=ModelSettings(tool_choice="required", parallel_tool_calls=False, max_tokens=120, temperature=0.8),
+    )
+    result = await Runner.run(agent, "How is the weather in Bonn?", max_turns=8)
+    whole = [item.type for item in result.new_items]
+    calls = list(called)
+    streamed = Runner.run_streamed(agent, "How is the weather in Bonn?", max_turns=8)
+    events = [event.type async for event in streamed.stream_events()]
+    return {
+        "items": whole,
+        "streamed": [item.type for item in streamed.new_items],
+        "calls": calls,
+        "streamed_calls": called[len(calls) :],
+        "events": sorted(set(events)),
+        "input_tokens": result.context_wrapper.usage.input_tokens,
+        "output": isinstance(result.final_output, str),
+    }
+
+
+async def main() -> dict:
+    async with AsyncOpenAI(base_url=f"{URL}/v1", api_key=KEY, max_retries=0) as client:
+        kinds = {"chat": OpenAIChatCompletionsModel, "responses": OpenAIResponsesModel}
+        return {name: await converse(kind, client) for name, kind in kinds.items()}
+
+
+out = asyncio.run(main())
+out["hosts"] = sorted(hosts)
+print(json.dumps(out))
