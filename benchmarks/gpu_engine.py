@@ -241,8 +241,10 @@ def bench_peer(model: Any, device: torch.device, lengths: tuple[int, int], decod
 
 def report(results: dict[str, Any]) -> None:
     shape = SHAPES[results["shape"]]
-    linear = shape["num_hidden_layers"] * shape["hidden_size"] * (
-        128 * (2 * shape["num_attention_heads"] + 2 * shape["num_key_value_heads"]) + 3 * shape["intermediate_size"]
+    linear = (
+        shape["num_hidden_layers"]
+        * shape["hidden_size"]
+        * (128 * (2 * shape["num_attention_heads"] + 2 * shape["num_key_value_heads"]) + 3 * shape["intermediate_size"])
     )
     weights = linear + shape["vocab_size"] * shape["hidden_size"]
     for who in ("everlearn", "peer"):

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Start: seconds from `everlearn serve` to each first answer, and the memory of an idle server.
 
-    python benchmarks/startup.py [--model smollm2]
+python benchmarks/startup.py [--model smollm2]
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def error(point: str) -> None:
 
 
 def full_disk(point: str) -> None:
-    raise OSError(errno.ENOSPC, f"fault point {point}")
+    raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: fault point {point}")
 
 
 def delay(point: str) -> None:

@@ -125,13 +125,9 @@ def export_peft(
 def _peft_warnings(adapter: Adapter, base: Path | None) -> list[str]:
     warnings = []
     if HEAD in adapter.paths:
-        warnings.append(
-            "the adapter changes lm_head too, which some servers (vLLM among them) ignore or refuse; merged weights work there"
-        )
+        warnings.append("the adapter changes lm_head too, which some servers (vLLM among them) ignore or refuse; merged weights work there")
         if base is not None and is_tied(base):
-            warnings.append(
-                "the base model ties lm_head to its embeddings; merging with PEFT would change both: use --format merged"
-            )
+            warnings.append("the base model ties lm_head to its embeddings; merging with PEFT would change both: use --format merged")
     if adapter.rank > 16:
         warnings.append(f"vLLM serves rank {adapter.rank} only with --max-lora-rank {adapter.rank} or more")
     return warnings
@@ -173,9 +169,7 @@ def import_peft(folder: Path, out: Path, base_name: str, base: Path, seed: int =
         path, side = _peft_name(name, folder)
         shape, wanted = given.shape(name), shapes.get(path)
         if wanted is None or (path != HEAD and kind_of(path) is None):
-            raise Unsupported(
-                f"{folder}: {path!r} isn't a linear layer of attention, MLP or head of {base_name!r}; it can't be imported"
-            )
+            raise Unsupported(f"{folder}: {path!r} isn't a linear layer of attention, MLP or head of {base_name!r}; it can't be imported")
         if shape != ((rank, wanted[1]) if side == "A" else (wanted[0], rank)):
             raise InvalidRequest(f"{folder}: {name} has shape {list(shape)}; that isn't rank {rank} on {wanted[1]} -> {wanted[0]}")
         tensors[f"{path}.lora_{side}"] = Tensor(f"{path}.lora_{side}", "F32", shape, partial(given.float32, name))

@@ -45,7 +45,9 @@ def random_datums(seed: int, lengths: list[int], vocab: int = 512) -> list[Datum
     return made
 
 
-def forward_backward(trainer: Trainer, who: TrainingAdapter, data: list[Datum], loss_fn: str = "cross_entropy", **more: object) -> ForwardBackwardResult:
+def forward_backward(
+    trainer: Trainer, who: TrainingAdapter, data: list[Datum], loss_fn: str = "cross_entropy", **more: object
+) -> ForwardBackwardResult:
     job = trainer.start(ForwardBackward("req", who.model_id, 1, data, loss_fn, more.pop("config", {}), **more), who)  # type: ignore[arg-type]
     while trainer.has_work():
         trainer.run_slice()

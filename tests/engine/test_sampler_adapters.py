@@ -45,7 +45,9 @@ def test_logprobs_equal_the_trainers_on_a_thousand_tokens(base: BaseModel) -> No
         who = adapters[i % 4] or adapter(base)  # a fresh adapter's B is zero: the base model
         drawn = tokens_of(answers[str(i)])
         whole = [*prompt, *drawn]
-        result = forward_backward(Trainer(base, 512), who, [datum(whole[:-1], whole[1:], weights=[1.0] * (len(whole) - 1))], forward_only=True)
+        result = forward_backward(
+            Trainer(base, 512), who, [datum(whole[:-1], whole[1:], weights=[1.0] * (len(whole) - 1))], forward_only=True
+        )
         trained = result.outputs[0]["logprobs"].numpy()[len(prompt) - 1 :]
         sampled = answers[str(i)].sequences[0].logprobs.numpy()  # type: ignore[union-attr]
         worst = max(worst, float(np.abs(trained - sampled).max()))

@@ -94,7 +94,9 @@ def test_target_prompt_logprobs(sampler: Sampler, expected_PV: np.ndarray, also:
 
 def test_prompt_alternatives_come_from_the_tempered_distribution(base: BaseModel, expected_PV: np.ndarray) -> None:
     k, temperature = 4000, 0.5
-    answer = one(make_sampler(base), request("r", PROMPT[:4], temperature=temperature, prompt_alt_tokens_k=k, top_k=1, prompt_logprobs=True))
+    answer = one(
+        make_sampler(base), request("r", PROMPT[:4], temperature=temperature, prompt_alt_tokens_k=k, top_k=1, prompt_logprobs=True)
+    )
     assert answer.prompt_alt_tokens is not None and answer.prompt_alt_logprobs is not None
     tokens, values = answer.prompt_alt_tokens.numpy(), answer.prompt_alt_logprobs.numpy()
     assert tokens.shape == values.shape == (3, k) and tokens.dtype == np.int64
