@@ -60,15 +60,14 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings = settings
     app.state.key_cache = KeyCache()
     errors.install(app)
-    app.include_router(ops.router)
-    for own in (adapters, capabilities, records, usage):
-        app.include_router(own.router)
+    for router, scopes in ROUTERS:
+        app.include_router(router, dependencies=[scope(*scopes), CHECK_ADDRESS])
     for prefix in openai.PREFIXES:
         for router in openai.ROUTERS:
             app.include_router(router, prefix=prefix)
     app.include_router(anthropic.router, prefix=anthropic.PREFIX)
-    for router, scopes in ROUTERS:
-        app.include_router(router, dependencies=[scope(*scopes), CHECK_ADDRESS])
+    for own in (ops, adapters, capabilities, records, usage):
+        app.include_router(own.router)
 
     @app.get("/openapi.json", include_in_schema=False, dependencies=[scope("train", "sample", "read")])
     async def openapi() -> dict[str, object]:

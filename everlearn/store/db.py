@@ -1,8 +1,9 @@
 """One database, one writer.
 
-Every change goes through one thread that takes all waiting functions, runs each in a savepoint of one transaction, and commits
-once. A future resolves only after that commit, so what was acknowledged is on the disk, and the cost of the fsync is shared by
-all who wait (group commit). Reads run on the caller's thread with a pooled connection and never wait for the writer.
+Every change goes through one thread that takes all waiting functions, runs each in a savepoint of one transaction (one that is
+alone needs none), and commits once. A future resolves only after that commit, so what was acknowledged is on the disk, and the cost
+of the fsync is shared by all who wait (group commit). Reads run on the caller's thread with a pooled connection and never wait for
+the writer.
 
 Functions given to `write` may run twice: when PostgreSQL drops the connection during the commit, nobody can know whether it took
 effect. Everything in this package is therefore idempotent.
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection, Engine, NestedTransaction
+from sqlalchemy.engine import Connection, Engine, Transaction
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from everlearn.errors import InvalidRequest, Unavailable
@@ -48,6 +49,8 @@ class Database:
         self._lock = threading.Lock()
         self._closed = False
         self._claim: Any = None
+        self._connection: Connection | None = None  # the writer thread's; `_flushes`: whether its commits wait for the disk
+        self._flushes = True
         self._writer = threading.Thread(target=self._write_loop, name="store-writer", daemon=True)
         self._writer.start()
 
@@ -82,6 +85,8 @@ class Database:
             self._closed = True
             self._jobs.put(None)
         self._writer.join()
+        if self._connection is not None:
+            self._connection.close()
         if self._claim is not None:
             self._claim.close()
         self.engine.dispose()
@@ -124,22 +129,47 @@ class Database:
 
     def _run(self, batch: list[Job]) -> list[tuple[Any, BaseException | None]]:
         outcomes: list[tuple[Any, BaseException | None]] = []
-        with self.engine.connect().execution_options(**WRITES) as conn, _flushing(conn, any(flush for _, _, flush in batch)):
+        with self._writing(any(flush for _, _, flush in batch)) as conn:
             for fn, _, _ in batch:
-                savepoint = conn.begin_nested()
+                savepoint = conn.begin_nested() if len(batch) > 1 else conn.get_transaction()
+                assert savepoint is not None
                 try:
                     value = fn(conn)
-                    savepoint.commit()
+                    if len(batch) > 1:
+                        savepoint.commit()
                     outcomes.append((value, None))
                 except Exception as error:  # noqa: BLE001  # it belongs to whoever waits on the future, not to this thread
                     if isinstance(error, DBAPIError):
-                        _undo_or_raise(savepoint, error)
+                        _undo_or_raise(conn, savepoint, error)
                     else:
                         savepoint.rollback()
                     outcomes.append((None, error))
             reach("store.commit.before")
         reach("store.commit.after")
         return outcomes
+
+    @contextmanager
+    def _writing(self, flush: bool) -> Iterator[Connection]:
+        """A transaction of the writer's own connection, whose commit waits for the disk, or only for the operating system. After an
+        error that isn't the database's own, or that lost the connection, the next one gets another connection."""
+        if self._connection is None:
+            self._connection, self._flushes = self.engine.connect().execution_options(**WRITES), True
+        conn = self._connection
+        try:
+            if conn.dialect.name == "sqlite" and flush != self._flushes:
+                driver: Any = conn.connection.driver_connection
+                driver.execute(f"PRAGMA synchronous = {'FULL' if flush else 'NORMAL'}")  # takes effect outside of transactions only
+                self._flushes = flush
+            with conn.begin():
+                if conn.dialect.name == "postgresql" and not flush:
+                    conn.exec_driver_sql("SET LOCAL synchronous_commit = off")
+                yield conn
+        except BaseException as error:
+            if not isinstance(error, DBAPIError) or error.connection_invalidated:
+                self._connection = None
+                conn.invalidate()
+                conn.close()
+            raise
 
 
 def open_database(url: str) -> Database:
@@ -209,29 +239,12 @@ def _sqlite_begin(conn: Connection) -> None:
     conn.exec_driver_sql("BEGIN IMMEDIATE" if conn.get_execution_options().get("everlearn_writes") else "BEGIN")
 
 
-@contextmanager
-def _flushing(conn: Connection, flush: bool) -> Iterator[None]:
-    """A transaction whose commit waits for the disk, or only for the operating system."""
-    if flush:
-        with conn.begin():
-            yield
-    elif conn.dialect.name == "postgresql":
-        with conn.begin():
-            conn.exec_driver_sql("SET LOCAL synchronous_commit = off")
-            yield
-    else:
-        driver: Any = conn.connection.driver_connection
-        driver.execute("PRAGMA synchronous = NORMAL")  # takes effect outside of transactions only
-        try:
-            with conn.begin():
-                yield
-        finally:
-            driver.execute("PRAGMA synchronous = FULL")
-
-
-def _undo_or_raise(savepoint: NestedTransaction, error: DBAPIError) -> None:
+def _undo_or_raise(conn: Connection, savepoint: Transaction, error: DBAPIError) -> None:
     """Some failures (a full disk, a lost connection) take the whole transaction with them: then the batch failed, by that error."""
     if error.connection_invalidated:
+        raise error
+    driver: Any = conn.connection.driver_connection
+    if conn.dialect.name == "sqlite" and not driver.in_transaction:
         raise error
     try:
         savepoint.rollback()

@@ -1,4 +1,5 @@
-"""The routers of the Tinker API. Order matters where one path is a prefix of another: the specific ones come first."""
+"""The routers of the Tinker API. Order matters twice: where one path is a prefix of another the specific one comes first, and paths
+are compared one after another, so the routers that are called all the time stand before the others."""
 
 from __future__ import annotations
 
@@ -8,12 +9,12 @@ from everlearn.api.tinker import account, archives, copies, futures, rest, sampl
 
 # Each router with the scopes of which a key needs one; routes that change what others only read ask for more themselves.
 ROUTERS: list[tuple[APIRouter, tuple[str, ...]]] = [
-    (service.router, ("train", "sample", "read")),
-    (training.router, ("train",)),
-    (weights.router, ("train",)),
-    (copies.router, ("train",)),
     (sampling.router, ("sample",)),
     (futures.router, ("train", "sample")),
+    (training.router, ("train",)),
+    (service.router, ("train", "sample", "read")),
+    (weights.router, ("train",)),
+    (copies.router, ("train",)),
     (archives.router, ("read", "train")),
     (account.router, ("train", "sample", "read")),
     (rest.router, ("read", "train")),
