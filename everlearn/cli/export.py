@@ -34,7 +34,11 @@ class ExportVerb(click.Command):
 @click.command("export", cls=ExportVerb)
 @click.argument("path")
 @click.option(
-    "--format", "form", type=click.Choice(["peft", "merged"]), required=True, help="an adapter for PEFT and vLLM, or full weights"
+    "--format",
+    "form",
+    type=click.Choice(["peft", "vllm", "merged"]),
+    required=True,
+    help="an adapter for PEFT, the same if vLLM can serve it, or full weights",
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="the folder to write")
 @click.option("--base", metavar="MODEL", help="base model: a known name or a folder [default: the one it was trained on]")
@@ -51,14 +55,19 @@ class ExportVerb(click.Command):
 @pass_console
 def export_command(console: Console, path: str, form: str, out: Path, base: str | None, dtype: str, check: bool) -> None:
     """Write the checkpoint at PATH (tinker://RUN/KIND/NAME or its folder) for other software."""
+    from everlearn.models import vllm
+
     settings = console.settings()
     with adapter_at(console, settings, path, base) as adapter:
         info = base_model(console, settings, base or adapter.base)
-        warnings = write(console, adapter, info, form, out, dtype)
+        warnings = vllm.check_adapter(adapter, info) if form == "vllm" else []
+        warnings += write(console, adapter, info, form, out, dtype)
         for warning in warnings:
             console.note(f"warning: {warning}")
         report: dict[str, Any] = {"folder": str(out), "format": form, "base": info.name, "rank": adapter.rank, "layers": len(adapter.paths)}
         report["bytes"] = sum(file.stat().st_size for file in out.iterdir())
+        if form == "vllm":
+            report["serve"] = vllm.serve_command(str(info.path), out.absolute().name, out, adapter.rank)
         if check:
             report |= prove(console, form, out, adapter, info)
         console.result(report if console.format == "json" else {name.replace("_", " "): value for name, value in report.items()})
@@ -71,7 +80,7 @@ def write(console: Console, adapter: Adapter, info: BaseModelInfo, form: str, ou
     base = Path(info.path)
     if out.exists() and any(out.iterdir()) and not console.yes:
         console.confirm(f"the folder {out} isn't empty; everything in it will be replaced")
-    if form == "peft":
+    if form != "merged":
         return export_peft(adapter, out, base, str(base), "float32" if dtype == "keep" else dtype, overwrite=True)
     with console.progress("merging", 1.0) as progress:
         return export_merged(adapter, base, out, dtype, overwrite=True, progress=lambda done, of: progress.update(done / of))
@@ -82,7 +91,7 @@ def prove(console: Console, form: str, out: Path, adapter: Adapter, info: BaseMo
     console.note("loading the result to compare it with everlearn's own model ...")
     from everlearn.models.parity import check
 
-    parity = check(form, out, adapter, info)
+    parity = check("merged" if form == "merged" else "peft", out, adapter, info)
     figures = {
         "largest_logprob_difference": float(f"{parity.difference:.3g}"),
         "adapter_effect": float(f"{parity.effect:.3g}"),

@@ -123,13 +123,11 @@ def export_peft(
 
 
 def _peft_warnings(adapter: Adapter, base: Path | None) -> list[str]:
-    warnings = []
-    if HEAD in adapter.paths:
-        warnings.append("the adapter changes lm_head too, which some servers (vLLM among them) ignore or refuse; merged weights work there")
-        if base is not None and is_tied(base):
-            warnings.append("the base model ties lm_head to its embeddings; merging with PEFT would change both: use --format merged")
-    if adapter.rank > 16:
-        warnings.append(f"vLLM serves rank {adapter.rank} only with --max-lora-rank {adapter.rank} or more")
+    if HEAD not in adapter.paths:
+        return []
+    warnings = ["the adapter changes lm_head too, which not every server does; merged weights work everywhere"]
+    if base is not None and is_tied(base):
+        warnings.append("the base model ties lm_head to its embeddings; merging with PEFT would change both: use --format merged")
     return warnings
 
 

@@ -62,6 +62,15 @@ def test_export_from_the_server_then_import(server: LiveServer, saved: dict[str,
     assert again["adapter_effect"] == report["adapter_effect"]
 
 
+def test_export_for_vllm_says_how_to_serve_it(server: LiveServer, saved: dict[str, str], tmp_path: Path, capsys) -> None:
+    out = tmp_path / "support"
+    report = export(
+        server, capsys, saved["sampler_weights"], "--format", "vllm", "--out", str(out), "--home", str(server.home), "--no-check"
+    )
+    assert str(report["serve"]).endswith(f"--enable-lora --max-lora-rank 8 --lora-modules support={out}")
+    assert {file.name for file in out.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "everlearn.json"}
+
+
 @pytest.mark.parametrize(
     ("argv", "code", "what"),
     [
