@@ -42,7 +42,7 @@ def rate(metric: str, selector: str = "", by: str = "") -> str:
 
 SECTIONS: dict[str, list[Panel]] = {
     "Serving": [
-        Panel("Time to first token", "Streamed requests, from arrival.", "s", percentiles("vllm:time_to_first_token_seconds")),
+        Panel("Time to first token", "From arrival.", "s", percentiles("vllm:time_to_first_token_seconds")),
         Panel("Between tokens", "Streamed requests, between two steps.", "s", percentiles("vllm:inter_token_latency_seconds")),
         Panel("Request", "From arrival to the whole answer.", "s", percentiles("vllm:e2e_request_latency_seconds")),
         Panel("Waiting", "In the engine, until its turn came.", "s", percentiles("vllm:request_queue_time_seconds")),
@@ -73,12 +73,12 @@ SECTIONS: dict[str, list[Panel]] = {
         ),
         Panel(
             "Sequences",
-            "In the engine. Those that wait have no room yet: in the batch, or in the KV cache.",
+            "In the engine. Those that wait have no room yet, in the batch or in the KV cache, or their grammar is being compiled.",
             "short",
             {
                 "running": f"sum(vllm:num_requests_running{MODEL})",
                 "waiting": f"sum(vllm:num_requests_waiting{MODEL})",
-                "compiling a grammar": "everlearn_sampling_compiling",
+                "of them, for a grammar": "everlearn_sampling_compiling",
                 "live requests": "everlearn_live_requests",
             },
         ),

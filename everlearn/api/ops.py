@@ -92,15 +92,18 @@ class EngineCollector(Collector):
         yield counter("vllm:prompt_tokens", "prompt tokens", engine.counter("prompt_tokens"), model)
         yield counter("vllm:prefix_cache_queries", "prompt tokens looked up in the prefix cache", engine.counter("prompt_tokens"), model)
         yield counter("vllm:prefix_cache_hits", "prompt tokens found there", engine.counter("prefix_hit_tokens"), model)
+        yield counter("vllm:prompt_tokens_cached", "the same, by its later name", engine.counter("prefix_hit_tokens"), model)
+        yield sources(engine.counter("prompt_tokens"), engine.counter("prefix_hit_tokens"), model)
         yield counter("vllm:num_preemptions", "sequences that gave up their KV blocks for others", engine.counter("preemptions"), model)
         yield steps(engine.step_sizes(), engine.counter("step_tokens"), model)
         yield counter("everlearn_grammar_compiles", "grammars compiled", engine.counter("grammar_compiles"))
         yield counter("everlearn_deadlines_passed", "samples that ended at their deadline", engine.counter("deadlines_passed"))
         if beat is not None:
             yield gauge("vllm:num_requests_running", "sequences that decode", beat.sampling_running, model)
-            yield gauge("vllm:num_requests_waiting", "sequences that wait", beat.sampling_waiting, model)
+            yield from waiting(beat.sampling_waiting, beat.sampling_compiling, model)
             usage = beat.kv_blocks_used / beat.kv_blocks_total if beat.kv_blocks_total else 0.0
             yield gauge("vllm:kv_cache_usage_perc", "share of KV blocks in use (1 = all)", usage, model)
+            yield cache_config(engine.settings.engine.block_size, beat.kv_blocks_total, model)
             yield gauge("everlearn_sampling_compiling", "requests whose grammar is being compiled", beat.sampling_compiling)
             yield gauge("everlearn_training_queued", "training requests in the engine", beat.training_queued)
             yield gauge("everlearn_engine_rss_bytes", "memory of the engine process", beat.rss_bytes)
@@ -115,6 +118,31 @@ def gauge(name: str, text: str, value: float, model: str | None = None) -> Metri
 def counter(name: str, text: str, value: float, model: str | None = None) -> Metric:
     family = CounterMetricFamily(name, text, labels=["model_name"] if model else [])
     family.add_metric([model] if model else [], value)
+    return family
+
+
+def sources(prompt: int, cached: int, model: str) -> Metric:
+    family = CounterMetricFamily("vllm:prompt_tokens_by_source", "prompt tokens, computed or cached", labels=["model_name", "source"])
+    for source, value in (("local_compute", prompt - cached), ("local_cache_hit", cached)):
+        family.add_metric([model, source], value)
+    return family
+
+
+def waiting(room: int, grammar: int, model: str) -> Iterable[Metric]:
+    """vLLM's reasons: no room yet, or not ready to run (here: its grammar is being compiled)."""
+    yield gauge("vllm:num_requests_waiting", "sequences that wait", room + grammar, model)
+    labels = ["model_name", "reason"]
+    family = GaugeMetricFamily("vllm:num_requests_waiting_by_reason", "for room, or for their grammar (deferred)", labels=labels)
+    for reason, value in (("capacity", room), ("deferred", grammar)):
+        family.add_metric([model, reason], value)
+    yield family
+
+
+def cache_config(block_size: int, blocks: int, model: str) -> Metric:
+    """Labels with vLLM's names, which routers read; the value says nothing."""
+    labels = {"model_name": model, "block_size": str(block_size), "num_gpu_blocks": str(blocks), "enable_prefix_caching": "True"}
+    family = GaugeMetricFamily("vllm:cache_config_info", "the KV cache", labels=list(labels))
+    family.add_metric(list(labels.values()), 1)
     return family
 
 

@@ -37,12 +37,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 HELD_SECONDS = 40.0  # how long a request waits for an engine that is being restarted before it is told so
+GRAMMAR_PARAM = "response_format"  # what the engine calls the field of a grammar: it doesn't know where one came from
 OVERDUE_SECONDS = 15.0  # beyond its deadline; the engine ends requests itself, so this is a fault
 
 
 class GenerationSpec(msgspec.Struct, frozen=True):
     """What to draw. `params.seed` is set. `prompt_logprobs`: None for none, else how many alternatives of each prompt token beside
-    its own log-probability. `deadline` in seconds from now; what was drawn by then is the result, with stop_reason "deadline"."""
+    its own log-probability. `deadline` in seconds from now; what was drawn by then is the result, with stop_reason "deadline".
+    `bound_by`: the request's field from which its grammar was made, for errors that concern it."""
 
     tenant: str
     target: Target
@@ -53,6 +55,7 @@ class GenerationSpec(msgspec.Struct, frozen=True):
     prompt_logprobs: int | None = None
     deadline: float = 0.0
     stream: bool = False
+    bound_by: str = GRAMMAR_PARAM
 
 
 class Generation:
@@ -186,7 +189,7 @@ class Serving:
 
     async def generate(self, spec: GenerationSpec) -> Generation:
         """Sends the request to the engine. Raises Overloaded if the queue is full, Unavailable without an engine."""
-        self._admit(spec.n)
+        self._admit(spec)
         generation = Generation(self, spec, f"live-{secrets.token_hex(12)}")
         self.live[generation.request_id] = generation
         self.sequences += spec.n
@@ -211,13 +214,14 @@ class Serving:
             self.metrics.cancelled.inc()
         self._end(generation, None, error or EverlearnError("the request was cancelled", code="cancelled"))
 
-    def _admit(self, sequences: int) -> None:
+    def _admit(self, spec: GenerationSpec) -> None:
         if self.dispatcher.draining:
             raise Unavailable("the server is shutting down; send this again in a moment")
         if not self.engine.up and self.engine.state != "restarting":
             raise Unavailable(f"the engine isn't ready: {self.engine.reason}")
         limit = self.settings.engine.max_batch + self.settings.api.live_queue
-        if self.sequences and self.sequences + sequences > limit:
+        if self.sequences and self.sequences + spec.n > limit:
+            self.metrics.queue_full(spec.target.base.name)
             wait = self.retry_after()
             raise Overloaded(
                 f"{self.sequences} sequences decode or wait (limit {limit}: engine.max_batch and api.live_queue); try again in {wait} s",
@@ -265,7 +269,8 @@ class Serving:
             self._tokens(generation, event)
         elif isinstance(event, protocol.Failed):
             kind = BY_CODE.get(event.code, EverlearnError)
-            self._end(generation, None, kind(event.message, param=event.param, code=event.code))
+            param = generation.spec.bound_by if event.param == GRAMMAR_PARAM else event.param
+            self._end(generation, None, kind(event.message, param=param, code=event.code))
         elif isinstance(event.result, SampleResult):
             generation.times = event.times
             self._end(generation, event.result, None)

@@ -138,3 +138,15 @@ def test_what_vllm_s_own_dashboard_asks_for_is_there(exported: dict[str, set[str
     for name in ("prompt_tokens_total", "generation_tokens_total", "request_success_total", "num_requests_running", "num_requests_waiting"):
         assert f"vllm:{name}" in exported, name
     assert "vllm:kv_cache_usage_perc" in exported and "vllm:prefix_cache_hits_total" in exported
+
+
+def test_what_routers_and_autoscalers_ask_vllm_for_is_there(exported: dict[str, set[str]]) -> None:
+    """The rest of the names that vLLM documents, with their labels; not those of what isn't here: swapping, drafts, media, other caches,
+    and `lora_requests_info`, whose labels would be the names that tenants chose."""
+    assert exported["vllm:prompt_tokens_by_source_total"] == {"model_name", "source"}
+    assert exported["vllm:num_requests_waiting_by_reason"] == {"model_name", "reason"}
+    assert {"block_size", "num_gpu_blocks"} <= exported["vllm:cache_config_info"]
+    for name in ("prompt_tokens_cached_total", "num_preemptions_total", "prefix_cache_queries_total", "admission_rejections_total"):
+        assert f"vllm:{name}" in exported, name
+    for histogram in ("request_prefill_kv_computed_tokens", "request_time_per_output_token_seconds"):
+        assert f"vllm:{histogram}_bucket" in exported, histogram

@@ -21,6 +21,7 @@ from agents import (
     set_tracing_disabled,
 )
 from openai import AsyncOpenAI
+from pydantic import BaseModel
 
 URL, MODEL, KEY = sys.argv[1], sys.argv[2], "tml-test"
 hosts: set[str] = set()
@@ -37,11 +38,18 @@ set_tracing_disabled(True)  # traces would go to another host
 called: list[str] = []
 
 
-@function_tool
+@function_tool(is_enabled=lambda context, agent: not called)
 def get_weather(city: Literal["Bonn", "Bern"]) -> str:
     """The weather of a city."""
     called.append(city)
     return f"rain in {city}"
+
+
+class Report(BaseModel):
+    """What the agent answers. A format, because a model with random weights would never come to the end of a text."""
+
+    rain: bool
+    city: Literal["Bonn", "Bern"]
 
 
 async def converse(kind, client: AsyncOpenAI) -> dict:
@@ -50,23 +58,25 @@ async def converse(kind, client: AsyncOpenAI) -> dict:
         name="Weather",
         instructions="Be brief.",
         tools=[get_weather],
+        output_type=Report,
         model=kind(model=MODEL, openai_client=client),
-        # The SDK asks for a call in the first turn, and lets the model decide from the second on.
-        model_settings=ModelSettings(tool_choice="required", parallel_tool_calls=False, max_tokens=120, temperature=0.8),
+        # A call in the first turn. From the second on the SDK would let the model decide; here the tool is gone once it was called.
+        model_settings=ModelSettings(tool_choice="required", parallel_tool_calls=False, max_tokens=150, temperature=0.8),
     )
     result = await Runner.run(agent, "How is the weather in Bonn?", max_turns=8)
     whole = [item.type for item in result.new_items]
     calls = list(called)
+    called.clear()
     streamed = Runner.run_streamed(agent, "How is the weather in Bonn?", max_turns=8)
     events = [event.type async for event in streamed.stream_events()]
     return {
         "items": whole,
         "streamed": [item.type for item in streamed.new_items],
         "calls": calls,
-        "streamed_calls": called[len(calls) :],
+        "streamed_calls": list(called),
         "events": sorted(set(events)),
         "input_tokens": result.context_wrapper.usage.input_tokens,
-        "output": isinstance(result.final_output, str),
+        "reports": [isinstance(one.final_output, Report) for one in (result, streamed)],
     }
 
 

@@ -42,7 +42,7 @@ class Trip(BaseModel):
     days: Literal[1, 2, 3]
 
 
-def converse(**settings) -> dict:
+async def converse(**settings) -> dict:
     model = ChatOpenAI(base_url=f"{URL}/v1", api_key=KEY, model=MODEL, max_tokens=200, temperature=0.8, max_retries=0, **settings)
     asking = model.bind_tools([get_weather], tool_choice="required", strict=True, parallel_tool_calls=False)
     answering = model.bind_tools([get_weather])
@@ -55,7 +55,7 @@ def converse(**settings) -> dict:
     streamed = chunks[0]
     for chunk in chunks[1:]:
         streamed = streamed + chunk
-    beside = asyncio.run(asking.ainvoke(messages[:1]))
+    beside = await asking.ainvoke(messages[:1])
     trip = model.with_structured_output(Trip, method="json_schema", strict=True).invoke("Where to?")
     return {
         "calls": [[call["name"] for call in one.tool_calls] for one in (said, streamed, beside)],
@@ -66,6 +66,10 @@ def converse(**settings) -> dict:
     }
 
 
-out = {"chat": converse(), "responses": converse(use_responses_api=True)}
+async def main() -> dict:
+    return {"chat": await converse(), "responses": await converse(use_responses_api=True)}
+
+
+out = asyncio.run(main())  # one loop, because LangChain's clients share their connections
 out["hosts"] = sorted(hosts)
 print(json.dumps(out))

@@ -53,6 +53,8 @@ def converse(stream: bool, **route) -> dict:
     messages: list = [{"role": "user", "content": "How is the weather in Bonn?"}]
 
     def ask(**fields):
+        if stream:
+            fields["stream_options"] = {"include_usage": True}
         answer = litellm.completion(messages=messages, tools=[WEATHER], stream=stream, max_tokens=200, **fields, **route)
         return litellm.stream_chunk_builder(list(answer), messages=messages) if stream else answer
 

@@ -26,19 +26,19 @@ def sdk_python(version: str) -> Path:
     return python_in(f"sdk-{version}", "tinker", version)
 
 
-def python_with(package: str, version: str) -> Path:
-    """The same for another package."""
-    return python_in(f"{package}-{version}", package, version)
+def python_with(package: str, version: str, *more: str) -> Path:
+    """The same for another package; `more` is what it needs beside it, and doesn't ask for itself."""
+    return python_in(f"{package}-{version}", package, version, *more)
 
 
-def python_in(name: str, package: str, version: str) -> Path:
+def python_in(name: str, package: str, version: str, *more: str) -> Path:
     folder = cache() / name
     python = folder / "bin" / "python"
-    if installed(python, package) == version:
+    if installed(python, package) == version and all(installed(python, one) for one in more):
         return python
     try:
         venv.create(folder, with_pip=True, clear=True)
-        command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"{package}=={version}"]
+        command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", f"{package}=={version}", *more]
         done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
     except (OSError, subprocess.SubprocessError) as error:
         pytest.skip(f"no environment for {package} {version}: {error}")

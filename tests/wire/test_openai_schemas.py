@@ -1,4 +1,5 @@
-"""200 random JSON schemas as `response_format`, through the `openai` SDK against a real server: what ends, matches."""
+"""Random JSON schemas as `response_format`, through the `openai` SDK against a real server: what ends, matches. 40 of them, and with
+`-m slow` 200."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from everlearn.render import tokenizer
 from tests.live import KEY, LiveServer
 from tests.wire.random_schemas import Schema, schemas
 
-NUM_SCHEMAS, AT_ONCE = 200, 20
+AT_ONCE = 20
 MESSAGES: list[Any] = [{"role": "user", "content": "hello, world!"}]
 
 
@@ -50,11 +51,12 @@ async def answers(server: LiveServer, asked: list[Schema], bias: dict[str, float
         return list(await asyncio.gather(*(ask(number, schema) for number, schema in enumerate(asked))))
 
 
-def test_all_that_ends_parses_and_matches(server: LiveServer, closers: dict[str, float]) -> None:
+@pytest.mark.parametrize("num_schemas", [40, pytest.param(200, marks=pytest.mark.slow)])
+def test_all_that_ends_parses_and_matches(server: LiveServer, closers: dict[str, float], num_schemas: int) -> None:
     ended: Counter[str] = Counter()
 
     @settings(
-        max_examples=NUM_SCHEMAS // AT_ONCE,
+        max_examples=num_schemas // AT_ONCE,
         deadline=None,
         derandomize=True,
         database=None,
@@ -72,5 +74,5 @@ def test_all_that_ends_parses_and_matches(server: LiveServer, closers: dict[str,
                 assert problem is None, f"{text} of {json.dumps(schema)}: {problem.message}"
 
     check()
-    assert sum(ended.values()) >= NUM_SCHEMAS
-    assert ended["stop"] >= 0.9 * NUM_SCHEMAS, f"so few came to an end that the promise would be an empty one: {ended}"
+    assert sum(ended.values()) >= num_schemas
+    assert ended["stop"] >= 0.9 * num_schemas, f"so few came to an end that the promise would be an empty one: {ended}"

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from everlearn.api import bounds
+from everlearn.api import bounds, toolschemas
 from everlearn.api.auth import Caller
 from everlearn.api.calls import Asked
 from everlearn.api.openai.types import (
@@ -268,7 +268,8 @@ def canonical(message: dict[str, Any]) -> dict[str, Any]:
         message["content"] = refusal
     if reasoning := message.pop("reasoning", None):
         message.setdefault("reasoning_content", reasoning)
-    message.pop("annotations", None)
+    for said_by_others in ("annotations", "provider_specific_fields"):
+        message.pop(said_by_others, None)
     if not message.get("tool_calls"):
         message.pop("tool_calls", None)
         if message.get("content") is None:
@@ -315,12 +316,15 @@ def tool_list(forms: list[ToolForm]) -> list[dict[str, Any]]:
     ]
 
 
-def tool(name: str, description: str | None, parameters: dict[str, Any] | None, strict: bool | None, place: str) -> dict[str, Any]:
-    """A tool as templates and formats take it, keys in the order in which models saw them."""
+def tool(
+    name: str, description: str | None, parameters: dict[str, Any] | None, strict: bool | None, place: str, field: str = "parameters"
+) -> dict[str, Any]:
+    """A tool as templates and formats take it, keys in the order in which models saw them. `place` and `field` are the request's names."""
     if not NAME.fullmatch(name):
         raise InvalidRequest(f"{place}.name {name[:140]!r} must be 1 to 128 letters, digits, '_', '-', '.' or ':'", param=f"{place}.name")
     if parameters is not None:
-        bounded(_encode(parameters).decode(), f"{place}.parameters")
+        bounded(_encode(parameters).decode(), f"{place}.{field}")
+        toolschemas.check(parameters, f"{place}.{field}")
     function: dict[str, Any] = {"name": name}
     if description is not None:
         function["description"] = description

@@ -84,6 +84,7 @@ class AssistantMessage(Form, tag_field="role", tag="assistant"):
     audio: None = None
     function_call: None = None
     annotations: list[Any] | None = None
+    provider_specific_fields: dict[str, Any] | None = None  # LiteLLM's own notes; it sends them along
 
 
 class ToolMessage(Form, tag_field="role", tag="tool"):
