@@ -23,7 +23,7 @@ import msgspec
 from everlearn.api.chatmodels import ChatModel
 from everlearn.api.replies import Reply
 from everlearn.api.services import Services
-from everlearn.api.serving import GenerationSpec
+from everlearn.api.serving import GRAMMAR_PARAM, GenerationSpec
 from everlearn.api.target import Target
 from everlearn.errors import InvalidRequest, Unsupported
 from everlearn.render import template
@@ -114,7 +114,8 @@ async def open_turn(svc: Services, tenant: str, target: Target, turn: Turn, draw
     text, prompt = await encode_turn(chat, turn)
     extra = {chat.eos_id} if chat.eos_id is not None and not draw.ignore_eos else set()
     params = _params(svc, target, len(prompt), draw, _grammar(chat, turn, text), "messages", extra)
-    return Opened(chat, _spec(svc, tenant, target, prompt, draw, params, stream), text, turn, draw.top_logprobs is not None)
+    spec = _spec(svc, tenant, target, prompt, draw, params, stream, _bound_by(turn))
+    return Opened(chat, spec, text, turn, draw.top_logprobs is not None)
 
 
 async def open_text(
@@ -175,8 +176,22 @@ def _grammar(chat: ChatModel, turn: Turn, text: str) -> Grammar | None:
     return calls or turn.grammar
 
 
+def _bound_by(turn: Turn) -> str:
+    """The field that the grammar is made of: see `_grammar`."""
+    if turn.offered and (turn.tool_choice != "auto" or turn.answer_schema is None):
+        return "tools"
+    return GRAMMAR_PARAM
+
+
 def _spec(
-    svc: Services, tenant: str, target: Target, prompt: list[int], draw: Draw, params: SamplingParams, stream: bool
+    svc: Services,
+    tenant: str,
+    target: Target,
+    prompt: list[int],
+    draw: Draw,
+    params: SamplingParams,
+    stream: bool,
+    bound_by: str = GRAMMAR_PARAM,
 ) -> GenerationSpec:
     most = svc.settings.api.request_seconds
     return GenerationSpec(
@@ -189,6 +204,7 @@ def _spec(
         prompt_logprobs=draw.prompt_logprobs,
         deadline=min(draw.deadline or most, most),
         stream=stream,
+        bound_by=bound_by,
     )
 
 

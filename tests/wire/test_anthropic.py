@@ -327,7 +327,7 @@ def test_answers_match_their_schema(client) -> None:
     for streamed in (False, True):
         bad = {"format": {"type": "json_schema", "schema": {"type": "nothing"}}}
         assert refused(client, output_config=bad, stream=streamed)["param"] == "output_config.format"
-        assert refused(client, tools=[NEWS | {"input_schema": {"type": "nothing"}}], stream=streamed)["param"] == "tools"
+        assert refused(client, tools=[NEWS | {"input_schema": {"type": "nothing"}}], stream=streamed)["param"].startswith("tools[0]")
 
 
 def test_the_sdks_tool_runner_runs_a_tool(client) -> None:

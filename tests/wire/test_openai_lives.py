@@ -46,28 +46,51 @@ def text(chunks: list[Any]) -> str:
     return "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks if chunk.get("choices"))
 
 
-def test_a_client_that_goes_frees_everything(server) -> None:
-    """100 disconnects at random moments, streamed and not."""
+def left(number: int) -> tuple[str, dict[str, Any]]:
+    """A route of every dialect, streamed and not, and a body that takes longer than any of its clients wait."""
+    path = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/anthropic/api/v1/messages")[number // 2 % 4]
+    body: dict[str, Any] = {"model": "tiny", "seed": number, "stream": number % 2 == 0}
+    match number // 2 % 4:
+        case 0:
+            body |= {"messages": HI, "max_tokens": 400, "ignore_eos": True, "n": 1 + number % 3}
+        case 1:
+            body |= {"prompt": "the quick brown fox " * (1 + number % 20), "max_tokens": 400, "ignore_eos": True}
+        case 2:
+            body |= {"input": "jumps over " * (1 + number % 30), "max_output_tokens": 400}
+        case 3:
+            body |= {"messages": HI, "max_tokens": 400}
+    return path, body
+
+
+def test_a_client_that_goes_frees_everything(new_server: Callable[..., LiveServer]) -> None:
+    """100 disconnects at random moments, of every dialect, streamed and not, while they run and while they wait for their turn."""
+    server = new_server(**{"engine.max_batch": 8})
     rng = random.Random(1)
 
     async def leave(client: httpx.AsyncClient, number: int) -> None:
-        body = {**LONG, "stream": number % 2 == 0, "n": 1 + number % 3}
+        path, body = left(number)
         try:
             async with asyncio.timeout(rng.uniform(0.005, 0.6)):
-                async with client.stream("POST", "/v1/chat/completions", json=body) as reply:
+                async with client.stream("POST", path, json=body) as reply:
+                    assert reply.status_code == 200, await reply.aread()
                     async for _ in reply.aiter_bytes():
                         pass
         except TimeoutError:
             pass
 
     async def all_of_them() -> None:
-        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
-            for first in range(0, 100, 10):
-                await asyncio.gather(*(leave(client, number) for number in range(first, first + 10)))
+        async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=httpx.Limits(max_connections=40)) as client:
+            for first in range(0, 100, 20):
+                await asyncio.gather(*(leave(client, number) for number in range(first, first + 20)))
 
     asyncio.run(all_of_them())
-    assert not any(settle(server).values()), settle(server)
+    held = settle(server, 2.0)
+    assert not any(held.values()), held
     assert gauge(server, "everlearn_live_requests_cancelled_total") > 20
+    for number in range(8):
+        path, body = left(number)
+        short = {name: 4 if name in ("max_tokens", "max_output_tokens") else value for name, value in body.items()}
+        assert httpx.post(server.url + path, json=short, timeout=60).status_code == 200
 
 
 def test_an_engine_that_dies_is_not_noticed_in_a_stream(new_server: Callable[..., LiveServer]) -> None:

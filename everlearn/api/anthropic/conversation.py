@@ -175,8 +175,7 @@ def tool_of(form: ToolForm, place: str) -> dict[str, Any]:
         raise Unsupported(f"{place}.defer_loading: there is no tool search here; leave it out", param=f"{place}.defer_loading")
     if form.input_examples:
         raise Unsupported(f"{place}.input_examples aren't shown to models; put them into the description", param=f"{place}.input_examples")
-    checks.bounded(_encode(form.input_schema).decode(), f"{place}.input_schema")
-    return checks.tool(form.name, form.description, form.input_schema, form.strict, place)
+    return checks.tool(form.name, form.description, form.input_schema, form.strict, place, "input_schema")
 
 
 def choice_of(form: CountForm, offered: list[dict[str, Any]]) -> str | dict[str, Any]:
