@@ -268,7 +268,8 @@ def canonical(message: dict[str, Any]) -> dict[str, Any]:
         message["content"] = refusal
     if reasoning := message.pop("reasoning", None):
         message.setdefault("reasoning_content", reasoning)
-    message.pop("annotations", None)
+    for said_by_others in ("annotations", "provider_specific_fields"):
+        message.pop(said_by_others, None)
     if not message.get("tool_calls"):
         message.pop("tool_calls", None)
         if message.get("content") is None:
