@@ -164,16 +164,17 @@ class Fault(NamedTuple):
     kind: str
 
 
-def fault(environ: Mapping[str, str] | None = None) -> Fault | None:
-    """EVERLEARN_FAULT=POINT:N:KIND, a test's wish. None without it."""
+def faults(environ: Mapping[str, str] | None = None) -> list[Fault]:
+    """EVERLEARN_FAULT=POINT:N:KIND, a test's wish, or several with commas. Nothing without it."""
     text = (os.environ if environ is None else environ).get(PREFIX + "FAULT", "")
-    if not text:
-        return None
-    point, _, rest = text.partition(":")
-    n, _, kind = rest.partition(":")
-    if not (point and kind and n.isdigit() and int(n) > 0):
-        raise InvalidRequest(f"EVERLEARN_FAULT={text!r} must have the form POINT:N:KIND, such as store.commit.after:3:kill")
-    return Fault(point, int(n), kind)
+    found = []
+    for part in filter(None, text.split(",")):
+        point, _, rest = part.partition(":")
+        n, _, kind = rest.partition(":")
+        if not (point and kind and n.isdigit() and int(n) > 0):
+            raise InvalidRequest(f"EVERLEARN_FAULT={text!r} must have the form POINT:N:KIND, such as store.commit.after:3:kill")
+        found.append(Fault(point, int(n), kind))
+    return found
 
 
 def load(path: Path | None = None, environ: Mapping[str, str] | None = None, flags: Mapping[str, Any] | None = None) -> Loaded:

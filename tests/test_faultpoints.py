@@ -9,10 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from everlearn import faultpoints
-from everlearn.config import Fault, fault, load
-from everlearn.errors import InternalError, InvalidRequest
+from everlearn.config import Fault, faults, load
+from everlearn.errors import InternalError, InvalidRequest, Unavailable
+from everlearn.store import keys
+from everlearn.store.db import open_database
 
 
 @pytest.fixture
@@ -21,26 +24,29 @@ def armed(monkeypatch, tmp_path: Path):
 
     def arm(point: str, n: int, kind: str) -> None:
         monkeypatch.setattr(faultpoints, "_armed", None)
-        faultpoints.arm(Fault(point, n, kind), tmp_path)
+        faultpoints.arm([Fault(point, n, kind)], tmp_path)
 
     return arm
 
 
 def test_every_point_stands_in_the_code_and_no_other(root: Path) -> None:
     text = "\n".join(path.read_text() for path in (root / "everlearn").rglob("*.py") if path.name != "faultpoints.py")
-    around = set(re.findall(r'\baround\("([^"]+)"\)', text))
+    effects = set(re.findall(r'\baround\("([^"]+)"\)', text))
     reached = set(re.findall(r'\breach\("([^"]+)"\)', text))
-    assert {f"{effect}.{side}" for effect in around for side in ("before", "after")} | reached == set(faultpoints.POINTS)
-    assert len(faultpoints.POINTS) >= 25
+    assert {f"{effect}.{side}" for effect in effects for side in ("before", "after")} | reached == {
+        point for point in faultpoints.POINTS if not point.endswith(".committed")
+    }
 
 
 def test_the_variable_is_read_strictly() -> None:
-    assert fault({}) is None and fault({"EVERLEARN_FAULT": ""}) is None
-    assert fault({"EVERLEARN_FAULT": "store.commit.after:3:kill"}) == Fault("store.commit.after", 3, "kill")
+    assert faults({}) == [] and faults({"EVERLEARN_FAULT": ""}) == []
+    assert faults({"EVERLEARN_FAULT": "store.commit.after:3:kill"}) == [Fault("store.commit.after", 3, "kill")]
+    two = "store.commit.after:3:kill,folder.file.before:1:delay"
+    assert faults({"EVERLEARN_FAULT": two}) == [Fault("store.commit.after", 3, "kill"), Fault("folder.file.before", 1, "delay")]
     assert load(None, {"EVERLEARN_FAULT": "store.commit.after:3:kill"}).settings == load(None, {}).settings, "it is no setting"
     for text in ("store.commit.after", "store.commit.after:3", "store.commit.after:0:kill", "store.commit.after:x:kill", ":1:kill"):
         with pytest.raises(InvalidRequest, match="POINT:N:KIND"):
-            fault({"EVERLEARN_FAULT": text})
+            faults({"EVERLEARN_FAULT": text})
 
 
 def test_unknown_points_and_kinds_are_refused(armed) -> None:
@@ -66,10 +72,11 @@ def test_the_nth_time_and_never_again(armed, tmp_path: Path) -> None:
         except InternalError:
             done.append(-1)
     assert done == [0, 1, -1, 3, 4, 5]
-    assert (tmp_path / faultpoints.FIRED).read_text().startswith("optimizer.apply.before ")
-    armed("optimizer.apply.before", 1, "error")
-    with faultpoints.around("optimizer.apply"):
-        pass  # a process that was started again in the same home goes on
+    assert [path.name for path in (tmp_path / faultpoints.FIRED).iterdir()] == ["optimizer.apply.before:3:error"]
+    armed("optimizer.apply.before", 3, "error")
+    for _ in range(4):
+        with faultpoints.around("optimizer.apply"):
+            pass  # a process that was started again in the same home goes on
 
 
 def test_after_is_reached_only_by_what_succeeds(armed) -> None:
@@ -79,6 +86,23 @@ def test_after_is_reached_only_by_what_succeeds(armed) -> None:
     with pytest.raises(OSError, match="No space left") as caught, faultpoints.around("folder.file"):
         pass
     assert caught.value.errno == 28
+
+
+def test_rows_are_committed_once_with_their_transaction(armed, tmp_path: Path) -> None:
+    db = open_database(f"sqlite:///{tmp_path / 'x.db'}")
+    armed("key.row.committed", 2, "error")
+    db.write(lambda conn: keys.create(conn, "a", "first")).result(10)
+    with pytest.raises(ValueError, match="undone"):
+        db.write(undone).result(10)
+    with pytest.raises(Unavailable, match=r"key\.row\.committed"):
+        db.write(lambda conn: keys.create(conn, "a", "second")).result(10)
+    assert [key.name for key in db.read(keys.list_keys)] == ["first", "second"], "it was committed all the same"
+    db.close()
+
+
+def undone(conn: sa.Connection) -> None:
+    with faultpoints.around("name.row"):
+        raise ValueError("undone")
 
 
 def test_a_delay_only_takes_time(armed, monkeypatch) -> None:
@@ -94,8 +118,8 @@ def test_a_kill_is_a_kill(tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
 from everlearn import faultpoints
-from everlearn.config import fault
-faultpoints.arm(fault(), Path({str(tmp_path)!r}))
+from everlearn.config import faults
+faultpoints.arm(faults(), Path({str(tmp_path)!r}))
 with faultpoints.around("folder.rename"):
     print("in it", flush=True)
 print("beyond", flush=True)

@@ -20,7 +20,7 @@ from everlearn import faultpoints, telemetry
 from everlearn.api.app import create_app
 from everlearn.api.auth import is_loopback
 from everlearn.api.services import Services
-from everlearn.config import Settings, fault
+from everlearn.config import Settings, faults
 from everlearn.errors import EverlearnError, InvalidRequest, Unavailable
 from everlearn.store import keys
 from everlearn.store.db import open_database
@@ -32,7 +32,7 @@ def run(settings: Settings) -> int:
     """Serves until SIGTERM or SIGINT; returns the exit status. Raises EverlearnError if it can't start."""
     telemetry.setup(settings.api.log_format)
     settings.home.mkdir(parents=True, exist_ok=True)
-    faultpoints.arm(fault(), settings.home)
+    faultpoints.arm(faults(), settings.home)
     if not is_loopback(settings.api.host):
         require_key(settings)
     listener = listen(settings.api.host, settings.api.port)

@@ -62,6 +62,7 @@ def run_checks(settings: Settings) -> Iterator[Check]:
     yield _port(settings.api.host, settings.api.port)
     yield _store(settings.store_url)
     yield _model(settings)
+    yield from _faults()
 
 
 def _python() -> Check:
@@ -119,6 +120,19 @@ def _port(host: str, port: int) -> Check:
                 "port", "note", f"{host}:{port}: {error.strerror}", "see `everlearn ps` for a server there, or choose another --port"
             )
     return Check("port", "ok", f"{host}:{port} is free")
+
+
+def _faults() -> Iterator[Check]:
+    """Only where a test left them behind."""
+    from everlearn.config import faults
+
+    try:
+        armed = [f"{fault.point} ({fault.kind})" for fault in faults()]
+    except EverlearnError as error:
+        yield Check("faults", "fail", error.message, "unset EVERLEARN_FAULT")
+        return
+    if armed:
+        yield Check("faults", "note", f"a server will come to harm at {', '.join(armed)}", "unset EVERLEARN_FAULT, unless that is wanted")
 
 
 def _guarded(name: str, probe: Callable[[], str], usual_fix: str) -> Check:

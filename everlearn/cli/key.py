@@ -21,9 +21,13 @@ SCOPES = ("train", "sample", "read", "admin")
 
 @contextmanager
 def _store(console: Console) -> Iterator[Database]:
+    from everlearn import faultpoints
+    from everlearn.config import faults
     from everlearn.store.db import open_database
 
-    database = open_database(console.settings().store_url)
+    settings = console.settings()
+    faultpoints.arm(faults(), settings.home)
+    database = open_database(settings.store_url)
     try:
         yield database
     finally:

@@ -11,7 +11,9 @@ import math
 
 import torch
 
-from everlearn.errors import InvalidRequest
+from everlearn.engine.faults import whole
+from everlearn.errors import InternalError
+from everlearn.faultpoints import around
 from everlearn.models.lora import AdapterWeights, Pair
 from everlearn.types import AdamParams, LoraSpec
 
@@ -78,30 +80,25 @@ class TrainingAdapter:
 
     def optim_step(self, adam: AdamParams) -> dict[str, float]:
         """One AdamW step on the accumulated gradient, which is then cleared. Clipping is by the adapter's global norm.
-
-        Raises InvalidRequest where that norm is not finite: the sum of several finite gradients can overflow, and one such step
-        would leave moments that never recover. Weights and moments stay; the gradient is dropped, or every later step would fail.
-        """
+        It happens wholly, or not at all (an error), or the process ends."""
         norm = float(torch.linalg.vector_norm(self.grad))
-        if not math.isfinite(norm):
-            self.clear_gradient()
-            raise InvalidRequest(
-                f"the norm of the accumulated gradient is {norm}; the step was not taken and the gradient is dropped. "
-                "Use fewer or smaller forward_backward calls between steps, or smaller weights and advantages",
-                param="adam_params",
-            )
-        if adam.grad_clip_norm > 0 and norm > adam.grad_clip_norm:
-            self.grad.mul_(adam.grad_clip_norm / norm)
+        if not math.isfinite(norm):  # one such step would leave moments that never recover
+            raise InternalError(f"the norm of the accumulated gradient is {norm}, though only finite ones are added; nothing was changed")
+        if self.moments() is None:  # now, where a lack of memory still changes nothing
+            self.set_moments(torch.zeros_like(self.params), torch.zeros_like(self.params), step=0)
         optimizer = self._optimizer()
         optimizer.param_groups[0].update(
             lr=adam.learning_rate, betas=(adam.beta1, adam.beta2), eps=adam.eps, weight_decay=adam.weight_decay
         )
-        self.params.grad = self.grad
-        optimizer.step()
-        self.params.grad = None
-        self.clear_gradient()
-        self.step += 1
-        self.refresh()
+        with whole(), around("optimizer.apply"):
+            if adam.grad_clip_norm > 0 and norm > adam.grad_clip_norm:
+                self.grad.mul_(adam.grad_clip_norm / norm)
+            self.params.grad = self.grad
+            optimizer.step()
+            self.params.grad = None
+            self.clear_gradient()
+            self.step += 1
+            self.refresh()
         return {"grad_norm:mean": norm, "learning_rate:mean": adam.learning_rate, "optimizer_step:max": float(self.step)}
 
     def clear_gradient(self) -> None:

@@ -18,7 +18,7 @@ import torch
 from everlearn.config import Settings
 from everlearn.engine import persist
 from everlearn.engine.adapter import TrainingAdapter
-from everlearn.engine.faults import as_error
+from everlearn.engine.faults import as_error, whole
 from everlearn.engine.protocol import (
     AnyCommand,
     AnyEvent,
@@ -184,8 +184,7 @@ class Engine:
                 run.last_job = time.monotonic()
                 return
             case OptimStep():
-                with around("optimizer.apply"):
-                    metrics = adapter.optim_step(command.adam)
+                metrics = adapter.optim_step(command.adam)
                 self.optimizer_steps += 1
                 run.steps_since_snapshot += 1
                 self._complete(command.request_id, OptimStepResult(metrics))
@@ -194,9 +193,9 @@ class Engine:
                 self._write(state, command.folder, command.request_id)
             case Publish():
                 bank = self.served[adapter.base].bank
+                state = persist.State(adapter, optimizer=False, gradient=False, metadata=command.metadata)
                 with around("version.publish"):
                     bank.publish(command.version, adapter.scale, adapter.pairs())
-                state = persist.State(adapter, optimizer=False, gradient=False, metadata=command.metadata)
                 self._write(state, command.folder, command.request_id, on_disk=lambda: bank.written(command.version))
             case Load():
                 self._load(run, command)
@@ -206,8 +205,9 @@ class Engine:
         self._applied(run, command)
 
     def _load(self, run: Run, command: Load) -> None:
-        with around("weights.load"):
-            persist.restore(run.adapter, Path(command.folder), command.optimizer)
+        found = persist.find(run.adapter, Path(command.folder), command.optimizer)
+        with whole(), around("weights.load"):
+            persist.put(run.adapter, found)
         run.seconds_since_snapshot = float("inf")  # a snapshot soon, so that the checkpoint it came from may be deleted
         self._complete(command.request_id, DoneResult())
 
@@ -231,10 +231,15 @@ class Engine:
         if run.snapshot_running:
             return
         adapter = run.adapter
-        with around("snapshot.copy"):
-            seq, state = adapter.seq, persist.State(adapter, optimizer=True, gradient=True)
-        run.snapshot_running = True
         run.steps_since_snapshot, run.seconds_since_snapshot = 0, 0.0
+        try:
+            with around("snapshot.copy"):
+                seq, state = adapter.seq, persist.State(adapter, optimizer=True, gradient=True)
+        except Exception as error:  # no memory for a copy: the request behind which it was wanted has its answer
+            reason = as_error(error, "while a snapshot was copied")
+            log.warning("no snapshot of %s at %d: %s", adapter.model_id, adapter.seq, reason.message)
+            return
+        run.snapshot_running = True
         folder = self.settings.home / "snapshots" / adapter.model_id.replace(":", "_") / f"{seq:012d}"
 
         def report(size: int, digest: str, seconds: float, error: Exception | None) -> None:

@@ -21,7 +21,7 @@ import msgspec
 import zmq
 
 from everlearn import faultpoints
-from everlearn.config import Settings, fault
+from everlearn.config import Settings, faults
 from everlearn.engine import protocol
 from everlearn.engine.protocol import AnyCommand, AnyEvent, Failed, Heartbeat, Ready, RestoreFailed, Shutdown
 from everlearn.errors import UserError
@@ -106,7 +106,7 @@ def main() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     started = time.perf_counter()
     settings = Settings.model_validate_json(sys.stdin.read())
-    faultpoints.arm(fault(), settings.home)
+    faultpoints.arm(faults(), settings.home)
     threads = settings.engine.threads or os.cpu_count() or 1
 
     import torch

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save
@@ -74,8 +74,17 @@ def _named(pairs: dict[str, tuple[torch.Tensor, torch.Tensor]], kind: str) -> di
     return named
 
 
-def restore(adapter: TrainingAdapter, folder: Path, optimizer: bool) -> None:
-    """Replaces the adapter's weights by the folder's; moments, step and a pending gradient too if `optimizer`, else they start anew.
+class Found(NamedTuple):
+    """What a folder holds for an adapter, in the shape of the adapter's buffers; None where it starts anew."""
+
+    params: torch.Tensor
+    moments: tuple[torch.Tensor, torch.Tensor] | None
+    grad: torch.Tensor | None
+    step: int
+
+
+def find(adapter: TrainingAdapter, folder: Path, optimizer: bool) -> Found:
+    """The folder's weights; moments, step and a pending gradient too if `optimizer`. Changes nothing.
 
     Raises InvalidRequest where the folder's adapter has another shape (rank, switches, base).
     """
@@ -86,21 +95,29 @@ def restore(adapter: TrainingAdapter, folder: Path, optimizer: bool) -> None:
     weights = _fitting(adapter, load_file(path), "lora", folder)
     extra = load_file(folder / OPTIMIZER_FILE) if optimizer and (folder / OPTIMIZER_FILE).exists() else {}
     kinds = {name.rsplit(".", 1)[1][:-2] for name in extra if "." in name}
-    state = {kind: _fitting(adapter, extra, kind, folder) for kind in ("exp_avg", "exp_avg_sq", "grad") if kind in kinds}
-    # All of it was read and fits; only now does the adapter change.
-    _fill(adapter, adapter.params, weights, "lora")
+    state = {
+        kind: _filled(adapter, _fitting(adapter, extra, kind, folder), kind) for kind in ("exp_avg", "exp_avg_sq", "grad") if kind in kinds
+    }
+    moments = (state["exp_avg"], state["exp_avg_sq"]) if "exp_avg" in state else None
+    return Found(_filled(adapter, weights, "lora"), moments, state.get("grad"), int(manifest["step"]) if extra else 0)
+
+
+def put(adapter: TrainingAdapter, found: Found) -> None:
+    """The adapter becomes what was found."""
+    adapter.params.copy_(found.params)
     adapter.clear_gradient()
     adapter.reset_moments()
-    adapter.step = int(manifest["step"]) if extra else 0
-    if "exp_avg" in state:
-        moments = torch.zeros_like(adapter.params), torch.zeros_like(adapter.params)
-        _fill(adapter, moments[0], state["exp_avg"], "exp_avg")
-        _fill(adapter, moments[1], state["exp_avg_sq"], "exp_avg_sq")
-        adapter.set_moments(*moments, step=adapter.step)
-    if "grad" in state:
-        _fill(adapter, adapter.grad, state["grad"], "grad")
+    adapter.step = found.step
+    if found.moments is not None:
+        adapter.set_moments(*found.moments, step=found.step)
+    if found.grad is not None:
+        adapter.grad.copy_(found.grad)
         adapter.has_grad = True
     adapter.refresh()
+
+
+def restore(adapter: TrainingAdapter, folder: Path, optimizer: bool) -> None:
+    put(adapter, find(adapter, folder, optimizer))
 
 
 def _fitting(adapter: TrainingAdapter, tensors: dict[str, torch.Tensor], kind: str, folder: Path) -> dict[str, torch.Tensor]:
@@ -124,9 +141,12 @@ def _fitting(adapter: TrainingAdapter, tensors: dict[str, torch.Tensor], kind: s
     return {name: tensors[name] for name in targets}
 
 
-def _fill(adapter: TrainingAdapter, flat: torch.Tensor, tensors: dict[str, torch.Tensor], kind: str) -> None:
+def _filled(adapter: TrainingAdapter, tensors: dict[str, torch.Tensor], kind: str) -> torch.Tensor:
+    """The tensors of one kind in one flat buffer."""
+    flat = torch.zeros_like(adapter.params)
     for name, target in _named_views(split(flat, adapter.shapes, adapter.lora.rank), kind).items():
         target.copy_(tensors[name])
+    return flat
 
 
 def _named_views(pairs: dict[str, tuple[torch.Tensor, torch.Tensor]], kind: str) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from everlearn.engine.adapter import TrainingAdapter
-from everlearn.engine.faults import as_error
+from everlearn.engine.faults import as_error, whole
 from everlearn.engine.packing import Piece, choose, cut
 from everlearn.engine.protocol import ForwardBackward
 from everlearn.errors import EverlearnError, InvalidRequest
@@ -252,8 +252,16 @@ class Trainer:
     def _settle(self, job: Job) -> None:
         """Commits the job's gradient, or takes it back. A job whose result can't be made has no effect either."""
         adapter = job.adapter
-        if job.error is None and job.grad is not None and not bool(torch.isfinite(job.grad).all()):
-            job.error = InvalidRequest("the gradient is not finite; nothing was added to the adapter's gradient", param="data")
+        if job.error is None and job.grad is not None:
+            # The sum, and its norm: finite gradients can overflow together, and an optimizer step on that could only fail.
+            if job.grad is not adapter.grad:
+                job.grad.add_(adapter.grad)
+            if not bool(torch.linalg.vector_norm(job.grad).isfinite()):
+                job.error = InvalidRequest(
+                    "the gradient, with what was accumulated before, is not finite or its norm isn't; nothing was added to the adapter's "
+                    "gradient. Use smaller weights and advantages, or fewer forward_backward calls between optimizer steps",
+                    param="data",
+                )
         if job.error is None:
             try:
                 job.result = self.result(job)
@@ -265,11 +273,8 @@ class Trainer:
             if job.grad is adapter.grad:
                 adapter.clear_gradient()
             return
-        with around("gradient.join"):
-            if job.grad is adapter.grad:
-                adapter.has_grad = True
-            else:
-                adapter.grad.add_(job.grad)
+        with whole(), around("gradient.join"):
+            adapter.grad, adapter.has_grad = job.grad, True
 
 
 def _active(part: Part) -> torch.Tensor:

@@ -12,6 +12,7 @@ effect. Everything in this package is therefore idempotent.
 from __future__ import annotations
 
 import queue
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine, Transaction
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 
 from everlearn.errors import InvalidRequest, Unavailable
 from everlearn.faultpoints import reach
@@ -125,7 +126,7 @@ class Database:
             if raised is None:
                 future.set_result(value)
             else:
-                future.set_exception(raised)
+                future.set_exception(_told(raised))
 
     def _run(self, batch: list[Job]) -> list[tuple[Any, BaseException | None]]:
         outcomes: list[tuple[Any, BaseException | None]] = []
@@ -256,6 +257,16 @@ def _fail(batch: list[Job], error: Exception) -> None:
     reason = getattr(error, "orig", None) or error
     for _, future, _ in batch:
         future.set_exception(Unavailable(f"the store can't be written ({reason}); nothing was accepted, try again"))
+
+
+def _told(error: BaseException) -> BaseException:
+    """What whoever waits for a function is told of its failure. A full disk, a database that restarts or two that block each other say
+    nothing about the request: it may come again. (SQLite's general error is a mistake in the statement.)"""
+    if isinstance(error, OperationalError | InterfaceError) and getattr(error.orig, "sqlite_errorcode", 0) != sqlite3.SQLITE_ERROR:
+        return Unavailable(f"the store can't be written ({error.orig}); nothing was accepted, try again")
+    if isinstance(error, OSError):
+        return Unavailable(f"the store can't be written ({error}); nothing was accepted, try again")
+    return error
 
 
 def _claim_file(engine: Engine) -> Any:

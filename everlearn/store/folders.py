@@ -166,13 +166,15 @@ def _rename_over(temporary: Path, final: Path) -> None:
         return
     # The same save, run again after a crash that came before its row was committed. Swapping the names leaves no moment without
     # a complete folder; where the system can't, a crash between the two renames loses a folder that the log can make again.
-    if _exchange(temporary, final):
+    with around("folder.swap"):
+        swapped = _exchange(temporary, final)
+        if not swapped:
+            remove_folder(final)
+            temporary.rename(final)
+    with around("folder.sync"):
         fsync_folder(final.parent)
+    if swapped:
         shutil.rmtree(temporary, ignore_errors=True)
-    else:
-        remove_folder(final)
-        temporary.rename(final)
-        fsync_folder(final.parent)
 
 
 def _exchange(one: Path, other: Path) -> bool:

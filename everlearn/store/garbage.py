@@ -6,11 +6,13 @@ after the folder is gone. Whatever happens in between is found again by the next
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from everlearn.faultpoints import around
 from everlearn.store import checkpoints, runs, tables
 from everlearn.store.db import Database
 from everlearn.store.folders import complete_folders, remove_folder, sweep
@@ -85,8 +87,8 @@ def garbage(conn: Connection) -> list[str]:
 
 def forget(conn: Connection, folders: list[str]) -> None:
     """Removes the rows of folders that are gone."""
-    for table in OWNERS:
-        for start in range(0, len(folders), 500):
+    with around("garbage.row"):
+        for table, start in product(OWNERS, range(0, len(folders), 500)):
             conn.execute(table.delete().where((table.c.state == "deleted") & table.c.folder.in_(folders[start : start + 500])))
 
 

@@ -17,6 +17,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from everlearn.errors import InvalidRequest, NotFound
+from everlearn.faultpoints import around
 from everlearn.store import tables
 
 SCOPES = ("train", "sample", "read", "admin")
@@ -63,7 +64,8 @@ def create(
     secret = "tml-" + secrets.token_urlsafe(32)
     key = Key(f"key-{secrets.token_hex(6)}", tenant, name[:200], sorted(scopes), secret[:10], time.time(), None, check(limits), content)
     row = msgspec.structs.asdict(key) | {"limits": msgspec.to_builtins(limits)}
-    conn.execute(tables.keys.insert().values(digest=_digest(secret), **row))
+    with around("key.row"):
+        conn.execute(tables.keys.insert().values(digest=_digest(secret), **row))
     return key, secret
 
 
@@ -83,7 +85,8 @@ def check(limits: Limits) -> Limits:
 def set_limits(conn: Connection, key_id: str, limits: Limits, content: bool) -> Key:
     """Other limits for a key; a running server heeds them within a second."""
     values = {"limits": msgspec.to_builtins(check(limits)), "content": content}
-    conn.execute(tables.keys.update().where(tables.keys.c.key_id == key_id).values(**values))
+    with around("key.row"):
+        conn.execute(tables.keys.update().where(tables.keys.c.key_id == key_id).values(**values))
     return get(conn, key_id)
 
 
@@ -105,7 +108,8 @@ def list_keys(conn: Connection, tenant: str | None = None) -> list[Key]:
 def revoke(conn: Connection, key_id: str) -> Key:
     """Ends a key for good. Revoking twice changes nothing."""
     live = (tables.keys.c.key_id == key_id) & tables.keys.c.revoked_at.is_(None)
-    conn.execute(tables.keys.update().where(live).values(revoked_at=time.time()))
+    with around("key.row"):
+        conn.execute(tables.keys.update().where(live).values(revoked_at=time.time()))
     return get(conn, key_id)
 
 

@@ -15,6 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from everlearn.errors import Conflict, InvalidRequest, NotFound
+from everlearn.faultpoints import around
 from everlearn.store import checkpoints, runs, tables
 from everlearn.store.checkpoints import TinkerPath
 
@@ -94,7 +95,8 @@ def give(conn: Connection, tenant: str, name: str, path: TinkerPath, note: str =
     row = {"tenant": tenant, "name": name, "number": number, "uid": checkpoint.uid, "path": str(path), "note": check_note(note)}
     base = runs.get_run(conn, tenant, path.run_id).base_model
     row |= {"base_model": base, "version": checkpoint.version, "folder": checkpoint.folder, "created_at": now}
-    conn.execute(table.insert().values(**row))
+    with around("name.row"):
+        conn.execute(table.insert().values(**row))
     conn.execute(tables.checkpoints.update().where(tables.checkpoints.c.uid == checkpoint.uid).values(expires_at=None))
     given = get(conn, tenant, name, number)
     if given.current:
@@ -111,7 +113,8 @@ def move(conn: Connection, tenant: str, name: str, number: int, note: str = "", 
         return wanted
     if expected is not None and (now := get(conn, tenant, name).number) != expected:
         raise Conflict(f"{name} means {name}@{now}, not {name}@{expected}: somebody moved it; look at it again", param="expected")
-    conn.execute(names.update().where((names.c.tenant == tenant) & (names.c.name == name)).values(number=number))
+    with around("name.row"):
+        conn.execute(names.update().where((names.c.tenant == tenant) & (names.c.name == name)).values(number=number))
     _note_move(conn, wanted, note)
     return get(conn, tenant, name, number)
 

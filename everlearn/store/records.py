@@ -24,6 +24,7 @@ import zstandard
 from sqlalchemy.engine import Connection
 
 from everlearn.errors import NotFound
+from everlearn.faultpoints import around
 from everlearn.store import tables
 from everlearn.store import usage as totals
 from everlearn.types import Array
@@ -158,11 +159,12 @@ def write(conn: Connection, packed: Sequence[Packed]) -> int:
     new = {row.record_id: (row, data) for row, data in packed if row.record_id not in there}
     if not new:
         return 0
-    conn.execute(INSERT_ROW, [msgspec.structs.asdict(row) for row, _ in new.values()])
     contents = [{"record_id": key, "tenant": row.tenant, "body": data} for key, (row, data) in new.items() if data]
-    if contents:
-        conn.execute(INSERT_BODY, contents)
-    totals.add(conn, [_line(row) for row, _ in new.values()])
+    with around("record.row"):
+        conn.execute(INSERT_ROW, [msgspec.structs.asdict(row) for row, _ in new.values()])
+        if contents:
+            conn.execute(INSERT_BODY, contents)
+        totals.add(conn, [_line(row) for row, _ in new.values()])
     return len(new)
 
 

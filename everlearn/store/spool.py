@@ -22,6 +22,7 @@ from pathlib import Path
 import msgspec
 
 from everlearn.errors import Unavailable
+from everlearn.faultpoints import around
 
 log = logging.getLogger(__name__)
 
@@ -122,13 +123,14 @@ class Spool:
                 self._number += 1
                 self._current = Segment(self.folder / f"{self._number:08}{SUFFIX}")
                 self._segments.add(self._current)
-            self._current.append(frame)
+            with around("spool.put"):
+                self._current.append(frame)
             self._current.keys.add(key)
             self._where[key] = self._current
 
     def drop(self, keys: Iterable[str]) -> None:
         """These entries are needed no more, whoever looks: also a process that takes up what this one leaves."""
-        with self._lock:
+        with around("spool.drop"), self._lock:
             touched: dict[Segment, list[str]] = {}
             for key in keys:
                 if segment := self._where.pop(key, None):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import queue
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from everlearn.config import BaseModelSettings, EngineSettings, ModelsSettings, Settings
+from everlearn import faultpoints
+from everlearn.config import BaseModelSettings, EngineSettings, ModelsSettings, Settings, faults
 from everlearn.engine.engine import Engine
+from everlearn.engine.faults import BrokenOff
 from everlearn.engine.protocol import (
     AnyEvent,
     Completed,
@@ -38,10 +41,11 @@ LORA = LoraSpec(rank=4, seed=3)
 class Bench:
     """An engine and what it said."""
 
-    def __init__(self, model: Path, home: Path):
+    def __init__(self, model: Path, home: Path, **snapshots: float):
+        given = {"snapshot_min_steps": 10_000, **snapshots}
         settings = Settings(
             home=home,
-            engine=EngineSettings(device="cpu", kv_tokens=2048, micro_batch_tokens=64, snapshot_min_steps=10_000),
+            engine=EngineSettings(device="cpu", kv_tokens=2048, micro_batch_tokens=64, **given),
             models=ModelsSettings(default="tiny", base=[BaseModelSettings(name="tiny", path=str(model))]),
         )
         self.events: queue.SimpleQueue[AnyEvent] = queue.SimpleQueue()
@@ -200,6 +204,56 @@ def test_an_unloaded_run_whose_request_is_running_leaves_the_engine_alive(bench:
     while trainer.has_work() and time.monotonic() < until:
         bench.engine.step()
     assert not trainer.has_work()
+
+
+@pytest.fixture
+def armed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Arms one fault for this test alone."""
+
+    def arm(text: str) -> None:
+        monkeypatch.setattr(faultpoints, "_armed", None)
+        faultpoints.arm(faults({"EVERLEARN_FAULT": text}), tmp_path)
+
+    return arm
+
+
+@pytest.mark.parametrize("point", ["gradient.join.before", "gradient.join.after", "optimizer.apply.before", "optimizer.apply.after"])
+def test_no_request_fails_whose_effect_may_have_begun(bench: Bench, armed, point: str) -> None:
+    """The engine ends instead: a rebuild leaves out what failed, so the adapter would not be what the log says."""
+    armed(f"{point}:2:error")
+    with pytest.raises(BrokenOff):
+        bench.train("ses:train:0", 1, 3)
+
+
+@pytest.mark.parametrize("point", ["weights.load.before", "weights.load.after"])
+def test_a_load_that_breaks_off_ends_the_engine(bench: Bench, armed, point: str) -> None:
+    run, folder = "ses:train:0", bench.home / "saved"
+    bench.ask(Save("s", run, 1, str(folder), optimizer=True))
+    armed(f"{point}:1:error")
+    with pytest.raises(BrokenOff):
+        bench.ask(Load("l", run, 2, "t", "tiny", LORA, str(folder), optimizer=True))
+
+
+@pytest.mark.parametrize("point", ["snapshot.copy.before", "folder.file.after", "folder.rename.before"])
+def test_a_snapshot_that_fails_is_only_that(tiny_model: Path, tmp_path: Path, armed, point: str) -> None:
+    bench, run = Bench(tiny_model, tmp_path, snapshot_min_steps=1, snapshot_overhead=1e9), "ses:train:0"
+    bench.ask(Create("c", run, "t", "tiny", LORA))
+    armed(f"{point}:1:full-disk")
+    bench.train(run, 1, 1)
+    until = time.monotonic() + 20
+    while not list((tmp_path / faultpoints.FIRED).iterdir()):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    bench.train(run, 3, 1)
+    bench.engine.writer.close()
+    said = list(drain(bench))
+    assert not any(isinstance(event, Failed) for event in said)
+    assert [event.seq for event in said if isinstance(event, Snapshotted)] in ([], [4]), "the first one failed"
+
+
+def drain(bench: Bench) -> Iterator[AnyEvent]:
+    while not bench.events.empty():
+        yield bench.events.get()
 
 
 def test_an_idle_engine_notices_that_a_grammar_is_compiled(bench: Bench) -> None:

@@ -164,6 +164,21 @@ def test_a_full_disk_fails_the_write_by_name_and_the_store_goes_on(tmp_path: Pat
     db.close()
 
 
+def test_what_a_database_has_no_room_for_may_come_again(postgres_url: str) -> None:
+    """The statement fails and its savepoint is undone, so that others in the batch are stored; the failure is the store's, not the request's."""
+    db = open_database(postgres_url)
+    full = "DO $$ BEGIN RAISE EXCEPTION 'could not extend file: No space left on device' USING ERRCODE = '53100'; END $$"
+    gate = threading.Event()
+    db.write(lambda conn: gate.wait(10))
+    failed = db.write(lambda conn: conn.exec_driver_sql(full))
+    other = db.write(lambda conn: keys.create(conn, "a", "other"))
+    gate.set()
+    with pytest.raises(Unavailable, match="No space left"):
+        failed.result(10)
+    assert other.result(10)[0].name == "other"
+    db.close()
+
+
 @pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "mysql://host/x", "not a url"])
 def test_a_url_without_a_durable_database_is_refused(url: str) -> None:
     with pytest.raises(InvalidRequest, match=r"store\.url"):
