@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import anthropic
 import pytest
 
-from tests.live import KEY, start_server
+from tests.live import KEY, LiveServer
 from tests.wire.test_anthropic import HI, SCHEMA, WEATHER, prompt_tokens, refused, say, text
-from tests.wire.thinking import make_thinking_model
 
 
 @pytest.fixture(scope="module")
-def client(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[anthropic.Anthropic]:
-    live = start_server(tmp_path_factory.mktemp("thinker"), make_thinking_model(tiny_model, tmp_path_factory.mktemp("models") / "thinker"))
-    with anthropic.Anthropic(base_url=live.url + "/anthropic/api", api_key=KEY, max_retries=0) as made:
+def client(thinker: LiveServer) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=thinker.url + "/anthropic/api", api_key=KEY, max_retries=0) as made:
         yield made
-    live.stop()
 
 
 def kinds(message: Any) -> list[str]:
@@ -33,7 +29,7 @@ def test_a_thought_is_a_block_before_the_answer(client) -> None:
     assert both, [kinds(answer) for answer in found]
     for answer in both:
         thought = answer.content[0]
-        assert thought.thinking and thought.signature == answer.everlearn["record"] and "think>" not in text(answer)
+        assert thought.thinking and "think>" not in thought.thinking and thought.signature == answer.everlearn["record"] and text(answer)
         assert 0 < answer.usage.output_tokens_details.thinking_tokens < answer.usage.output_tokens
 
 
@@ -56,12 +52,12 @@ def test_a_budget_that_can_not_be_kept_is_refused(client) -> None:
 
 def test_a_thought_comes_before_calls_and_formats(client) -> None:
     wanted: Any = {"type": "any", "disable_parallel_tool_use": True}
-    answer = say(client, tools=[WEATHER], tool_choice=wanted, max_tokens=400)
+    answer = say(client, seed=2, tools=[WEATHER], tool_choice=wanted, max_tokens=400)
     assert kinds(answer) == ["thinking", "tool_use"] and set(answer.content[1].input) == {"city", "days"}
     result = {"type": "tool_result", "tool_use_id": answer.content[1].id, "content": "rain"}
     messages = [*HI, {"role": "assistant", "content": answer.content}, {"role": "user", "content": [result]}]
     without = [*HI, {"role": "assistant", "content": answer.content[1:]}, {"role": "user", "content": [result]}]
     said = prompt_tokens(client.messages.create(model="tiny", max_tokens=1, messages=messages, tools=[WEATHER]))
     assert said > prompt_tokens(client.messages.create(model="tiny", max_tokens=1, messages=without, tools=[WEATHER]))
-    formatted = say(client, output_config={"format": {"type": "json_schema", "schema": SCHEMA}}, max_tokens=300)
+    formatted = say(client, seed=2, output_config={"format": {"type": "json_schema", "schema": SCHEMA}}, max_tokens=300)
     assert kinds(formatted) == ["thinking", "text"] and set(json.loads(text(formatted))) == {"city", "days"}

@@ -197,7 +197,7 @@ def test_every_role_and_part_is_read(client) -> None:
         {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "name": "ann"},
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "call_1", "content": "rain"},
-        {"role": "assistant", "content": "so", "refusal": None},
+        {"role": "assistant", "content": "so", "refusal": None, "annotations": [], "provider_specific_fields": {"refusal": None}},
         {"role": "user", "content": "and?"},
     ]
     assert ask(client, messages=messages, tools=[WEATHER], tool_choice="none").usage.prompt_tokens > 60

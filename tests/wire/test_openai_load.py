@@ -31,10 +31,15 @@ AWAY = "the engine is away"
 SHORT = {**CHAT, "max_tokens": 24}
 
 
+def sample(server: LiveServer, name: str) -> float:
+    """The sum of a metric's samples."""
+    lines = server.get("/metrics")[1].decode().splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((name + "{", name + " ")))
+
+
 def held(server: LiveServer) -> dict[str, float]:
     """The gauges of what live requests hold, those that aren't 0."""
-    lines = server.get("/metrics")[1].decode().splitlines()
-    found = {name: sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((name + "{", name + " "))) for name in HELD}
+    found = {name: sample(server, name) for name in HELD}
     return {name: value for name, value in found.items() if value}
 
 
@@ -183,4 +188,5 @@ def test_three_times_too_much_work_is_answered_or_refused_and_never_hangs(new_se
     ends = asyncio.run(offer(server, 3 * rate, 5.0))
     assert set(ends) == {"200", "429"}, ends
     assert ends["200"] >= 0.3 * 5 * rate, f"{ends} where {5 * rate:.0f} could be answered"
+    assert sample(server, "vllm:admission_rejections_total") == ends["429"]
     until(lambda: not held(server), 2.0, lambda: held(server))

@@ -1,4 +1,5 @@
-"""A tiny model that thinks: the tests' model with `<think>` and `</think>` as tokens, and a template that opens a thought in the prompt."""
+"""A tiny model that thinks and fills in: the tests' model with `<think>`, `</think>` and three marks of a gap as tokens, and a template
+that opens a thought in the prompt."""
 
 from __future__ import annotations
 
@@ -22,10 +23,10 @@ def make_thinking_model(tiny: Path, folder: Path) -> Path:
 
     shutil.copytree(tiny, folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.add_special_tokens(["<think>", "</think>"])
+    tokenizer.add_special_tokens(["<think>", "</think>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>"])
     end = tokenizer.token_to_id("</think>")
     weights = load_file(folder / "model.safetensors")
-    assert end < len(weights["lm_head.weight"])
+    assert tokenizer.get_vocab_size() <= len(weights["lm_head.weight"])
     weights["lm_head.weight"][end] *= 6
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(str(folder / "tokenizer.json"))
