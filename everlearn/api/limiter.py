@@ -6,7 +6,8 @@
         lease.spent(prompt_tokens + completion_tokens)
 
 Two buckets for each key refill continuously and hold one minute's worth. Tokens are taken at admission as if the request used all
-that it asks for (never more than the bucket holds, so that no request is too large for ever), and settled when it ends. All of it
+that it asks for (never more than the bucket holds, so that no request is too large for ever), and settled when it ends: when its connection
+has its answer, or, for Tinker's samples, which are fetched later, when the log has it. All of it
 is in memory, on the event loop: a restart forgives what was used. Callers without a key have no limits. It knows nothing of HTTP.
 """
 

@@ -14,22 +14,19 @@ shapes of chat templates and of no API. What it gets is `Opened`: the spec for `
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from typing import Any
 
 import msgspec
 
+from everlearn.api import rendering
 from everlearn.api.chatmodels import ChatModel
 from everlearn.api.replies import Reply
 from everlearn.api.services import Services
 from everlearn.api.serving import GRAMMAR_PARAM, GenerationSpec
 from everlearn.api.target import Target
 from everlearn.errors import InvalidRequest, Unsupported
-from everlearn.render import template
 from everlearn.types import Grammar, SamplingParams
-
-INLINE_CHARS = 8192  # a longer conversation is rendered and encoded in a thread: the event loop has others to serve
 
 
 class Draw(msgspec.Struct, frozen=True, kw_only=True):
@@ -123,7 +120,7 @@ async def open_text(
 ) -> Opened:
     """A bare prompt, as text or as token ids."""
     chat = await svc.chat_models.get(target.base)
-    ids = prompt if isinstance(prompt, list) else await encode_text(chat, prompt)
+    ids = prompt if isinstance(prompt, list) else await rendering.encode(chat, prompt, True)
     vocab = target.base.vocab_size
     if ids and not 0 <= min(ids) <= max(ids) < vocab:
         raise InvalidRequest(f"prompt holds token ids outside of 0..{vocab - 1}, those of {target.base.name}", param="prompt")
@@ -135,25 +132,10 @@ async def open_text(
 async def encode_turn(chat: ChatModel, turn: Turn) -> tuple[str, list[int]]:
     """The prompt as text and as tokens."""
 
-    def encode() -> tuple[str, list[int]]:
-        tools, format = turn.offered, chat.format
-        text = template.render(
-            chat.tokenizer,
-            format.inject(turn.messages, tools),
-            [_shown(tool) for tool in tools] if tools and format.native else None,
-            continue_final=turn.continue_final,
-            kwargs=turn.switches,
-        )
-        return text, chat.tokenizer.encode(text)
-
-    return await asyncio.to_thread(encode) if turn.chars > INLINE_CHARS else encode()
-
-
-async def encode_text(chat: ChatModel, text: str) -> list[int]:
-    """A text's tokens, with those that the tokenizer itself puts around a text."""
-    if len(text) > INLINE_CHARS:
-        return await asyncio.to_thread(chat.tokenizer.encode, text, True)
-    return chat.tokenizer.encode(text, True)
+    tools, format = turn.offered, chat.format
+    messages, shown = format.inject(turn.messages, tools), [_shown(tool) for tool in tools] if tools and format.native else None
+    text = await rendering.render(chat, messages, shown, turn.chars, continue_final=turn.continue_final, kwargs=turn.switches)
+    return text, await rendering.encode(chat, text)
 
 
 def _shown(tool: dict[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from jinja2.visitor import NodeTransformer
 
 from everlearn.errors import InvalidRequest
 
-__all__ = ["Template", "compile_template", "parse", "run"]
+__all__ = ["Template", "attempt", "compile_template", "parse", "run"]
 
 SECONDS = 2.0
 MAX_CHARS = 4 * 2**20  # of the prompt, and of every text on the way to it
@@ -39,8 +39,27 @@ class OverLimit(TemplateError):
     """The template ran for too long or makes too much."""
 
 
+class OutOfTime(OverLimit):
+    """It ran for too long."""
+
+
 def run(template: Template, variables: Mapping[str, Any], seconds: float = SECONDS) -> str:
     """The rendered text. Raises InvalidRequest(param="messages") with what the template, or a limit, said."""
+    try:
+        return _run(template, variables, seconds)
+    except OutOfTime as error:
+        raise InvalidRequest(f"the model's chat template refuses these messages: {error.message}", param="messages") from None
+
+
+def attempt(template: Template, variables: Mapping[str, Any], seconds: float) -> str | None:
+    """The same for who can't wait: None where the time isn't enough."""
+    try:
+        return _run(template, variables, seconds)
+    except OutOfTime:
+        return None
+
+
+def _run(template: Template, variables: Mapping[str, Any], seconds: float) -> str:
     token = _deadline.set(time.monotonic() + seconds)
     try:
         pieces, num_chars = [], 0
@@ -49,6 +68,8 @@ def run(template: Template, variables: Mapping[str, Any], seconds: float = SECON
             num_chars += len(piece)
             _check(num_chars)
         return "".join(pieces)
+    except OutOfTime:
+        raise
     except TemplateError as error:
         raise InvalidRequest(f"the model's chat template refuses these messages: {error.message}", param="messages") from None
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
@@ -77,13 +98,16 @@ def _check(size: int = 0) -> None:
     if size > MAX_CHARS:
         raise OverLimit(f"it makes more than {MAX_CHARS} characters")
     if time.monotonic() > _deadline.get():
-        raise OverLimit("it ran for too long")
+        raise OutOfTime("it ran for too long")
 
 
 def _weight(value: Any) -> int:
     """How many characters `value` shows as, roughly; a list that holds the same list twice counts it twice, as printing does."""
-    total, left = 0, [value]
+    total, left, turns = 0, [value], 0
     while left and total <= MAX_CHARS:
+        turns += 1
+        if turns % 4096 == 0:
+            _check()
         item = left.pop()
         if isinstance(item, str):
             total += len(item)

@@ -52,6 +52,35 @@ def render(
     `continue_final` leaves the last message open, so that the model goes on writing it. A model without a template gets ChatML.
     Raises InvalidRequest(param="messages") where the template refuses the messages or goes over its limits.
     """
+    template, variables = _prepared(tokenizer, messages, tools, add_generation_prompt, continue_final, kwargs)
+    text = sandbox.run(template, variables)
+    return _cut(text) if continue_final else text
+
+
+def render_within(
+    seconds: float,
+    tokenizer: ChatTokenizer,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    continue_final: bool = False,
+    kwargs: Mapping[str, Any] = {},
+) -> str | None:
+    """`render` for who can't wait for a slow template: None where `seconds` aren't enough."""
+    template, variables = _prepared(tokenizer, messages, tools, True, continue_final, kwargs)
+    text = sandbox.attempt(template, variables, seconds)
+    return _cut(text) if continue_final and text is not None else text
+
+
+def _prepared(
+    tokenizer: ChatTokenizer,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] | None,
+    add_generation_prompt: bool,
+    continue_final: bool,
+    kwargs: Mapping[str, Any],
+) -> tuple[sandbox.Template, dict[str, Any]]:
+    """The template, and what it is given."""
     if not messages:
         raise InvalidRequest("messages is empty; send one message at least", param="messages")
     if len(messages) > MAX_MESSAGES:
@@ -79,8 +108,7 @@ def render(
         "documents": None,
         "add_generation_prompt": add_generation_prompt,
     }
-    text = sandbox.run(template, variables)
-    return _cut(text) if continue_final else text
+    return template, variables
 
 
 def turn(

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 from everlearn.errors import Unsupported
 
 TEMPLATE_BYTES = 1 << 20
+LONG_CHARS = 4096
 GUARD = "\ufdd0"  # a noncharacter: no text has it. Inside of a special token's text it keeps that text from becoming the token
 
 
@@ -56,7 +57,10 @@ class ChatTokenizer:
         if GUARD in text:
             first, *others = text.split(GUARD)
             return [*self.encode(first, add_special), *(number for piece in others for number in self.encode(piece))]
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special).ids
+        if len(text) < LONG_CHARS:
+            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special).ids
+        else:  # a batch of one lets other threads of Python go on meanwhile, which `encode` doesn't
+            ids = self.tokenizer.encode_batch([text], add_special_tokens=add_special)[0].ids
         return ids
 
     def guard(self, text: str) -> str:

@@ -14,6 +14,7 @@ import pytest
 from everlearn.store import keys
 from everlearn.store.db import open_database
 from tests.live import LiveServer, start_server
+from tests.wire.raw import Raw
 
 HI = [{"role": "user", "content": "hello, world!"}]
 
@@ -101,6 +102,32 @@ def test_requests_at_once(client: Callable[..., openai.OpenAI]) -> None:
         except openai.RateLimitError:
             assert time.monotonic() < deadline, "a client that has gone keeps its place"
             time.sleep(0.02)
+
+
+def test_samples_of_tinkers_api_are_requests_at_once_too(client: Callable[..., openai.OpenAI], live: LiveServer) -> None:
+    """A sample holds its place from its acceptance to its answer, whether or not anyone fetches it; what was not drawn is given back."""
+    one = client(concurrency=1, tpm=20_000)
+    raw = Raw(live.url, "tiny", key=one.api_key)
+    sampler = raw.sampler()
+    body = {"sampling_session_id": sampler, "prompt": {"chunks": [{"type": "encoded_text", "tokens": [1, 40, 41]}]}}
+    long = body | {"seq_id": 0, "sampling_params": {"max_tokens": 900, "stop": []}}
+    accepted = raw.ok("/asample", **long)
+    assert raw.ok("/asample", **long)["request_id"] == accepted["request_id"], "the same again takes no second place"
+    refusal = raw.post("/asample", **body | {"seq_id": 1, "sampling_params": {"max_tokens": 2}})
+    assert refusal.status_code == 429 and "1 requests at once" in refusal.text and int(refusal.headers["retry-after"]) >= 1
+    with pytest.raises(openai.RateLimitError, match="1 requests at once"):
+        ask(one)
+    assert len(raw.result(accepted["request_id"])["sequences"]) == 1
+    answer = ask(one)
+    with one.chat.completions.create(model="tiny", messages=HI, max_tokens=500, stream=True, extra_body={"ignore_eos": True}) as stream:
+        next(iter(stream))
+        assert raw.post("/asample", **body | {"seq_id": 1, "sampling_params": {"max_tokens": 2}}).status_code == 429
+    left = int(answer.headers["x-ratelimit-remaining-tokens"])
+    assert left >= 20_000 - 2 * (3 + 900) - 200, "what was taken is settled by what was drawn"
+    until = time.monotonic() + 5
+    while raw.post("/asample", **body | {"seq_id": 1, "sampling_params": {"max_tokens": 2}}).status_code != 200:
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def test_models(client: Callable[..., openai.OpenAI]) -> None:

@@ -14,7 +14,7 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from everlearn.api import auth, bounds
+from everlearn.api import auth, bounds, rendering
 from everlearn.api.calls import Call, Exchange
 from everlearn.api.chatmodels import ChatModel
 from everlearn.api.openai import checks, shapes, types
@@ -23,7 +23,7 @@ from everlearn.api.replies import ContentDelta, ScoredToken, Step
 from everlearn.api.services import services
 from everlearn.api.sse import DONE, EventStream
 from everlearn.api.target import resolve
-from everlearn.api.turns import Draw, encode_text, open_text
+from everlearn.api.turns import Draw, open_text
 from everlearn.errors import InvalidRequest, Unsupported
 from everlearn.render.detokenize import TextStream
 from everlearn.render.tokenizer import ChatTokenizer
@@ -106,7 +106,7 @@ def prompts_of(form: types.CompletionForm) -> list[str | list[int]]:
 async def encoded(chat: ChatModel, prompt: str | list[int], suffix: str | None) -> list[int]:
     """The tokens of a prompt; with a suffix, of the three parts between the model's marks."""
     if not suffix:
-        return prompt if isinstance(prompt, list) else await encode_text(chat, prompt)
+        return prompt if isinstance(prompt, list) else await rendering.encode(chat, prompt, True)
     for marks in INFILL:
         ids = [chat.tokenizer.id_of(mark) for mark in marks]
         if None not in ids:

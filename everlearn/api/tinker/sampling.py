@@ -7,6 +7,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from everlearn.api.auth import caller, tenant
+from everlearn.api.ledger import Done, Failed, Ledger
+from everlearn.api.limiter import Lease
 from everlearn.api.services import Services, services
 from everlearn.api.tinker import checks, forms
 from everlearn.api.tinker.paths import base_model_of, parse_source
@@ -14,7 +16,8 @@ from everlearn.api.tinker.recordings import pack_prompt, sequence_ids
 from everlearn.engine import protocol
 from everlearn.errors import InvalidRequest
 from everlearn.store import checkpoints, runs
-from everlearn.types import Array, BaseModelInfo
+from everlearn.store.log import Entry
+from everlearn.types import Array, BaseModelInfo, SampleResult
 
 router = APIRouter(prefix="/api/v1", tags=["tinker: sampling"])
 KEPT_SAMPLERS = 4096
@@ -86,13 +89,38 @@ async def asample(request: Request) -> dict[str, Any]:
     request_id = f"{sampler_id}:{seq}"
     command, meta = build(svc, owner, sampler, form, request_id)
     wanted = meta["tokens"] + form.num_samples * command.params.max_tokens
-    with svc.limiter.admit(caller(request), sampler.model_path or sampler.base_model, wanted):
+    lease = None
+    if not svc.dispatcher.ledger.known(request_id):  # the same request again takes no second share
+        lease = svc.limiter.admit(caller(request), sampler.model_path or sampler.base_model, wanted)
+    try:
         entry = await svc.dispatcher.submit(owner, command, model_id=sampler_id, seq=seq, fingerprint=checks.fingerprint(form), meta=meta)
+    except BaseException:
+        if lease is not None:
+            lease.spent(0)
+            lease.release()
+        raise
+    if lease is not None:
+        hold(svc.dispatcher.ledger, lease, entry, meta["tokens"])
     return {
         "request_id": entry.request_id,
         "model_id": sampler_id,
         "sample_sequence_ids": sequence_ids(entry.request_id, form.num_samples),
     }
+
+
+def hold(ledger: Ledger, lease: Lease, entry: Entry, prompt_tokens: int) -> None:
+    """The request's share of its key's limits is held until its answer is there, and then settled by what was drawn."""
+
+    def settle(answer: Done | Failed | None) -> None:
+        drawn = answer.result.sequences if isinstance(answer, Done) and isinstance(answer.result, SampleResult) else []
+        lease.spent(prompt_tokens + sum(sequence.tokens.shape[0] for sequence in drawn))
+        lease.release()
+
+    pending = ledger.get(entry.request_id)
+    if pending is None:
+        settle(ledger.answer(entry.tenant, entry.request_id))
+    else:
+        pending.future.add_done_callback(lambda done: settle(None if done.cancelled() else done.result()))
 
 
 async def sampler_of(svc: Services, owner: str, sampler_id: str) -> runs.Sampler:
