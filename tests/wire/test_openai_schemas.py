@@ -1,11 +1,10 @@
-"""Random JSON schemas as `response_format`, through the `openai` SDK against a real server: what ends, matches. 40 of them, and with
-`-m slow` 200."""
+"""Random JSON schemas as `response_format`, through the `openai` SDK against a real server: each comes to its end
+and matches. 40 of them, and with `-m slow` 200."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ async def answers(server: LiveServer, asked: list[Schema], bias: dict[str, float
 
         async def ask(number: int, schema: Schema) -> tuple[str, str]:
             form: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
-            fields: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "max_tokens": 400, "seed": number, "logit_bias": bias}
+            fields: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "max_tokens": 800, "seed": number, "logit_bias": bias}
             if number % 2:
                 whole = await client.chat.completions.create(**fields, response_format=form)
                 return whole.choices[0].message.content or "", whole.choices[0].finish_reason
@@ -52,8 +51,8 @@ async def answers(server: LiveServer, asked: list[Schema], bias: dict[str, float
 
 
 @pytest.mark.parametrize("num_schemas", [40, pytest.param(200, marks=pytest.mark.slow)])
-def test_all_that_ends_parses_and_matches(server: LiveServer, closers: dict[str, float], num_schemas: int) -> None:
-    ended: Counter[str] = Counter()
+def test_every_answer_parses_and_matches(server: LiveServer, closers: dict[str, float], num_schemas: int) -> None:
+    answered = 0
 
     @settings(
         max_examples=num_schemas // AT_ONCE,
@@ -65,14 +64,13 @@ def test_all_that_ends_parses_and_matches(server: LiveServer, closers: dict[str,
     )
     @given(st.lists(schemas(), min_size=AT_ONCE, max_size=AT_ONCE))
     def check(asked: list[Schema]) -> None:
+        nonlocal answered
         for schema, (text, reason) in zip(asked, asyncio.run(answers(server, asked, closers)), strict=True):
-            ended[reason] += 1
-            assert reason in ("stop", "length"), (reason, text, schema)
-            if reason == "stop":
-                validator = Draft202012Validator(schema, format_checker=Draft202012Validator.FORMAT_CHECKER)
-                problem = best_match(validator.iter_errors(json.loads(text)))
-                assert problem is None, f"{text} of {json.dumps(schema)}: {problem.message}"
+            answered += 1
+            assert reason == "stop", (reason, text, schema)
+            validator = Draft202012Validator(schema, format_checker=Draft202012Validator.FORMAT_CHECKER)
+            problem = best_match(validator.iter_errors(json.loads(text)))
+            assert problem is None, f"{text} of {json.dumps(schema)}: {problem.message}"
 
     check()
-    assert sum(ended.values()) >= num_schemas
-    assert ended["stop"] >= 0.9 * num_schemas, f"so few came to an end that the promise would be an empty one: {ended}"
+    assert answered >= num_schemas
