@@ -45,7 +45,7 @@ class Plan:
 
 @dataclass
 class Trace:
-    """Everything the server answered. `requests`: training requests that the client sent, creation included."""
+    """Everything the server answered. `requests`: training requests that the client sent, creation included; `records`: ids of answers."""
 
     run_id: str = ""
     losses: list[float] = field(default_factory=list)
@@ -54,6 +54,7 @@ class Trace:
     optimizer_steps: list[int] = field(default_factory=list)
     saved: list[str] = field(default_factory=list)
     samples: list[tuple[list[int], list[float]]] = field(default_factory=list)
+    records: list[str] = field(default_factory=list)
     requests: int = 0
     final: str = ""
 
