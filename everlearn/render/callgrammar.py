@@ -12,7 +12,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from everlearn.errors import InvalidRequest, Unsupported
+from everlearn.render import dsml as markup
 from everlearn.render.parameters import ENDS, FUNCTION_END, PARAMETER, PARAMETER_END, kinds
+from everlearn.render.pythonic import PYTHON_START
 from everlearn.render.reasoning import CLOSE, OPEN, closed_by, opened_by
 from everlearn.render.syntaxes import (
     CHANNEL,
@@ -113,9 +115,9 @@ def answer(
     parallel: bool = True,
 ) -> Grammar:
     """JSON of `schema`, or calls of `tools` instead."""
-    if tools and rules is llama3:
+    if tools and rules in (llama3, llama4):
         raise Unsupported(
-            "this model writes calls as bare JSON, which can't be told from an answer in JSON; leave out the format or the tools",
+            "this model writes calls as bare lists or objects, not to be told from an answer in JSON; leave out the format or the tools",
             param="response_format",
         )
     lark = Lark(special)
@@ -248,6 +250,96 @@ def harmony(lark: Lark, tools: Sequence[Signature], text: bool, several: bool) -
     head = f'{lark.mark(CONSTRAIN)} "json" {message}'
     calls = [f"{channel} {literal(f'commentary to=functions.{tool.name} ')} {head} {lark.json(tool)}" for tool in tools]
     return " | ".join([*calls, *([f'{channel} "final" {message} {ANYTHING}'] if text else [])])
+
+
+def deepseek_v32(lark: Lark, tools: Sequence[Signature], text: bool, several: bool) -> str:
+    """A section of invocations in DeepSeek's markup, parameters in the schema's order."""
+    begin = markup.SECTIONS[0]
+    calls = lark.rule(" | ".join(_invocation(lark, tool) for tool in tools))
+    rest = f"{_markup(lark, begin + chr(10))} {calls} {_more('', calls, several)} {_markup(lark, begin.replace('<', '</'))}"
+    if not text:
+        return rest
+    if _reference(lark) is None:
+        end = literal(begin.replace("<", "</"))
+        other = _without(lark, *map(literal, (*markup.SECTIONS, markup.INVOKE)))
+        return f"{lark.until(begin + chr(10))} {calls} {_more('', calls, several)} {end} | {other}"
+    # The bracket before the token is text, like all before it.
+    return f"/(?s:.*)</ {rest.removeprefix(literal('<') + ' ')} | {ANYTHING}"
+
+
+def llama4(lark: Lark, tools: Sequence[Signature], text: bool, several: bool) -> str:
+    """`[NAME(KEY=VALUE, ...), ...]`, arguments in the schema's order, those that must be there first."""
+    call = lark.rule(" | ".join(_python_call(lark, tool) for tool in tools))
+    calls = f'"[" {call} {_more(literal(", "), call, several)} "]"'
+    if not text:
+        return calls
+    other = _without(lark, literal("\n["), literal(PYTHON_START), begins=r"/\s*\[/")
+    return f"{calls} | {other}"
+
+
+def _reference(lark: Lark) -> str | None:
+    """DeepSeek's mark where it is a special token: its text has no brackets, so that a grammar knows it by its number alone."""
+    return next((mark for mark in lark.special if mark.startswith("<[")), None)
+
+
+def _markup(lark: Lark, text: str) -> str:
+    token = _reference(lark)
+    if token is None:
+        return literal(text)
+    return f" {token} ".join(literal(part) if part else "" for part in text.split(markup.DSML)).strip()
+
+
+def _invocation(lark: Lark, tool: Signature) -> str:
+    parts = [_markup(lark, f'{markup.INVOKE} name="{tool.name}">\n')]
+    for name, schema in tool.schema.get("properties", {}).items():
+        element = lark.rule(" | ".join(_typed_elements(lark, tool, name, schema)))
+        parts.append(element if name in tool.schema.get("required", ()) else f"({element})?")
+    return " ".join([*parts, _markup(lark, f"{markup.INVOKE_END}\n")])
+
+
+def _typed_elements(lark: Lark, tool: Signature, name: str, schema: Any) -> list[str]:
+    """The element of a parameter as text, as JSON, or either where the schema allows both."""
+    wanted, found, end = kinds(schema), [], f"{markup.PARAMETER_END}\n"
+    if not wanted or "string" in wanted:
+        begin = _markup(lark, f'{markup.PARAMETER} name="{name}" string="true">')
+        if isinstance(schema, Mapping) and all(isinstance(value, str) for value in schema.get("enum", [0])):
+            chosen = " | ".join(literal(value) for value in schema["enum"])
+            found.append(f"{begin} ({chosen}) {_markup(lark, end)}")
+        elif _reference(lark) is None:
+            value = f"VALUE{len(lark.rules)}"
+            lark.rules.append(f"{value}: {_without(lark, literal(markup.PARAMETER_END))} {literal(end)}")
+            found.append(f"{begin} {value}")
+        else:
+            found.append(f"{begin} /(?s:.*)<\\// {_markup(lark, end).removeprefix(literal('</') + ' ')}")
+    if wanted != {"string"}:
+        shared = {key: tool.schema[key] for key in ("$defs", "definitions") if key in tool.schema}
+        other = {**shared, **schema} if isinstance(schema, Mapping) else {}
+        begin = _markup(lark, f'{markup.PARAMETER} name="{name}" string="false">')
+        found.append(f"{begin} {lark.json(Signature(tool.name, other, tool.strict))} {_markup(lark, end)}")
+    return found
+
+
+def _python_call(lark: Lark, tool: Signature) -> str:
+    properties, required = tool.schema.get("properties", {}), tool.schema.get("required", ())
+    must = [_keyword(lark, tool, name) for name in properties if name in required]
+    may = [_keyword(lark, tool, name) for name in properties if name not in required]
+    rest = ""  # the optional ones from the last to the first: each may be there, with a comma if something stands before it
+    first = ""
+    for keyword in reversed(may):
+        first = lark.rule(f"{keyword} {rest} | {first}" if first else f"{keyword} {rest}")
+        rest = lark.rule(f'(", " {keyword})? {rest}')
+    comma = literal(", ")
+    inside = f" {comma} ".join(must) + f" {rest}" if must else f"({first})?" if first else ""
+    return f"{literal(tool.name + '(')} {inside} {literal(')')}"
+
+
+def _keyword(lark: Lark, tool: Signature, name: str) -> str:
+    schema = tool.schema["properties"][name]
+    if kinds(schema) == {"boolean"}:
+        return lark.rule(f'{literal(f"{name}=")} ("True" | "False")')
+    shared = {key: tool.schema[key] for key in ("$defs", "definitions") if key in tool.schema}
+    own = Signature(tool.name, {**shared, **schema} if isinstance(schema, Mapping) else {}, tool.strict)
+    return lark.rule(f"{literal(f'{name}=')} {lark.json(own)}")
 
 
 def _tagged(lark: Lark, calls: Sequence[str], text: bool, several: bool) -> str:

@@ -62,7 +62,7 @@ def attempt(reader: Reader, out: Writer, mark: str, call: Call) -> Step[None]:
     try:
         yield from call(reader, out, mark)
     except BrokenError as error:
-        if mark.strip() != "{":  # an object that nothing marked may well be meant as text
+        if mark.strip() not in ("{", "["):  # what nothing marked may well be meant as text
             out.problems.append(f"left as text: {error}")
     else:
         reader.forget()

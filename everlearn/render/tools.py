@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from everlearn.errors import InvalidRequest
-from everlearn.render import callgrammar, syntaxes, template
+from everlearn.render import callgrammar, dsml, pythonic, syntaxes, template
 from everlearn.render.reader import Reader
 from everlearn.render.reasoning import CLOSE, OPEN
 from everlearn.render.replies import (
@@ -178,9 +178,11 @@ FORMATS = {
         ToolFormat("hermes", syntaxes.HERMES, callgrammar.hermes, _HERMES),
         ToolFormat("qwen3_coder", syntaxes.QWEN3_CODER, callgrammar.qwen3_coder, _HERMES),
         ToolFormat("llama3", syntaxes.llama, callgrammar.llama3, (syntaxes.PYTHON_TAG, OPEN, CLOSE)),
+        ToolFormat("llama4", pythonic.pythonic, callgrammar.llama4, (pythonic.PYTHON_START, pythonic.PYTHON_END, OPEN, CLOSE)),
         ToolFormat("kimi_k2", syntaxes.KIMI, callgrammar.kimi_k2, (*syntaxes.KIMI_ALL, OPEN, CLOSE)),
         ToolFormat("deepseek_v3", syntaxes.DEEPSEEK, callgrammar.deepseek_v3, (*syntaxes.DEEPSEEK_ALL, OPEN, CLOSE)),
         ToolFormat("deepseek_v31", syntaxes.DEEPSEEK, callgrammar.deepseek_v31, (*syntaxes.DEEPSEEK_ALL, OPEN, CLOSE)),
+        ToolFormat("deepseek_v32", dsml.PARSER, callgrammar.deepseek_v32, (dsml.DSML, OPEN, CLOSE)),
         ToolFormat("harmony", syntaxes.harmony, callgrammar.harmony, syntaxes.HARMONY_ALL, thinks=True),
     )
 }
@@ -188,10 +190,12 @@ FORMATS = {
 SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("harmony", (syntaxes.CHANNEL, syntaxes.MESSAGE)),
     ("kimi_k2", (syntaxes.KIMI_CALL,)),
+    ("deepseek_v32", (dsml.DSML,)),
     ("deepseek_v3", (syntaxes.DEEPSEEK_CALL, "```json")),
     ("deepseek_v31", (syntaxes.DEEPSEEK_CALL,)),
     ("qwen3_coder", (syntaxes.TOOL_CALL, syntaxes.FUNCTION)),
     ("hermes", (syntaxes.TOOL_CALL,)),
+    ("llama4", ("[func_name1(",)),
     ("llama3", (syntaxes.PYTHON_TAG,)),
     ("llama3", ('"parameters": dictionary',)),
 )
@@ -209,7 +213,7 @@ def format_for(tokenizer: ChatTokenizer, architecture: str = "", model_type: str
     if name is None or (name not in TOKEN_FORMATS and not shows_tools):
         name, shows_tools, shows_calls = "prompted", False, False
     row = FORMATS[name]
-    special = {mark: tokenizer.added[mark] for mark in row.marks if mark in tokenizer.added}
+    special = special_marks(row, tokenizer)
     return msgspec.structs.replace(
         row,
         native=shows_tools,
@@ -220,7 +224,13 @@ def format_for(tokenizer: ChatTokenizer, architecture: str = "", model_type: str
     )
 
 
-TOKEN_FORMATS = ("harmony", "kimi_k2", "deepseek_v3", "deepseek_v31")  # never exchanged for the prompted one
+def special_marks(row: ToolFormat, tokenizer: ChatTokenizer) -> dict[str, int]:
+    """The marks that are tokens of their own, as grammars write them: by their text, or by their number where that has no brackets."""
+    found = [(mark, tokenizer.added[mark]) for mark in row.marks if mark in tokenizer.added]
+    return {mark if mark.startswith("<") else f"<[{number}]>": number for mark, number in found}
+
+
+TOKEN_FORMATS = ("harmony", "kimi_k2", "deepseek_v3", "deepseek_v31", "deepseek_v32")  # never exchanged for the prompted one
 
 
 # ---- tools as text ----
@@ -245,6 +255,9 @@ You have access to the following tools:
 To call tools, write exactly this; several calls stand in a row before the end:
 {form}"""
 DEEPSEEK_FORMS = {
+    "deepseek_v32": '<｜DSML｜function_calls>\n<｜DSML｜invoke name="NAME">\n<｜DSML｜parameter name="PARAMETER" string="true|false">VALUE'
+    "</｜DSML｜parameter>\n</｜DSML｜invoke>\n</｜DSML｜function_calls>\n"
+    'with string="true" for text as it is, string="false" for other values in JSON',
     "deepseek_v31": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>NAME<｜tool▁sep｜>ARGUMENTS<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
     "deepseek_v3": "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>NAME\n```json\nARGUMENTS\n```<｜tool▁call▁end｜>"
     "<｜tool▁calls▁end｜>",

@@ -16,7 +16,7 @@ from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
 from everlearn.errors import InvalidRequest, Unsupported
 from everlearn.render.tokenizer import ChatTokenizer
-from everlearn.render.tools import FORMATS, TOKEN_FORMATS, ToolFormat
+from everlearn.render.tools import FORMATS, TOKEN_FORMATS, ToolFormat, special_marks
 from everlearn.types import Grammar
 from tests.render.conftest import TIME, WEATHER
 
@@ -28,6 +28,13 @@ CALLS = {
     "hermes": ('<tool_call>\n{"name": "get_weather", "arguments": $ARGS}\n</tool_call>', "\n", "", ""),
     "qwen3_coder": ("<tool_call>\n<function=get_weather>\n$ARGS</function>\n</tool_call>", "\n", "", ""),
     "llama3": ('{"name": "get_weather", "parameters": $ARGS}', "; ", "", ""),
+    "llama4": ("get_weather($ARGS)", ", ", "[", "]"),
+    "deepseek_v32": (
+        '<｜DSML｜invoke name="get_weather">\n$ARGS</｜DSML｜invoke>\n',
+        "",
+        "<｜DSML｜function_calls>\n",
+        "</｜DSML｜function_calls>",
+    ),
     "kimi_k2": (
         "<|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>$ARGS<|tool_call_end|>",
         "",
@@ -52,6 +59,26 @@ GOOD = ['{"city": "Bonn"}', '{"city":"Bonn","days":3,"unit":"C"}', '{"city": "�
 BAD = ["{}", '{"city": 3}', '{"city": "Bonn", "x": 1}', '{"city": "Bonn", "unit": "K"}', '{"city":    "Bonn"}', '{"city": "Bo', "null"]
 
 
+def tags(arguments: str) -> str:
+    try:
+        values = json.loads(arguments)
+    except ValueError:
+        return '<｜DSML｜parameter name="city" string="true">Bonn'
+    return "".join(
+        f'<｜DSML｜parameter name="{key}" string="{str(isinstance(value, str)).lower()}">'
+        f"{value if isinstance(value, str) else json.dumps(value)}</｜DSML｜parameter>\n"
+        for key, value in (values or {}).items()
+    )
+
+
+def keywords(arguments: str) -> str:
+    try:
+        values = json.loads(arguments)
+    except ValueError:
+        return 'city="Bo'
+    return ", ".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in (values or {}).items())
+
+
 def element(arguments: str) -> str:
     try:
         values = json.loads(arguments)
@@ -63,9 +90,13 @@ def element(arguments: str) -> str:
     )
 
 
+OWN = {"qwen3_coder": element, "deepseek_v32": tags, "llama4": keywords}  # arguments in another form than JSON's
+SPACED = '{"city":    "Bonn"}'
+
+
 def reply(family: str, *arguments: str) -> str:
     call, between, opening, closing = CALLS[family]
-    calls = [call.replace("$ARGS", element(text) if family == "qwen3_coder" else text) for text in arguments]
+    calls = [call.replace("$ARGS", OWN[family](text) if family in OWN else text) for text in arguments]
     return opening + (between or "").join(calls) + closing
 
 
@@ -75,7 +106,8 @@ class Bound:
     def __init__(self, name: str, tokenizer: ChatTokenizer):
         self.tokenizer, self.matchers = tokenizer, LLTokenizer(tokenizer.tokenizer.to_str())
         row = FORMATS[name]
-        special = frozenset(mark for mark in row.marks if mark in tokenizer.added)
+        self.numbers = special_marks(row, tokenizer)
+        special = frozenset(self.numbers)
         self.format: ToolFormat = msgspec.structs.replace(row, special=special, thinks=row.thinks or "<think>" in special)
 
     def matcher(self, grammar: Grammar) -> LLMatcher:
@@ -109,10 +141,10 @@ def test_calls_that_match_their_schema_and_no_others(bound: Callable[..., Bound]
     kit = bound(family, special)
     grammar = kit.format.grammar(TOOLS, choice)
     assert grammar is not None and grammar.kind == "lark"
-    for arguments in GOOD[: 2 if special or family == "qwen3_coder" else 3]:  # a special token is no text
+    for arguments in GOOD[: 2 if special or family in ("qwen3_coder", "deepseek_v32") else 3]:  # a special token is no text
         assert kit.takes(grammar, reply(family, arguments)), arguments
-    for arguments in BAD[:-1] if family == "qwen3_coder" else BAD:
-        if (family, arguments) not in (("qwen3_coder", '{"city": 3}'), ("qwen3_coder", '{"city":    "Bonn"}')):  # text is text there
+    for arguments in BAD[:-1] if family in OWN else BAD:
+        if (family, arguments) != ("qwen3_coder", '{"city": 3}') and (family not in OWN or arguments != SPACED):  # text is text there
             assert not kit.takes(grammar, reply(family, arguments)), arguments
     assert not kit.takes(grammar, reply(family, GOOD[0]).replace("get_weather", "get_wether"))
     assert kit.takes(grammar, reply(family, GOOD[0]).replace("get_weather", "get_time")) is False  # the other's arguments
@@ -131,7 +163,7 @@ def test_how_many_calls_and_what_else(bound: Callable[..., Bound], family: str, 
     text = "Hello!\n{} < 3 and <b>.\n"
     answer = f"<|channel|>final<|message|>{text}" if family == "harmony" else text
     assert kit.takes(auto, answer) and not kit.takes(required, answer)
-    if family not in ("harmony", "llama3"):
+    if family not in ("harmony", "llama3", "llama4"):
         assert kit.takes(auto, text + one) and not kit.takes(required, text + one)
         mark = one[: one.index(">") + 1]
         assert not kit.takes(auto, f"{text}{mark} is a mark")
@@ -234,7 +266,7 @@ def test_an_answer_in_json_or_calls_instead(bound: Callable[..., Bound], family:
         return
     kit = bound(family, special)
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
-    if family == "llama3":
+    if family in ("llama3", "llama4"):
         with pytest.raises(Unsupported):
             kit.format.answer_grammar(schema, tools=TOOLS)
         return
@@ -276,14 +308,17 @@ def draw(kit: Bound, grammar: Grammar, choose: random.Random, plain: np.ndarray)
     matcher, ids = kit.matcher(grammar), []
     mask = allocate_token_bitmask(1, kit.matchers.vocab_size)
 
-    endings = [kit.tokenizer.encode(text) for text in ("\n</parameter>\n", '"', "}", "</think>", "<|end|>", "</function>\n")]
+    endings = [
+        kit.tokenizer.encode(text)
+        for text in ("\n</parameter>\n", '"', "}", "</think>", "<|end|>", "</function>\n", ")", "]", "</｜DSML｜parameter>\n")
+    ]
     while not matcher.is_stopped() and not (matcher.is_accepting() and choose.random() < 0.5):
         fill_next_token_bitmask(matcher, mask)
         allowed = np.unpackbits(mask[0].view(np.uint8), bitorder="little")
         allowed[kit.matchers.eos_token] = 0
         near = [ending for ending in endings if len(ids) > 30 and matcher.validate_tokens(ending) == len(ending)]
         some = plain[np.flatnonzero(allowed[plain])].tolist()
-        marks = [number for mark in sorted(kit.format.special) if allowed[number := kit.tokenizer.added[mark]]]
+        marks = [number for _, number in sorted(kit.numbers.items()) if allowed[number]]
         if near and choose.random() < 0.8:
             drawn = choose.choice(near)
         elif some or marks:

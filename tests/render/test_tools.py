@@ -18,6 +18,8 @@ TEMPLATES = {
     "hermes": "{% if tools %}<tools>{{ tools | tojson }}</tools> in <tool_call></tool_call>{% endif %}{% for m in messages %}{{ m.tool_calls }}{% endfor %}",
     "qwen3_coder": "{% if tools %}<tool_call>\n<function=name>\n<parameter=x>{% endif %}{% for m in messages %}{{ m.tool_calls }}{% endfor %}",
     "llama3": "{% if tools %}{{ '<|python_tag|>' }}{% endif %}{% for m in messages %}{{ m.tool_calls }}{% endfor %}",
+    "llama4": "{% if tools %}[func_name1(params_name1=params_value1)]{% endif %}{% for m in messages %}{{ m.tool_calls }}{% endfor %}",
+    "deepseek_v32": "{% for m in messages %}{% if m.tool_calls %}<｜DSML｜function_calls>{% endif %}{% endfor %}",
     "kimi_k2": "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{% if m.tool_calls %}<|tool_call_begin|>{% endif %}{% endfor %}",
     "deepseek_v3": "{% for m in messages %}{% if m.tool_calls %}<｜tool▁call▁begin｜>function<｜tool▁sep｜>x\n```json{% endif %}{% endfor %}",
     "deepseek_v31": "{% for m in messages %}{% if m.tool_calls %}<｜tool▁call▁begin｜>x<｜tool▁sep｜>{% endif %}{% endfor %}",
@@ -88,7 +90,7 @@ def test_strict_is_not_shown_to_the_model(tokenizer: ChatTokenizer):
     assert "strict" not in format_for(tokenizer).inject(TALK[:1], [tool])[0]["content"]
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v31"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v31", "deepseek_v32"])
 def test_deepseek_is_shown_tools_in_its_own_words(with_tokens: Callable[..., ChatTokenizer], name: str):
     format = format_for(with_tokens(template=TEMPLATES[name]))
     system, *others = format.inject(TALK, [WEATHER])
