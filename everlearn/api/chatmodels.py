@@ -22,12 +22,12 @@ EFFORTS = ("low", "medium", "high")  # what templates that grade it know (gpt-os
 
 
 class ChatModel:
-    """One base model's way with text. Safe to share: nothing here changes but `slow`, once it is known that the template takes too long
-    for the event loop, and how many requests are `rendering` for that reason."""
+    """One base model's way with text. Safe to share: nothing here changes but how often the template took too long for the event loop
+    (`overruns`), and how many requests are `rendering` beside it for that reason."""
 
     def __init__(self, base: BaseModelInfo, tokenizer: ChatTokenizer, format: ToolFormat):
         self.base, self.tokenizer, self.format = base, tokenizer, format
-        self.slow, self.rendering = False, 0
+        self.overruns, self.rendering = 0, 0
         # What ends a turn may be another token than what ends a text; the tokenizer knows the first, the model's config the second.
         self.eos_id = tokenizer.id_of(tokenizer.eos) if tokenizer.eos else None
 

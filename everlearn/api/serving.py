@@ -189,7 +189,7 @@ class Serving:
 
     async def generate(self, spec: GenerationSpec) -> Generation:
         """Sends the request to the engine. Raises Overloaded if the queue is full, Unavailable without an engine."""
-        self._admit(spec)
+        self.check_room(spec.target, spec.n)
         generation = Generation(self, spec, f"live-{secrets.token_hex(12)}")
         self.live[generation.request_id] = generation
         self.sequences += spec.n
@@ -214,14 +214,15 @@ class Serving:
             self.metrics.cancelled.inc()
         self._end(generation, None, error or EverlearnError("the request was cancelled", code="cancelled"))
 
-    def _admit(self, spec: GenerationSpec) -> None:
+    def check_room(self, target: Target, n: int = 1) -> None:
+        """Raises what `generate` would for `n` sequences now: a full queue refuses before the work of a prompt is done."""
         if self.dispatcher.draining:
             raise Unavailable("the server is shutting down; send this again in a moment")
         if not self.engine.up and self.engine.state != "restarting":
             raise Unavailable(f"the engine isn't ready: {self.engine.reason}")
         limit = self.settings.engine.max_batch + self.settings.api.live_queue
-        if self.sequences and self.sequences + spec.n > limit:
-            self.metrics.queue_full(spec.target.base.name)
+        if self.sequences and self.sequences + n > limit:
+            self.metrics.queue_full(target.base.name)
             wait = self.retry_after()
             raise Overloaded(
                 f"{self.sequences} sequences decode or wait (limit {limit}: engine.max_batch and api.live_queue); try again in {wait} s",

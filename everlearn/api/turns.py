@@ -106,7 +106,8 @@ class Opened(msgspec.Struct, frozen=True):
 
 
 async def open_turn(svc: Services, tenant: str, target: Target, turn: Turn, draw: Draw, *, stream: bool) -> Opened:
-    """Raises UserErrors for what this model can't do, or hasn't room for."""
+    """Raises UserErrors for what this model can't do, or hasn't room for, and Overloaded where the queue is full."""
+    svc.serving.check_room(target)
     chat = await svc.chat_models.get(target.base)
     text, prompt = await encode_turn(chat, turn)
     extra = {chat.eos_id} if chat.eos_id is not None and not draw.ignore_eos else set()
@@ -119,6 +120,7 @@ async def open_text(
     svc: Services, tenant: str, target: Target, prompt: str | list[int], draw: Draw, *, grammar: Grammar | None, stream: bool
 ) -> Opened:
     """A bare prompt, as text or as token ids."""
+    svc.serving.check_room(target)
     chat = await svc.chat_models.get(target.base)
     ids = prompt if isinstance(prompt, list) else await rendering.encode(chat, prompt, True)
     vocab = target.base.vocab_size
@@ -131,7 +133,6 @@ async def open_text(
 
 async def encode_turn(chat: ChatModel, turn: Turn) -> tuple[str, list[int]]:
     """The prompt as text and as tokens."""
-
     tools, format = turn.offered, chat.format
     messages, shown = format.inject(turn.messages, tools), [_shown(tool) for tool in tools] if tools and format.native else None
     text = await rendering.render(chat, messages, shown, turn.chars, continue_final=turn.continue_final, kwargs=turn.switches)
