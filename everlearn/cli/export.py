@@ -170,6 +170,7 @@ def local_folder(settings: Settings, run_id: str, kind: str, name: str) -> Path 
     import sqlalchemy as sa
 
     from everlearn.store.db import open_database
+    from everlearn.store.relocate import here
     from everlearn.store.tables import checkpoints as table
 
     where = (table.c.run_id == run_id) & (table.c.kind == kind) & (table.c.name == name) & (table.c.state == "complete")
@@ -178,7 +179,7 @@ def local_folder(settings: Settings, run_id: str, kind: str, name: str) -> Path 
         row = database.read(lambda conn: conn.execute(sa.select(table.c.folder).where(where)).first())
     finally:
         database.close()
-    return Path(row.folder) if row is not None else None
+    return Path(here(row.folder, settings.home)) if row is not None else None
 
 
 def fetch(console: Console, settings: Settings, match: re.Match[str], scratch: Path, base: str | None) -> Adapter:

@@ -12,10 +12,12 @@ from pathlib import Path
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
+from everlearn.errors import Unavailable
 from everlearn.faultpoints import around
 from everlearn.store import checkpoints, runs, tables
 from everlearn.store.db import Database
 from everlearn.store.folders import complete_folders, remove_folder, sweep
+from everlearn.store.relocate import relocate
 
 ROOTS = ("checkpoints", "versions", "snapshots")
 OWNERS = (tables.checkpoints, tables.versions, tables.snapshots)
@@ -36,7 +38,10 @@ def collect(db: Database, now: float) -> int:
 
 def boot_sweep(db: Database, home: Path, now: float) -> int:
     """What a crash left: unfinished folders, complete ones that no row names (their save will be run again or was never
-    accepted), and deletions that were not carried out. Only while nobody writes. Returns how many folders went."""
+    accepted), and deletions that were not carried out. Only while nobody writes. Returns how many folders went.
+
+    Rows are led to this home first: a folder that a row names by an older path is not unknown."""
+    db.write(lambda conn: relocate(conn, home)).result()
     removed = sum(len(sweep(home / root)) for root in ROOTS)
     for folder in db.read(lambda conn: unknown_folders(conn, home)):
         remove_folder(folder)
@@ -93,8 +98,14 @@ def forget(conn: Connection, folders: list[str]) -> None:
 
 
 def unknown_folders(conn: Connection, home: Path) -> list[Path]:
-    """Complete folders under `home` that no row names."""
+    """Complete folders under `home` that no row names. Raises Unavailable where the database is not the one of this home: a save has its
+    row before its folder, so checkpoints beside a database that names no folder at all are another database's."""
     named: set[str] = set()
     for table in OWNERS:
         named.update(conn.execute(sa.select(table.c.folder)).scalars())
+    if not named and (lost := sum(1 for _ in complete_folders(home / "checkpoints"))):
+        raise Unavailable(
+            f"{home / 'checkpoints'} holds {lost} checkpoints and the database names none: it is new, or not the one of this home; "
+            "set store.url to the database of this home or restore it, or move the folder away to begin anew"
+        )
     return [folder for root in ROOTS for folder in complete_folders(home / root) if str(folder) not in named]
