@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from everlearn.errors import InvalidRequest, Unsupported
 from everlearn.render import dsml as markup
 from everlearn.render.parameters import ENDS, FUNCTION_END, PARAMETER, PARAMETER_END, kinds
-from everlearn.render.pythonic import PYTHON_START
+from everlearn.render.pythonic import PYTHON_START, SIGNS
 from everlearn.render.reasoning import CLOSE, OPEN, closed_by, opened_by
 from everlearn.render.syntaxes import (
     CHANNEL,
@@ -335,6 +335,8 @@ def _python_call(lark: Lark, tool: Signature) -> str:
 
 def _keyword(lark: Lark, tool: Signature, name: str) -> str:
     schema = tool.schema["properties"][name]
+    if name != name.strip() or any(sign in name for sign in SIGNS):
+        raise Unsupported(f"parameter {name!r} of tool {tool.name!r} can't be named in a call in Python's words; rename it", param="tools")
     if kinds(schema) == {"boolean"}:
         return lark.rule(f'{literal(f"{name}=")} ("True" | "False")')
     shared = {key: tool.schema[key] for key in ("$defs", "definitions") if key in tool.schema}

@@ -18,7 +18,8 @@ from everlearn.render.syntaxes import NAME, attempt, commit, plain
 
 PYTHON_START, PYTHON_END = "<|python_start|>", "<|python_end|>"
 MARKS = Marks(PYTHON_START, "\n[")
-WORD_ENDS = Marks("(", ")", "[", "]", "=", ",", "\n", '"', "'")
+SIGNS = ("(", ")", "[", "]", "=", ",", "\n", '"', "'")
+WORD_ENDS = Marks(*SIGNS)
 TOKEN = re.compile(r"""("(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')|([A-Za-z_]\w*)|(.)""", re.DOTALL)
 ESCAPE = re.compile(r"\\(x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)", re.DOTALL)
 ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "a": "\a", "v": "\v", "0": "\0", "\n": ""}
@@ -87,7 +88,7 @@ def call(reader: Reader, out: Writer, known: bool) -> Step[None]:
             out.arguments("{}" if between == "{" else "}")
             return
         key, stop = yield from word(reader)
-        if stop != "=" or not key.isidentifier():
+        if stop != "=" or not (key.isidentifier() or key in schemas):
             if between == "{":
                 raise BrokenError("arguments are written name=value")
             out.problems.append(f"an argument that isn't written name=value: {key[:80]!r}")

@@ -303,6 +303,45 @@ def test_whatever_a_model_writes_under_the_grammar_is_a_call(bound: Callable[...
     assert calls >= 5
 
 
+BOOK = {
+    "type": "object",
+    "properties": {
+        "note": {"type": ["string", "null"]},
+        "sea-view": {"anyOf": [{"type": "boolean"}, {"type": "null"}]},
+        "guests": {
+            "type": "object",
+            "properties": {"adult": {"type": "boolean"}, "tags": {"type": "array", "items": {"type": "integer"}, "maxItems": 3}},
+            "required": ["adult", "tags"],
+            "additionalProperties": False,
+        },
+        "breakfast": {"type": "boolean"},
+    },
+    "required": ["note", "sea-view", "guests", "breakfast"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("family", ["qwen3_coder", "llama4", "deepseek_v32"])
+def test_truth_values_nothing_and_objects_where_arguments_are_not_one_json_text(bound: Callable[..., Bound], family: str):
+    kit, choose = bound(family, True), random.Random(family)
+    tool = {"type": "function", "function": {"name": "book", "parameters": BOOK, "strict": True}}
+    grammar = kit.format.grammar([tool], "required", False)
+    for _ in range(6):
+        text = draw(kit, grammar, choose, np.arange(200, 2_000))
+        read = kit.format.parse(text, [tool])
+        assert not read.problems and len(read.tool_calls) == 1, (text, read.problems)
+        values = json.loads(read.tool_calls[0].arguments)
+        assert set(values) == set(BOOK["required"]), text
+        assert isinstance(values["note"], str | None) and values["sea-view"] in (True, False, None), text
+        assert isinstance(values["guests"]["adult"], bool) and isinstance(values["breakfast"], bool), text
+
+
+def test_a_parameter_that_python_s_words_cannot_name_is_refused(bound: Callable[..., Bound]):
+    tool = {"type": "function", "function": {"name": "book", "parameters": {"type": "object", "properties": {"a=b": {"type": "string"}}}}}
+    with pytest.raises(Unsupported, match=r"'a=b' of tool 'book'"):
+        bound("llama4", True).format.grammar([tool], "required")
+
+
 def draw(kit: Bound, grammar: Grammar, choose: random.Random, plain: np.ndarray) -> str:
     """Random tokens, ending half of the time where it may; after a while whatever ends a string, an object or an element is tried first."""
     matcher, ids = kit.matcher(grammar), []
