@@ -15,6 +15,7 @@ from typing import Any
 
 TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": None}
 PYTHON = {"string": str, "integer": int, "number": float, "boolean": bool, "array": list, "object": dict}
+MAX_ITEMS = 32  # more than any right answer has
 FILE = "BFCL_v4_simple_python.json"
 
 
@@ -62,7 +63,7 @@ def case_of(row: dict[str, Any], truth: list[dict[str, Any]]) -> Case:
 
 
 def schema_of(part: Any) -> Any:
-    """The leaderboard's schema in the words of JSON schema. Objects that list their properties are closed."""
+    """The leaderboard's schema in the words of JSON schema. Objects that list their properties are closed, and arrays end."""
     if isinstance(part, list):
         return [schema_of(item) for item in part]
     if not isinstance(part, dict):
@@ -72,6 +73,8 @@ def schema_of(part: Any) -> Any:
     kind = TYPES.get(kind, kind) if isinstance(kind, str) else None
     if kind is not None:
         made = {"type": kind, **made}
+    if kind == "array":  # small models repeat an item for ever where nothing says how many there may be
+        made = {**made, "maxItems": MAX_ITEMS}
     if "properties" in part:
         made["properties"] = {name: schema_of(value) for name, value in part["properties"].items()}
         made["additionalProperties"] = False
