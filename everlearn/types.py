@@ -36,7 +36,8 @@ class Array(msgspec.Struct, frozen=True, array_like=True):
 
 
 class LoraSpec(msgspec.Struct, frozen=True):
-    """What an adapter trains. The scale of the update is alpha / rank; A starts uniform in ±1/sqrt(d_in), B at zero."""
+    """What an adapter trains. The scale of the update is alpha / rank; A starts uniform in ±1/sqrt(d_in), B at zero. `expert_lora` is the
+    layout of its matrices on experts (models/experts.py), which belong to the MLP; off: experts stay as they are."""
 
     rank: int
     alpha: float = 32.0
@@ -44,6 +45,7 @@ class LoraSpec(msgspec.Struct, frozen=True):
     train_attn: bool = True
     train_mlp: bool = True
     train_unembed: bool = True
+    expert_lora: Literal["off", "per_expert", "shared_outer", "rank_split"] = "off"
 
 
 class ProvenanceSpan(msgspec.Struct, frozen=True):

@@ -195,7 +195,7 @@ class Engine:
             case Publish():
                 bank = self.served[adapter.base].bank
                 with around("version.publish"):
-                    bank.publish(command.version, adapter.scale, adapter.pairs())
+                    bank.publish(command.version, adapter.scale, adapter.pairs(), adapter.expert_scale)
                 state = persist.State(adapter, optimizer=False, gradient=False, metadata=command.metadata)
                 self._write(state, command.folder, command.request_id, on_disk=lambda: bank.written(command.version))
             case Load():

@@ -20,8 +20,9 @@ from torch import nn
 from everlearn.errors import InvalidRequest, Unsupported
 from everlearn.models import attention
 from everlearn.models.attention import Batch, running
+from everlearn.models.experts import LoraExperts, install_experts, top_k_of
 from everlearn.models.head import Head
-from everlearn.models.lora import FEW_ROWS, HEAD, LoraLinear, install, kind_of
+from everlearn.models.lora import FEW_ROWS, HEAD, LoraLinear, PairShape, install, kind_of
 from everlearn.models.siblings import join_siblings
 from everlearn.types import BaseModelInfo, LoraSpec
 
@@ -50,6 +51,7 @@ class BaseModel:
         self.decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
         prefix = next(name for name, module in model.named_modules() if module is self.decoder)
         self.lora_modules: dict[str, LoraLinear] = install(self.decoder, prefix)
+        self.expert_modules: dict[str, LoraExperts] = install_experts(self.decoder, prefix, top_k_of(config))
         join_siblings(self.decoder)
         fuse_norms(self.decoder)
         chunk, tile = (CPU_CHUNK, CPU_TILE) if device.type == "cpu" else (GPU_CHUNK, GPU_TILE)
@@ -77,12 +79,16 @@ class BaseModel:
             if isinstance(module, GradientCheckpointingLayer):
                 module.training = True
 
-    def adapter_shapes(self, lora: LoraSpec) -> dict[str, tuple[int, int]]:
-        """(input, output) size of every layer that an adapter with these switches trains, in the model's own order."""
+    def adapter_shapes(self, lora: LoraSpec) -> dict[str, PairShape]:
+        """The matrices of every layer that an adapter with these switches trains, in the model's own order; experts come last."""
         wanted = {"attn": lora.train_attn, "mlp": lora.train_mlp}
-        shapes = {path: (m.in_features, m.out_features) for path, m in self.lora_modules.items() if wanted[kind_of(path) or ""]}
+        sizes = {path: (m.in_features, m.out_features) for path, m in self.lora_modules.items() if wanted[kind_of(path) or ""]}
         if lora.train_unembed:
-            shapes[HEAD] = (self.hidden_size, self.vocab_size)
+            sizes[HEAD] = (self.hidden_size, self.vocab_size)
+        shapes = {path: PairShape((lora.rank, num_in), (num_out, lora.rank)) for path, (num_in, num_out) in sizes.items()}
+        if lora.train_mlp and lora.expert_lora != "off":
+            for experts in self.expert_modules.values():
+                shapes |= experts.shapes(lora.expert_lora, lora.rank)
         if not shapes:
             raise InvalidRequest(
                 "the LoRA config trains nothing: train_attn, train_mlp and train_unembed are all false; set one of them",
