@@ -71,8 +71,13 @@ class Piece(NamedTuple):
 class Scheme(Protocol):
     """A way to quantise the linear layers of a folder, as its config.json describes it."""
 
-    name: str  # for people
-    marker: str  # a linear layer `M` is quantised where the folder holds the tensor `M.<marker>`
+    @property
+    def name(self) -> str:
+        """For people."""
+
+    @property
+    def marker(self) -> str:
+        """A linear layer `M` is quantised where the folder holds the tensor `M.<marker>`."""
 
     def stored(self, shape: Shape) -> dict[str, tuple[Shape, tuple[str, ...]]]:
         """By suffix: shape on disk and the types that are read, of a layer [O, I]. Raises Unsupported for a shape that doesn't fit."""

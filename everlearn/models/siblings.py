@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from everlearn.models.lora import AdapterWeights, Block, LoraLinear, Segment, frozen_product
+from everlearn.models.quant import PackedWeight
 
 FAMILIES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -83,5 +84,6 @@ def join_siblings(decoder: nn.Module) -> None:
         for names in FAMILIES:
             layers = [child for name in names if isinstance(child := getattr(module, name, None), LoraLinear)]
             same = {(layer.in_features, layer.bias is None, layer.weight.dtype) for layer in layers}
-            if len(layers) == len(names) and len(same) == 1:
+            packed = any(isinstance(layer.weight, PackedWeight) for layer in layers)  # joining would mean unpacking for good
+            if len(layers) == len(names) and len(same) == 1 and not packed:
                 Siblings(layers)
