@@ -25,7 +25,7 @@ from everlearn.engine.fairness import FairQueue
 from everlearn.engine.faults import as_error
 from everlearn.engine.grammar import Grammars
 from everlearn.engine.graphs import DecodeGraphs
-from everlearn.engine.kvcache import BlockPool, KVCache, num_blocks_for
+from everlearn.engine.kvcache import BlockPool, KVCache, StateCache, num_blocks_for, num_states_for
 from everlearn.engine.masks import Masks, advance
 from everlearn.engine.paged import Chunk, PagedBatch, segments_of
 from everlearn.engine.protocol import STEP_TOKENS, Completed, Failed, Sample, Tokens
@@ -51,14 +51,15 @@ class Sampler:
         self.base, self.bank = base, bank
         self.max_batch = engine.max_batch
         self.prefill_tokens = engine.prefill_tokens or (CPU_PREFILL if base.device.type == "cpu" else GPU_PREFILL)
-        token_bytes = 2 * base.num_layers * base.num_kv_heads * base.head_dim * base.dtype.itemsize
+        form, item = base.cache_form, base.dtype.itemsize
+        self.token_bytes = form.floats * item
+        self.states = StateCache(form, num_states_for(form, engine.max_batch, item, base.device), base.device, base.dtype)
         most = engine.max_batch * base.info.max_context
-        num_blocks = num_blocks_for(engine.kv_tokens, engine.block_size, token_bytes, base.device, most)
+        num_blocks = num_blocks_for(engine.kv_tokens, engine.block_size, self.token_bytes, base.device, most)
         self.pool = BlockPool(num_blocks, engine.block_size)
-        heads_GD = (base.num_kv_heads, base.head_dim)
-        self.cache = KVCache(base.num_layers, num_blocks, engine.block_size, heads_GD, base.device, base.dtype)
+        self.cache = KVCache(form, num_blocks, engine.block_size, base.device, base.dtype)
         self.graphs = DecodeGraphs(base) if base.device.type == "cuda" else None
-        self.blocks = Blocks(self.pool, self.cache)
+        self.blocks = Blocks(self.pool, self.cache, self.states)
         self.grammars = Grammars(base, engine.grammar_seconds, engine.grammar_cache)
         self.masks = Masks(self.grammars, engine.threads or os.cpu_count() or 1)
         self.compiling: list[Request] = []
@@ -378,3 +379,5 @@ class Sampler:
             sequence.computed = min(sequence.computed, sequence.num_tokens - 1)
         message = f"the device ran out of memory on this request: {error}; shorten the prompt or lower engine.prefill_tokens"
         self._fail(largest, TooLarge(message))
+            if sequence.state is not None:
+                self._preempt(sequence)  # some layers have read their tokens and some have not

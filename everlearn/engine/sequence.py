@@ -128,6 +128,7 @@ class Sequence:
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """int32 tokens [start, stop) of prompt and continuation."""
+        self.state: int | None = None  # its slot, where layers keep a state of the whole sequence
         prompt = self.request.prompt
         if stop <= len(prompt):
             return prompt[start:stop]

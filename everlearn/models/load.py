@@ -22,6 +22,7 @@ from everlearn.models import attention
 from everlearn.models.attention import Batch, running
 from everlearn.models.experts import LoraExperts, install_experts, top_k_of
 from everlearn.models.head import Head
+from everlearn.models.hooks import fuse_norms, hook_attention, refuse_what_the_hooks_miss
 from everlearn.models.lora import FEW_ROWS, HEAD, LoraLinear, PairShape, install, kind_of
 from everlearn.models.siblings import join_siblings
 from everlearn.types import BaseModelInfo, LoraSpec
@@ -43,9 +44,6 @@ class BaseModel:
         config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
         self.num_layers: int = config.num_hidden_layers
         self.hidden_size: int = config.hidden_size
-        self.num_heads: int = config.num_attention_heads
-        self.num_kv_heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.vocab_size: int = config.vocab_size
         self.max_context: int = info.max_context
         self.decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
@@ -53,6 +51,7 @@ class BaseModel:
         self.lora_modules: dict[str, LoraLinear] = install(self.decoder, prefix)
         self.expert_modules: dict[str, LoraExperts] = install_experts(self.decoder, prefix, top_k_of(config))
         join_siblings(self.decoder)
+        self.cache_form = hook_attention(self.decoder, config, info.max_context)
         fuse_norms(self.decoder)
         chunk, tile = (CPU_CHUNK, CPU_TILE) if device.type == "cpu" else (GPU_CHUNK, GPU_TILE)
         self.head = Head(model.get_output_embeddings().weight, chunk, tile)  # type: ignore[operator]
@@ -138,7 +137,7 @@ def load_base(info: BaseModelInfo, device: torch.device, dtype: torch.dtype) -> 
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise Unsupported(f"base model {info.name!r} can't be loaded from {info.path}: {error}") from error
     refuse_missing_weights(info, report)
     return wrap(info, model.to(device), device, dtype)
@@ -160,38 +159,6 @@ def wrap(info: BaseModelInfo, model: nn.Module, device: torch.device, dtype: tor
     model.config._attn_implementation = attention.IMPLEMENTATION  # type: ignore[union-attr]
     model.eval().requires_grad_(False)
     return BaseModel(info, model, device, dtype)
-
-
-# Classes that compute x / rms(x) * weight and nothing else (Gemma's, for one, multiplies by 1 + weight).
-PLAIN_RMS_NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Qwen3MoeRMSNorm", "DeepseekV3RMSNorm"}
-
-
-def fuse_norms(decoder: nn.Module) -> None:
-    """torch's own RMSNorm over the same weights: one operation for six, a quarter of the launches of a decoding step on a GPU."""
-    for module in list(decoder.modules()):
-        for name, child in list(module.named_children()):
-            if type(child).__name__ in PLAIN_RMS_NORMS:
-                norm: Any = child
-                fused = nn.RMSNorm(norm.weight.shape, eps=norm.variance_epsilon, device="meta")
-                fused.weight = norm.weight
-                setattr(module, name, fused.eval())
-
-
-def refuse_what_the_hooks_miss(info: BaseModelInfo, model: nn.Module) -> None:
-    """Raises Unsupported for a model that would run and compute something else: our attention is full and causal, and our head is one
-    matrix. (A layer with a state of its own would also carry it from one tenant's sequence to the next in a packed row.)"""
-    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    kinds = set(getattr(config, "layer_types", None) or (["sliding_attention"] if window else []))
-    if window and window >= info.max_context:
-        kinds.discard("sliding_attention")
-    found = [f"layers of kind {kind}" for kind in sorted(kinds - {"full_attention"})]
-    found += [name for name in ("attn_logit_softcapping", "final_logit_softcapping") if getattr(config, name, None)]
-    found += [name for name in ("logit_scale", "logits_scaling") if getattr(config, name, None) not in (None, 1.0)]
-    if getattr(model.get_output_embeddings(), "bias", None) is not None:  # type: ignore[operator]
-        found.append("a bias of the output layer")
-    if found:
-        raise Unsupported(f"base model {info.name!r} has {', '.join(found)}, which this version doesn't compute; choose another base model")
 
 
 def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
