@@ -91,17 +91,17 @@ class PagedBatch:
             self.spans.append(self._span(first, last, chunk, all_slots))
         self.tokens_T, self.positions_T, self.slots_T = (self._move(a) for a in (tokens, positions, slots))
         self.segments = segments_of(chunks, self.stops)
-        if decoding:
         self.num_decoding = len(decoding)
+        if decoding:
             self._prepare_decoding(decoding)
         self.decoding_rows = self._move(np.array(decoding_rows)) if decoding and self.spans else None
 
     def _move(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
 
-    def _span(self, first: int, last: int, chunk: Chunk, all_slots: np.ndarray) -> Span:
     # --- indices ---
 
+    def _span(self, first: int, last: int, chunk: Chunk, all_slots: np.ndarray) -> Span:
         state = None if chunk.sequence.state is None else self._move(np.array([chunk.sequence.state]))
         if chunk.start == 0 and (self.window is None or chunk.stop <= self.window):
             return Span(chunk, first, last, None, None, state)
@@ -165,11 +165,11 @@ class PagedBatch:
             fixed.decoding_states = self.decoding_states.new_empty(num_rows)
         return fixed
 
-    def fill(self, batch: PagedBatch) -> None:
     def _empty_rows(self, num_rows: int, width: int) -> Context:
         slots, mask = self.decoding.slots.new_empty(num_rows * width), self.decoding.mask.new_empty(num_rows, 1, 1, width)
         return Context(slots, mask, width)
 
+    def fill(self, batch: PagedBatch) -> None:
         """Takes over another batch's rows. What is beyond them reads the null block and writes into the spare slot."""
         rows = batch.num_decoding
         for mine, its in ((self.tokens_T, batch.tokens_T), (self.positions_T, batch.positions_T), (self.slots_T, batch.slots_T)):
@@ -246,7 +246,6 @@ class PagedBatch:
         )
         return latent.values(mixed_B1HC.squeeze(1).transpose(0, 1), self.decoding_segments).transpose(0, 1)
 
-
     def _attend_span(self, layer: int, span: Span, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, form: Form) -> torch.Tensor:
         """One chunk of a prompt: [H, T, D] of its rows."""
         seen = span.windowed if form.window is not None and self.window is not None else span.context
@@ -266,6 +265,7 @@ class PagedBatch:
             query[None], key[None], value[None], attn_mask=mask, is_causal=mask is None, scale=form.scaling, enable_gqa=True
         )
         return out[0]
+
     # --- layers with a state ---
 
     def recur(self, layer: Recurrent, hidden_TD: torch.Tensor) -> torch.Tensor:

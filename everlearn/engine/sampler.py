@@ -376,8 +376,8 @@ class Sampler:
         end without a token drawn from it; their last position is computed once more."""
         largest = max(chunks, key=lambda c: c.stop - c.start).sequence.request
         for sequence in [s for chunk in chunks for s in chunk.sequence.request.sequences]:
+            if sequence.state is not None:
+                self._preempt(sequence)  # some layers have read their tokens and some have not
             sequence.computed = min(sequence.computed, sequence.num_tokens - 1)
         message = f"the device ran out of memory on this request: {error}; shorten the prompt or lower engine.prefill_tokens"
         self._fail(largest, TooLarge(message))
-            if sequence.state is not None:
-                self._preempt(sequence)  # some layers have read their tokens and some have not

@@ -115,6 +115,7 @@ class Sequence:
         self.blocks: list[int] = []
         self.computed = 0
         self.digests: list[bytes] = []
+        self.state: int | None = None  # its slot, where layers keep a state of the whole sequence
         self.stops: StopStrings | None = None
         self.stop_reason = ""
         self.begun = False  # waits again, or was forked from a computed prompt
@@ -128,7 +129,6 @@ class Sequence:
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """int32 tokens [start, stop) of prompt and continuation."""
-        self.state: int | None = None  # its slot, where layers keep a state of the whole sequence
         prompt = self.request.prompt
         if stop <= len(prompt):
             return prompt[start:stop]
