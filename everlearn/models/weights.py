@@ -28,7 +28,7 @@ from everlearn.models.export import weight_files
 from everlearn.models.quant import PackedLinear, Piece, Scheme
 from everlearn.models.tensorfile import TensorFile
 
-STAGE_BYTES = 32 * 2**20
+STAGE_BYTES = 8 * 2**20
 TORCH = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
