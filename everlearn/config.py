@@ -110,7 +110,14 @@ class ImageSettings(Section):
     remote: bool = Field(False, description="fetch images from URLs of other hosts; off: only data URLs are taken")
     max_bytes: int = Field(20 * 2**20, gt=0, description="largest image; more is a 413")
     max_pixels: int = Field(40_000_000, gt=0, description="most pixels of an image; more is a 413")
+    request_pixels: int = Field(
+        1_000_000_000, gt=0, description="most pixels of all images of a request, as sent or as the model reads them; more is a 413"
+    )
     timeout_seconds: float = Field(10.0, gt=0, description="time for fetching an image, redirects included")
+    train_tower: bool = Field(False, description="new adapters of models that see train the vision tower too, unless their request says")
+    cache_bytes: int = Field(
+        0, ge=0, description="memory for features of images that were seen; 0: 256 MiB on CPU, 2 GiB on GPU. The oldest go"
+    )
 
 
 class Settings(Section):

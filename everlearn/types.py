@@ -46,6 +46,25 @@ class LoraSpec(msgspec.Struct, frozen=True):
     train_mlp: bool = True
     train_unembed: bool = True
     expert_lora: Literal["off", "per_expert", "shared_outer", "rank_split"] = "off"
+    train_vision: bool = False
+
+
+class ImageSpan(msgspec.Struct, frozen=True, array_like=True):
+    """An image in a row of tokens: `rows` x `columns` tokens from `start` on stand for it, top left first. `data` is its file as the
+    client sent it."""
+
+    start: int
+    rows: int
+    columns: int
+    data: bytes
+
+    @property
+    def num_tokens(self) -> int:
+        return self.rows * self.columns
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.num_tokens
 
 
 class ProvenanceSpan(msgspec.Struct, frozen=True):
@@ -59,12 +78,14 @@ class ProvenanceSpan(msgspec.Struct, frozen=True):
 
 class Datum(msgspec.Struct, frozen=True):
     """One training sequence: `tokens` int32 [T]; `inputs` by name, each [T] or [T, K], already shifted by the client
-    (position i predicts token i + 1). Sparse inputs were made dense at the door."""
+    (position i predicts token i + 1). Sparse inputs were made dense at the door. `tokens` holds the model's image token wherever
+    one of `images` stands, in ascending order."""
 
     tokens: Array
     inputs: dict[str, Array]
     model_input_spans: list[ProvenanceSpan] | None = None
     loss_input_spans: list[ProvenanceSpan] | None = None
+    images: list[ImageSpan] = []
 
 
 class AdamParams(msgspec.Struct, frozen=True):
@@ -168,8 +189,25 @@ class DoneResult(msgspec.Struct, frozen=True, tag="done"):
 Result = SampleResult | ForwardBackwardResult | OptimStepResult | SavedResult | DoneResult
 
 
+class VisionInfo(msgspec.Struct, frozen=True):
+    """How a base model takes images. A square patch is `patch` pixels wide and `frames` deep, `merge` x `merge` patches make a token. An
+    image is resized to between `min_pixels` and `max_pixels`, its channels less `mean` divided by `std`. Token ids: `image` stands for a
+    part of an image, `start` and `end` enclose all of them."""
+
+    patch: int
+    merge: int
+    frames: int
+    min_pixels: int
+    max_pixels: int
+    mean: list[float]
+    std: list[float]
+    image: int
+    start: int
+    end: int
+
+
 class BaseModelInfo(msgspec.Struct, frozen=True):
-    """What the API needs to know of a base model without loading it (read from its config.json)."""
+    """What the API needs to know of a base model without loading it (read from its config.json). `vision` None: it reads text alone."""
 
     name: str
     path: str
@@ -179,6 +217,7 @@ class BaseModelInfo(msgspec.Struct, frozen=True):
     max_context: int
     eos_token_ids: list[int]
     num_parameters: int = 0
+    vision: VisionInfo | None = None
 
     def room(self, prompt_length: int) -> int:
         """How many tokens may be drawn after a prompt: the last one is never read, so it needs no place in the context."""

@@ -62,6 +62,8 @@ class Served:
     def __init__(self, base: BaseModel, settings: Settings):
         self.base = base
         self.bank = Bank(settings.engine.adapter_slots, base.device, base.dtype)
+        if base.vision is not None and settings.images.cache_bytes:
+            base.vision.limit = settings.images.cache_bytes
         if settings.engine.recompute:
             base.enable_recompute()
         tokens = settings.engine.micro_batch_tokens or (CPU_MICRO_BATCH if base.device.type == "cpu" else GPU_MICRO_BATCH)

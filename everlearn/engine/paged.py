@@ -68,7 +68,8 @@ class PagedBatch:
         self.window = cache.form.window
         self.stops = np.cumsum([c.stop - c.start for c in chunks]).tolist()  # row after each chunk
         num_rows = self.stops[-1]
-        tokens, positions = np.empty(num_rows, np.int64), np.empty(num_rows, np.int64)
+        self.shows = any(c.sequence.images(c.start, c.stop) for c in chunks)
+        tokens, positions = np.empty(num_rows, np.int64), np.empty((3, num_rows) if self.shows else num_rows, np.int64)
         slots = np.empty(num_rows, np.int64)
         size = cache.block_size
         self.spans: list[Span] = []
@@ -79,13 +80,13 @@ class PagedBatch:
             first = last - num
             if num == 1:
                 position = chunk.start
-                tokens[first], positions[first] = chunk.sequence.token(position), position
+                tokens[first], positions[..., first] = chunk.sequence.token(position), chunk.sequence.position(position)
                 slots[first] = chunk.sequence.blocks[position // size] * size + position % size
                 decoding.append(chunk)
                 decoding_rows.append(first)
                 continue
             tokens[first:last] = chunk.sequence.tokens(chunk.start, chunk.stop)
-            positions[first:last] = np.arange(chunk.start, chunk.stop)
+            positions[..., first:last] = chunk.sequence.positions(chunk.start, chunk.stop)
             all_slots = (np.array(chunk.sequence.blocks, np.int64)[:, None] * size + np.arange(size)).ravel()[: chunk.stop]
             slots[first:last] = all_slots[chunk.start :]
             self.spans.append(self._span(first, last, chunk, all_slots))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,9 +18,12 @@ from everlearn.engine.protocol import Sample, Times, TokenPart, Tokens
 from everlearn.engine.scoring import PromptScores
 from everlearn.engine.stops import StopStrings
 from everlearn.models.lora import AdapterWeights
-from everlearn.types import Array, SampledSequence, SampleResult, TopK
+from everlearn.models.vision import positions_of
+from everlearn.types import Array, ImageSpan, SampledSequence, SampleResult, TopK
 
 if TYPE_CHECKING:
+    import torch
+
     from everlearn.engine.grammar import Compilation
     from everlearn.engine.masks import Follower
 
@@ -30,6 +34,11 @@ class Request:
     def __init__(self, command: Sample, max_new: int, eos: Iterable[int] = ()):
         self.command, self.params, self.max_new = command, command.params, max_new
         self.prompt = prompt = command.prompt.numpy().astype(np.int32, copy=False)
+        # With images positions fall behind the count of tokens; from the prompt's end on by the same number.
+        self.positions_3P = positions_of(len(prompt), command.images) if command.images else None
+        self.lag = len(prompt) - 1 - int(self.positions_3P[:, -1].max()) if self.positions_3P is not None else 0
+        self.features: dict[int, torch.Tensor] = {}  # of images by their place in the command, while the prompt is being computed
+        self.image_digests = [digest_of(image) for image in command.images]
         self.root = root_digest(command.cache_salt, command.base, command.version)
         # A grammar's text ends where the model says that it ends, also for clients who switched that off.
         self.stop_tokens = frozenset([*command.params.stop_tokens, *(eos if command.params.grammar is not None else ())])
@@ -80,6 +89,10 @@ class Request:
             prompt_alt_logprobs=Array.of(scores.alt_logprobs) if scores.alt_logprobs is not None else None,
             prompt_cache_hit_tokens=self.hit_tokens,
         )
+
+
+def digest_of(image: ImageSpan) -> bytes:
+    return blake2b(f"{image.rows}x{image.columns}:".encode() + image.data, digest_size=16).digest()
 
 
 class TokenCounts:
@@ -136,6 +149,27 @@ class Sequence:
         fresh = np.array(self.generated[max(start - split, 0) : stop - split], dtype=np.int32)
         return fresh if start >= split else np.concatenate([prompt[start:], fresh])
 
+    def positions(self, start: int, stop: int) -> np.ndarray:
+        """int64 positions of tokens [start, stop): [n], or [3, n] where one of them belongs to an image."""
+        prompt_3P = self.request.positions_3P
+        if prompt_3P is None:
+            return np.arange(start, stop)
+        later = np.arange(max(start, len(self.request.prompt)), stop) - self.request.lag
+        if not self.images(start, stop):
+            return np.concatenate([prompt_3P[0, start:stop], later])
+        return np.concatenate([prompt_3P[:, start:stop], np.broadcast_to(later, (3, len(later)))], axis=1)
+
+    def position(self, index: int) -> int | np.ndarray:
+        """The position of one token: a number, or [3] where it may belong to an image."""
+        request = self.request
+        if request.positions_3P is None or index >= len(request.prompt):
+            return index - request.lag
+        return request.positions_3P[:, index] if self.images(index, index + 1) else request.positions_3P[0, index]
+
+    def images(self, start: int, stop: int) -> list[int]:
+        """Which of the prompt's images have tokens in [start, stop)."""
+        return [i for i, image in enumerate(self.request.command.images) if image.start < stop and start < image.stop]
+
     def token(self, position: int) -> int:
         split = len(self.request.prompt)
         return self.generated[position - split] if position >= split else int(self.request.prompt[position])
@@ -161,7 +195,10 @@ class Sequence:
         while len(self.digests) < num:
             start = len(self.digests) * block_size
             parent = self.digests[-1] if self.digests else self.request.root
-            self.digests.append(next_digest(parent, self.tokens(start, start + block_size).tobytes()))
+            content = self.tokens(start, start + block_size).tobytes()
+            for i in self.images(start, start + block_size):  # image tokens are all alike
+                content += self.request.image_digests[i] + (self.request.command.images[i].start - start).to_bytes(8, "little", signed=True)
+            self.digests.append(next_digest(parent, content))
         return self.digests[:num]
 
     def fork(self, index: int) -> Sequence:

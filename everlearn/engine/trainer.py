@@ -23,6 +23,7 @@ from everlearn.engine.adapter import TrainingAdapter
 from everlearn.engine.faults import as_error
 from everlearn.engine.packing import Piece, choose, cut
 from everlearn.engine.protocol import ForwardBackward
+from everlearn.engine.sight import Placed, of_datums, row_positions
 from everlearn.errors import EverlearnError, InvalidRequest
 from everlearn.faultpoints import around
 from everlearn.losses.metrics import request_metrics
@@ -30,6 +31,7 @@ from everlearn.losses.table import LOSSES, Loss, pack_inputs
 from everlearn.models.attention import PackedBatch, running
 from everlearn.models.load import BaseModel
 from everlearn.models.lora import AdapterWeights, Segment
+from everlearn.models.vision import Visual, check_images
 from everlearn.types import Array, Datum, ForwardBackwardResult
 
 # The input that multiplies a token's whole loss: where it is 0 the token has no gradient, and the head does half of the work.
@@ -116,6 +118,7 @@ class Trainer:
                 raise InvalidRequest(
                     f"datum {i} has {length} tokens; {self.base.info.name} takes at most {self.base.max_context}; cut it", param="data"
                 )
+            check_images(self.base.vision, self.base.info.name, length, command.data[i].images, f"data[{i}].model_input")
         widths = [d.inputs["target_tokens"].shape[1] if len(d.inputs["target_tokens"].shape) > 1 else 1 for d in command.data]
         grad = None
         if not command.forward_only:
@@ -175,7 +178,7 @@ class Trainer:
         targets = torch.cat([p.targets for p in parts])
         if forward_only:
             with torch.no_grad():
-                hidden = self.base.hidden(tokens, positions, batch)
+                hidden = self.base.hidden(tokens, positions, batch, self._visual(parts, segments))
             logprobs = self.base.head.logprobs(hidden, targets, segments)
         else:
             logprobs = self._backward(parts, tokens, positions, targets, batch)
@@ -186,7 +189,7 @@ class Trainer:
         self, parts: list[Part], tokens: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor, batch: PackedBatch
     ) -> torch.Tensor:
         with torch.enable_grad():
-            hidden = self.base.hidden(tokens, positions, batch)
+            hidden = self.base.hidden(tokens, positions, batch, self._visual(parts, batch.segments))
         detached = hidden.detach()
         whole: dict[int, torch.Tensor] = {}  # gradients of parts whose loss looks at whole sequences
         if any(not p.job.loss.per_token for p in parts):
@@ -224,8 +227,17 @@ class Trainer:
             start += at
         device = self.base.device
         row = torch.from_numpy(np.concatenate(tokens).astype(np.int64)).to(device)
-        positions = torch.from_numpy(np.concatenate([np.arange(n, dtype=np.int64) for n in lengths])).to(device)
-        return parts, row, positions, lengths
+        images = [part.job.command.data[i].images for part in parts for i in part.piece.datums]
+        return parts, row, torch.from_numpy(row_positions(list(zip(lengths, images, strict=True)))).to(device), lengths
+
+    def _visual(self, parts: list[Part], segments: list[Segment]) -> Visual | None:
+        """What the row shows; segments are the parts', one each."""
+        placed: list[Placed] = []
+        for part, segment in zip(parts, segments, strict=True):
+            datums = [part.job.command.data[i] for i in part.piece.datums]
+            places = zip(part.spans, datums, strict=True)
+            placed += [(part.start + begin, datum, part.job.adapter.tenant, segment.adapter) for (begin, _), datum in places]
+        return of_datums(self.base.vision, placed)
 
     def _part(self, job: Job, piece: Piece, datums: list[Datum], start: int, stop: int, spans: list[tuple[int, int]]) -> Part:
         inputs, _ = pack_inputs(job.loss, datums, job.config, self.base.device)
