@@ -19,12 +19,16 @@ from torch import nn
 
 from everlearn.errors import InvalidRequest, Unsupported
 from everlearn.models import attention
+from everlearn.models.architecture import auto_class, read_config, read_json
 from everlearn.models.attention import Batch, running
 from everlearn.models.experts import LoraExperts, install_experts, top_k_of
 from everlearn.models.head import Head
 from everlearn.models.hooks import fuse_norms, hook_attention, refuse_what_the_hooks_miss
 from everlearn.models.lora import FEW_ROWS, HEAD, LoraLinear, PairShape, install, kind_of
+from everlearn.models.quant import count_parameters
 from everlearn.models.siblings import join_siblings
+from everlearn.models.vision import Visual, find_tower
+from everlearn.models.weights import load_weights, read_scheme
 from everlearn.types import BaseModelInfo, LoraSpec
 
 # Tile sizes of the head: a CPU tile's logits fit its cache, a GPU wants large products.
@@ -55,15 +59,23 @@ class BaseModel:
         fuse_norms(self.decoder)
         chunk, tile = (CPU_CHUNK, CPU_TILE) if device.type == "cpu" else (GPU_CHUNK, GPU_TILE)
         self.head = Head(model.get_output_embeddings().weight, chunk, tile)  # type: ignore[operator]
-        self.num_parameters = sum(p.numel() for p in model.parameters())
+        self.vision = find_tower(info, model, device, dtype)
+        self.num_parameters = count_parameters(model)
         largest = max((layer.weight.numel() for layer in self.lora_modules.values()), default=0)
         self.runs_few_rows_serially = device.type == "cpu" and largest <= SERIAL_WEIGHT
 
-    def hidden(self, token_ids_T: torch.Tensor, position_ids_T: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Final hidden states [T, D] of one packed row; `batch` says what attends to what and which adapter each token uses."""
+    def hidden(self, token_ids_T: torch.Tensor, positions: torch.Tensor, batch: Batch, visual: Visual | None = None) -> torch.Tensor:
+        """Final hidden states [T, D] of one packed row; `batch` says what attends to what and which adapter each token uses. `positions`
+        are [T], or [3, T] in a row that shows images; `visual` is what it shows."""
         small = self.runs_few_rows_serially and len(token_ids_T) <= FEW_ROWS and not torch.is_grad_enabled()
+        inputs: dict[str, Any] = {"position_ids": positions.unsqueeze(-2), "use_cache": False}
+        if visual is None:
+            inputs["input_ids"] = token_ids_T.unsqueeze(0)
+        else:
+            embeds_TD = self.decoder.get_input_embeddings()(token_ids_T)  # type: ignore[operator]
+            inputs |= {"inputs_embeds": visual.embed(embeds_TD).unsqueeze(0), **visual.deepstack(len(token_ids_T))}
         with running(batch), one_thread() if small else nullcontext():
-            out = self.decoder(input_ids=token_ids_T.unsqueeze(0), position_ids=position_ids_T.unsqueeze(0), use_cache=False)
+            out = self.decoder(**inputs)
         return out.last_hidden_state[0]
 
     def enable_recompute(self) -> None:
@@ -82,6 +94,8 @@ class BaseModel:
         """The matrices of every layer that an adapter with these switches trains, in the model's own order; experts come last."""
         wanted = {"attn": lora.train_attn, "mlp": lora.train_mlp}
         sizes = {path: (m.in_features, m.out_features) for path, m in self.lora_modules.items() if wanted[kind_of(path) or ""]}
+        if lora.train_vision:
+            sizes |= self._tower_sizes()
         if lora.train_unembed:
             sizes[HEAD] = (self.hidden_size, self.vocab_size)
         shapes = {path: PairShape((lora.rank, num_in), (num_out, lora.rank)) for path, (num_in, num_out) in sizes.items()}
@@ -94,6 +108,11 @@ class BaseModel:
                 param="lora_config",
             )
         return shapes
+
+    def _tower_sizes(self) -> dict[str, tuple[int, int]]:
+        if self.vision is None:
+            raise InvalidRequest(f"train_vision is true, and {self.info.name} has no vision tower; leave it out", param="lora_config")
+        return self.vision.sizes()
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -116,36 +135,51 @@ def one_thread() -> Iterator[None]:
 def load_base(info: BaseModelInfo, device: torch.device, dtype: torch.dtype) -> BaseModel:
     """Loads a Hugging Face folder (safetensors only) and hooks it. Raises Unsupported where transformers has no such architecture, or
     the folder doesn't hold all of its weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # the engine's log is no terminal; the heartbeat says what is loading
-    if not any(Path(info.path).glob("*.safetensors")):
+    folder = Path(info.path)
+    if not any(folder.glob("*.safetensors")):
         raise Unsupported(f"base model {info.name!r}: {info.path} holds no .safetensors file; convert its weights to safetensors first")
+    config, scheme = read_config(folder), read_scheme(read_json(folder))
+    auto, settings = auto_class(config), {"dtype": dtype, "attn_implementation": attention.IMPLEMENTATION}
+
+    def build() -> nn.Module:
+        outline: nn.Module = auto.from_config(config, **settings)
+        refuse_what_the_hooks_miss(info, outline)  # before memory is taken
+        return outline
+
+    model = load_weights(info.name, folder, build, scheme, device, dtype)
+    return wrap(info, converted(info, auto, config, settings).to(device) if model is None else model, device, dtype)
+
+
+def converted(info: BaseModelInfo, auto: Any, config: Any, settings: dict[str, Any]) -> nn.Module:
+    """The model as transformers loads it, with its conversions of older or other layouts."""
     try:
-        config = AutoConfig.from_pretrained(info.path, trust_remote_code=False, local_files_only=True)
-    except ValueError as error:
-        raise Unsupported(f"base model {info.name!r}: transformers can't read {info.path}/config.json: {error}") from error
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = auto.from_pretrained(
             info.path,
             config=config,
-            dtype=dtype,
-            attn_implementation=attention.IMPLEMENTATION,
             trust_remote_code=False,
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
+            **settings,
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise Unsupported(f"base model {info.name!r} can't be loaded from {info.path}: {error}") from error
     refuse_missing_weights(info, report)
-    return wrap(info, model.to(device), device, dtype)
+    loaded: nn.Module = model
+    return loaded
 
 
 def refuse_missing_weights(info: BaseModelInfo, report: dict[str, Any]) -> None:
     """transformers fills in random numbers for what a folder lacks, and warns; a model that is part noise is no model."""
-    missing = sorted(report["missing_keys"])
+    missing, extra = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    if extra:
+        raise Unsupported(
+            f"base model {info.name!r}: {info.path} holds {len(extra)} tensors that the model has no place for (the first: {extra[0]}); "
+            "its config.json belongs to another model, or to another version of transformers"
+        )
     if missing:
         raise Unsupported(
             f"base model {info.name!r}: {info.path} lacks {len(missing)} of its tensors (the first: {missing[0]}); "

@@ -28,6 +28,7 @@ Block = tuple[slice, slice, torch.Tensor]  # rows of y, rows of A x, and the B [
 HEAD = "lm_head"
 FEW_ROWS = 32
 PIECE_ROWS = 4096
+ROUTERS = ("gate", "router", "shared_expert_gate")  # linear layers that choose experts; they are never adapted
 
 
 class PairShape(NamedTuple):
@@ -209,11 +210,13 @@ class _LoraFunction(torch.autograd.Function):
 
 
 def kind_of(path: str) -> str | None:
-    """Which of LoraSpec's switches a linear layer falls under: attn, mlp, or None (never adapted: routers, vision towers)."""
+    """Which of LoraSpec's switches a linear layer falls under: attn, mlp, vision, or None (never adapted: routers)."""
     parts = path.split(".")
+    if "visual" in parts or "vision_tower" in parts:
+        return None if parts[-1].endswith("embed") else "vision"
     if any(part in ("self_attn", "attn", "attention", "linear_attn") for part in parts):
         return "attn"
-    if any(part in ("mlp", "feed_forward", "block_sparse_moe") for part in parts) and parts[-1] != "gate":
+    if any(part in ("mlp", "feed_forward", "block_sparse_moe") for part in parts) and parts[-1] not in ROUTERS:
         return "mlp"
     return None
 

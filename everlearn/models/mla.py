@@ -22,6 +22,7 @@ from torch import nn
 from everlearn.errors import Unsupported
 from everlearn.models.attention import active_batch
 from everlearn.models.lora import LoraLinear, Segment, parts_of
+from everlearn.models.quant import dense_of
 
 EXPANDED = 2**26  # numbers of expanded keys and values of a context that are held at one time
 
@@ -57,7 +58,7 @@ class LatentUp(nn.Module):
     def absorb(self, query_HTD: torch.Tensor, segments: list[Segment]) -> torch.Tensor:
         """Queries for the latents: [H, T, N + P] -> [H, T, C + P]."""
         nope_HTN, rope_HTP = query_HTD[..., : self.nope], query_HTD[..., self.nope :]
-        out_HTC = nope_HTN @ self._heads(self.linear.weight)[:, : self.nope]
+        out_HTC = nope_HTN @ self._heads(dense_of(self.linear.weight))[:, : self.nope]
         for segment, a_RC, b_OR in parts_of(segments, self.linear.path):
             assert segment.adapter is not None
             low_HTR = nope_HTN[:, segment.rows] @ self._heads(b_OR)[:, : self.nope]
@@ -66,7 +67,7 @@ class LatentUp(nn.Module):
 
     def values(self, mixed_HTC: torch.Tensor, segments: list[Segment]) -> torch.Tensor:
         """Mixtures of latents to the heads' outputs: [H, T, C] -> [H, T, V]."""
-        out_HTV = mixed_HTC @ self._heads(self.linear.weight)[:, self.nope :].transpose(1, 2)
+        out_HTV = mixed_HTC @ self._heads(dense_of(self.linear.weight))[:, self.nope :].transpose(1, 2)
         for segment, a_RC, b_OR in parts_of(segments, self.linear.path):
             assert segment.adapter is not None
             low_HTR = mixed_HTC[:, segment.rows] @ a_RC.t()
@@ -81,7 +82,7 @@ class LatentUp(nn.Module):
         """Attention over a kept context of one sequence, expanded for as many heads at a time as fit: [H, T, V]. `segment` names the
         sequence's adapter."""
         latent_MC, rope_MP = entries_MD[:, : self.latent_size], entries_MD[:, self.latent_size :]
-        weight_HOC = self._heads(self.linear.weight)
+        weight_HOC = self._heads(dense_of(self.linear.weight))
         parts = parts_of([segment], self.linear.path)
         step = max(1, EXPANDED // (entries_MD.shape[0] * (self.nope + self.rope + self.value)))
         outs = []
@@ -113,7 +114,9 @@ def install_latents(decoder: nn.Module) -> list[LatentUp]:
             continue
         attention: Any = module
         if not isinstance(linear, LoraLinear) or linear.bias is not None or any(not hasattr(attention, name) for name in SIZES):
-            raise Unsupported(f"{type(module).__name__} is latent attention of a form that this version doesn't know; choose another base model")
+            raise Unsupported(
+                f"{type(module).__name__} is latent attention of a form that this version doesn't know; choose another base model"
+            )
         attention.kv_b_proj = LatentUp(linear, attention.qk_nope_head_dim, attention.qk_rope_head_dim, attention.v_head_dim)
         found.append(attention.kv_b_proj)
     return found

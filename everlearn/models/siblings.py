@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from everlearn.models.lora import AdapterWeights, Block, LoraLinear, Segment, frozen_product
-from everlearn.models.quant import PackedWeight
+from everlearn.models.quant import PackedWeight, dense_of
 
 FAMILIES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -29,9 +29,9 @@ class Siblings:
         for layer in layers:
             self.borders.append(self.borders[-1] + layer.out_features)
         with torch.no_grad():
-            self.weight = torch.cat([layer.weight for layer in layers])
+            self.weight = torch.cat([dense_of(layer.weight) for layer in layers])
             biased = layers[0].bias is not None
-            self.bias = torch.cat([layer.bias for layer in layers]) if biased else None
+            self.bias = torch.cat([layer.bias for layer in layers if layer.bias is not None]) if biased else None
         for index, layer in enumerate(layers):
             layer.weight = nn.Parameter(self.weight[self.borders[index] : self.borders[index + 1]], requires_grad=False)
             layer.siblings = self
