@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +17,8 @@ from everlearn.errors import InvalidRequest, TooLarge, Unsupported
 from everlearn.render import images
 from everlearn.render.patches import grid_of
 from everlearn.types import BaseModelInfo, ImageSpan, VisionInfo
+
+LOW_DETAIL = 512 * 512  # pixels that an image of detail "low" is seen with
 
 
 class ImageReader:
@@ -82,3 +85,69 @@ def from_base64(text: str, settings: ImageSettings, param: str) -> bytes:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise InvalidRequest(f"{param} is not valid base64: {error}", param=param) from None
+
+
+async def load(url: str, settings: ImageSettings, param: str) -> bytes:
+    """The file at a data URL, or at another host's where the owner allows that (images.remote)."""
+    if url.startswith("data:"):
+        return images.data_of(url, settings, param)
+    if not url.startswith(("http://", "https://")):
+        raise Unsupported(f"{param} is neither a data URL nor one of another host; this server opens no files for its clients", param=param)
+    return (await images.fetch(url, settings, param)).data
+
+
+# ---- images of a conversation ----
+
+
+class Picture(NamedTuple):
+    """An image of a message, read and not decoded. `max_pixels`: as its sender wants it seen."""
+
+    data: bytes
+    param: str
+    max_pixels: int | None
+
+
+async def take_pictures(messages: list[dict[str, Any]], reader: ImageReader) -> tuple[list[dict[str, Any]], list[Picture]]:
+    """The messages with a bare `image` part for every image, and the images in their order. Raises Unsupported for a model that reads
+    text alone."""
+    shown: list[dict[str, Any]] = []
+    pictures: list[Picture] = []
+    for place, message in enumerate(messages):
+        content = message.get("content")
+        if isinstance(content, list) and any(part.get("type") == "image_url" for part in content):
+            parts: list[dict[str, Any]] = []
+            for number, part in enumerate(content):
+                if part.get("type") == "image_url":
+                    pictures.append(await _picture(part["image_url"], reader, f"messages[{place}].content[{number}]"))
+                    part = {"type": "image"}
+                parts.append(part)
+            message = {**message, "content": parts}
+        shown.append(message)
+    return shown, pictures
+
+
+async def _picture(given: dict[str, Any], reader: ImageReader, param: str) -> Picture:
+    reader.vision(param)
+    data = await load(given["url"], reader.settings, param)
+    return Picture(data, param, LOW_DETAIL if given.get("detail") == "low" else None)
+
+
+def place_pictures(prompt: list[int], pictures: list[Picture], reader: ImageReader) -> tuple[list[int], list[ImageSpan]]:
+    """The prompt with as many tokens in place of each image token as its image takes. CPU work."""
+    if not pictures:
+        return prompt, []
+    token = reader.vision(pictures[0].param).image
+    places = [i for i, number in enumerate(prompt) if number == token]
+    if len(places) != len(pictures):
+        raise InvalidRequest(
+            f"messages show {len(pictures)} images, and the chat template makes {len(places)} places for them; "
+            "leave the image token out of the assistant's texts, and images out of messages that the model can't see them in",
+            param="messages",
+        )
+    whole: list[int] = []
+    spans: list[ImageSpan] = []
+    for place, before, picture in zip(places, [-1, *places], pictures, strict=False):
+        whole += prompt[before + 1 : place]
+        spans.append(reader.read(picture.data, len(whole), picture.param, max_pixels=picture.max_pixels))
+        whole += [token] * spans[-1].num_tokens
+    return whole + prompt[places[-1] + 1 :], spans

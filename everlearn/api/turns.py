@@ -16,18 +16,20 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
 from everlearn.api.chatmodels import ChatModel
+from everlearn.api.images import ImageReader, place_pictures, take_pictures
 from everlearn.api.replies import Reply
 from everlearn.api.services import Services
 from everlearn.api.serving import GenerationSpec
 from everlearn.api.target import Target
 from everlearn.errors import InvalidRequest, Unsupported
 from everlearn.render import template
-from everlearn.types import Grammar, SamplingParams
+from everlearn.types import Grammar, ImageSpan, SamplingParams
 
 INLINE_CHARS = 8192  # a longer conversation is rendered and encoded in a thread: the event loop has others to serve
 
@@ -111,10 +113,10 @@ class Opened(msgspec.Struct, frozen=True):
 async def open_turn(svc: Services, tenant: str, target: Target, turn: Turn, draw: Draw, *, stream: bool) -> Opened:
     """Raises UserErrors for what this model can't do, or hasn't room for."""
     chat = await svc.chat_models.get(target.base)
-    text, prompt = await encode_turn(chat, turn)
+    text, prompt, images = await encode_turn(svc, chat, turn)
     extra = {chat.eos_id} if chat.eos_id is not None and not draw.ignore_eos else set()
     params = _params(svc, target, len(prompt), draw, _grammar(chat, turn, text), "messages", extra)
-    return Opened(chat, _spec(svc, tenant, target, prompt, draw, params, stream), text, turn, draw.top_logprobs is not None)
+    return Opened(chat, _spec(svc, tenant, target, prompt, draw, params, stream, images), text, turn, draw.top_logprobs is not None)
 
 
 async def open_text(
@@ -131,21 +133,23 @@ async def open_text(
     return Opened(chat, _spec(svc, tenant, target, ids, draw, params, stream), text, None, draw.top_logprobs is not None)
 
 
-async def encode_turn(chat: ChatModel, turn: Turn) -> tuple[str, list[int]]:
-    """The prompt as text and as tokens."""
+async def encode_turn(svc: Services, chat: ChatModel, turn: Turn) -> tuple[str, list[int], list[ImageSpan]]:
+    """The prompt as text and as tokens, and the images among them."""
+    reader = ImageReader(chat.base, svc.settings.images)
+    messages, pictures = await take_pictures(turn.messages, reader)
 
-    def encode() -> tuple[str, list[int]]:
+    def encode() -> tuple[str, list[int], list[ImageSpan]]:
         tools, format = turn.offered, chat.format
         text = template.render(
             chat.tokenizer,
-            format.inject(turn.messages, tools),
+            format.inject(messages, tools),
             [_shown(tool) for tool in tools] if tools and format.native else None,
             continue_final=turn.continue_final,
             kwargs=turn.switches,
         )
-        return text, chat.tokenizer.encode(text)
+        return text, *place_pictures(chat.tokenizer.encode(text), pictures, reader)
 
-    return await asyncio.to_thread(encode) if turn.chars > INLINE_CHARS else encode()
+    return await asyncio.to_thread(encode) if pictures or turn.chars > INLINE_CHARS else encode()
 
 
 async def encode_text(chat: ChatModel, text: str) -> list[int]:
@@ -176,13 +180,21 @@ def _grammar(chat: ChatModel, turn: Turn, text: str) -> Grammar | None:
 
 
 def _spec(
-    svc: Services, tenant: str, target: Target, prompt: list[int], draw: Draw, params: SamplingParams, stream: bool
+    svc: Services,
+    tenant: str,
+    target: Target,
+    prompt: list[int],
+    draw: Draw,
+    params: SamplingParams,
+    stream: bool,
+    images: Sequence[ImageSpan] = (),
 ) -> GenerationSpec:
     most = svc.settings.api.request_seconds
     return GenerationSpec(
         tenant=tenant,
         target=target,
         prompt=prompt,
+        images=list(images),
         params=params,
         n=draw.n,
         top_logprobs=draw.top_logprobs or 0,

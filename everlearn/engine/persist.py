@@ -55,6 +55,7 @@ class State:
             "train_mlp": lora.train_mlp,
             "train_unembed": lora.train_unembed,
             "expert_lora": lora.expert_lora,
+            "train_vision": lora.train_vision,
             "step": adapter.step if optimizer else 0,
             "seq": adapter.seq,
             "optimizer": optimizer,

@@ -185,7 +185,8 @@ def import_peft(folder: Path, out: Path, base_name: str, base: Path, seed: int =
         raise InvalidRequest(f"{folder}: {odd[0]} has only one of lora_A and lora_B; the file is incomplete")
     manifest = {
         "format": FORMAT, "base": base_name, "model_id": "", "rank": rank, "alpha": alpha, "seed": seed,
-        "train_attn": "attn" in kinds, "train_mlp": "mlp" in kinds, "train_unembed": HEAD in kinds,
+        "train_attn": "attn" in kinds, "train_mlp": "mlp" in kinds, "train_unembed": HEAD in kinds, "expert_lora": layout,
+        "train_vision": "vision" in kinds,
         "step": 0, "seq": 0, "optimizer": False, "metadata": {"imported_from": folder.name},
     }  # fmt: skip
     ordered = [tensors[f"{path}.lora_{side}"] for path in complete for side in "AB"]

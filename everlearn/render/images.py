@@ -51,16 +51,20 @@ class Image(msgspec.Struct, frozen=True):
 
 def decode(data_url: str, settings: ImageSettings, param: str = "messages") -> Image:
     """The image of a `data:image/...;base64,` URL. `param` names the part of the request in errors."""
+    return inspect(data_of(data_url, settings, param), settings, param)
+
+
+def data_of(data_url: str, settings: ImageSettings, param: str = "messages") -> bytes:
+    """The file in a data URL, not looked at yet."""
     head = DATA_URL.match(data_url)
     if head is None:
         raise InvalidRequest(f"{param} is no data URL of an image; send data:image/png;base64,...", param=param)
     if (len(data_url) - head.end()) * 3 // 4 > settings.max_bytes + 2:
         raise TooLarge(f"{param} has more than {settings.max_bytes} bytes (images.max_bytes); send a smaller image", param=param)
     try:
-        data = base64.b64decode(data_url[head.end() :], validate=True)
-    except binascii.Error as error:
+        return base64.b64decode(data_url[head.end() :], validate=True)
+    except (binascii.Error, ValueError) as error:
         raise InvalidRequest(f"{param} is not valid base64: {error}", param=param) from None
-    return inspect(data, settings, param)
 
 
 def inspect(data: bytes, settings: ImageSettings, param: str = "messages") -> Image:

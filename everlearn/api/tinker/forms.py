@@ -35,6 +35,7 @@ class LoraConfig(Form):
     train_unembed: bool = True
     train_mlp: bool = True
     train_attn: bool = True
+    train_vision: bool | None = None  # the vision tower as well; not of the SDK's
 
 
 class CreateModel(Form):
