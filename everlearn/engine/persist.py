@@ -138,8 +138,7 @@ def _named_views(pairs: dict[str, tuple[torch.Tensor, torch.Tensor]], kind: str)
 def lora_of(folder: Path) -> LoraSpec:
     """The LoRA configuration that a checkpoint folder was trained with."""
     manifest = read_manifest(folder)
-    known = [name for name in LoraSpec.__struct_fields__ if name in manifest or name != "expert_lora"]  # older than experts
-    return LoraSpec(**{name: manifest[name] for name in known})
+    return LoraSpec(**{name: manifest[name] for name in LoraSpec.__struct_fields__ if name in manifest})  # older ones lack some
 
 
 class Writer:
