@@ -62,6 +62,9 @@ class EngineSettings(Section):
     max_batch: int = Field(64, ge=1, description="sequences that decode together")
     prefill_tokens: int = Field(0, ge=0, description="prompt tokens of one sampling step; 0: 256 on CPU, 2048 on GPU")
     max_rank: int = Field(512, ge=1, description="largest LoRA rank that is accepted")
+    expert_lora: Literal["shared_outer", "per_expert", "rank_split", "off"] = Field(
+        "shared_outer", description="layout of new adapters' matrices on experts (docs/design/experts.md); off: experts aren't trained"
+    )
     snapshot_overhead: float = Field(
         0.1, gt=0, description="a snapshot is taken when its cost is below this share of the work it saves from replay"
     )

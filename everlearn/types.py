@@ -218,6 +218,7 @@ class BaseModelInfo(msgspec.Struct, frozen=True):
     eos_token_ids: list[int]
     num_parameters: int = 0
     vision: VisionInfo | None = None
+    num_experts: int = 0
 
     def room(self, prompt_length: int) -> int:
         """How many tokens may be drawn after a prompt: the last one is never read, so it needs no place in the context."""

@@ -8,7 +8,7 @@ from typing import Any
 from tests.tiny import make_tokenizer
 
 COMMON: dict[str, Any] = {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 320,
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512,
     "max_position_embeddings": 512, "initializer_range": 0.15, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
 }  # fmt: skip
 KINDS: dict[str, dict[str, Any]] = {
@@ -41,5 +41,5 @@ def make_moe(folder: Path, kind: str, **changes: Any) -> Path:
             if name.endswith("e_score_correction_bias"):
                 torch.nn.init.normal_(buffer, std=0.1)
         model.save_pretrained(folder)
-    make_tokenizer(folder, 320)
+    make_tokenizer(folder, 512)
     return folder

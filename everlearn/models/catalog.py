@@ -266,6 +266,7 @@ def read_info(name: str, folder: Path, aliases: list[str]) -> BaseModelInfo:
         eos_token_ids=[eos] if isinstance(eos, int) else [token for token in eos or [] if isinstance(token, int)],
         num_parameters=count_parameters(folder),
         vision=read_vision(folder, config),
+        num_experts=first("num_experts", "num_local_experts", "n_routed_experts") or 0,
     )
 
 

@@ -91,6 +91,7 @@ def lora(form: forms.LoraConfig | None, settings: Settings, info: BaseModelInfo)
         train_mlp=form.train_mlp,
         train_unembed=form.train_unembed,
         train_vision=vision,
+        expert_lora=settings.engine.expert_lora if info.num_experts else "off",
     )
 
 

@@ -67,6 +67,7 @@ async def get_info(request: Request) -> dict[str, Any]:
         "optimizer_config": {"type": "adamw"},
         "is_lora": True,
         "lora_rank": run.lora.rank,
+        "expert_lora": run.lora.expert_lora,
         "model_name": run.base_model,
     }
 
