@@ -2,9 +2,9 @@
 
 `BlockPool` is bookkeeping without torch: reference counts, prefix lookup, least-recently-used eviction. `KVCache` is the tensors and
 knows nothing of sequences; what it keeps of a token (keys and values, or a latent) the model says (`CacheForm`). `StateCache` holds what
-layers without keys keep of a whole sequence. A full block is found again by the digest of every token up to its end, chained from a root that names
-tenant, base model and adapter version, so a prefix can be served neither to another tenant nor by other weights. A partly filled
-block has no digest; it is shared only between samples of one prompt, and copied before one of them writes into it.
+layers without keys keep of a whole sequence. A full block is found again by the digest of every token up to its end, chained from a root
+that names tenant, base model and adapter version, so a prefix can be served neither to another tenant nor by other weights. A partly
+filled block has no digest; it is shared only between samples of one prompt, and copied before one of them writes into it.
 
 Axes: L layers, S slots (one token each), T tokens of the packed row, G key/value heads, D head size, N slots for sequences.
 """

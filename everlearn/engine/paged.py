@@ -63,6 +63,8 @@ class Span:
 class PagedBatch:
     """The `Batch` (everlearn/models/attention.py) of a sampling step. `chunks` must be sorted so that an adapter's are neighbours."""
 
+    keeps_latents = True
+
     def __init__(self, chunks: list[Chunk], cache: KVCache, states: StateCache, device: torch.device, dtype: torch.dtype):
         self.cache, self.states, self.device, self.dtype = cache, states, device, dtype
         self.window = cache.form.window
@@ -92,6 +94,7 @@ class PagedBatch:
             self.spans.append(self._span(first, last, chunk, all_slots))
         self.tokens_T, self.positions_T, self.slots_T = (self._move(a) for a in (tokens, positions, slots))
         self.segments = segments_of(chunks, self.stops)
+        self.needs_expanded = bool(self.spans)
         self.num_decoding = len(decoding)
         if decoding:
             self._prepare_decoding(decoding)
@@ -190,14 +193,6 @@ class PagedBatch:
             self.decoding_states[rows:] = self.states.num_slots
 
     # --- attention ---
-
-    @property
-    def keeps_latents(self) -> bool:
-        return True
-
-    @property
-    def needs_expanded(self) -> bool:
-        return bool(self.spans)
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, form: Form) -> torch.Tensor:
         """query [H, T, D], key and value [G, T, D] -> [H, T, D]."""

@@ -28,6 +28,7 @@ from everlearn.models.sinks import FlashWithSinks, attend_with_sinks
 if TYPE_CHECKING:
     from everlearn.models.mla import LatentUp
     from everlearn.models.recurrent import Recurrent
+    from everlearn.models.routing import Watch
 
 IMPLEMENTATION = "everlearn"
 FLASH_HEAD = 256  # the largest head of flash attention
@@ -102,7 +103,9 @@ def active_batch() -> Batch:
 @contextmanager
 def rows_of(segments: list[Segment], start: int, stop: int) -> Iterator[None]:
     """LoRA layers see rows [start, stop) of a row with these segments as if they were all."""
-    inside = [Segment(s.adapter, max(s.start, start) - start, min(s.stop, stop) - start) for s in segments if s.start < stop and s.stop > start]
+    inside = [
+        Segment(s.adapter, max(s.start, start) - start, min(s.stop, stop) - start) for s in segments if s.start < stop and s.stop > start
+    ]
     outer, active_segments.current = active_segments.current, inside
     try:
         yield
@@ -150,6 +153,7 @@ class PackedBatch:
 
     def __init__(self, lengths: list[int], segments: list[Segment]):
         self.segments = segments
+        self.watch: Watch | None = None  # what is wanted of the experts' choice (routing.py)
         self.masks: dict[tuple[int, int | None], torch.Tensor] = {}
         self.longest = max(lengths)
         self.borders = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
@@ -207,7 +211,7 @@ class PackedBatch:
         left = -1 if form.window is None or form.window >= self.longest else form.window - 1
         if form.sinks is not None:
             found = FlashWithSinks.apply(q_THD, k_THD, v_THD, form.sinks, self.borders, self.longest, form.scaling, left)
-            return found.transpose(0, 1)  # type: ignore[no-untyped-call, no-any-return]
+            return found.transpose(0, 1)
         out_THD = varlen_attn(
             q_THD, k_THD, v_THD, self.borders, self.borders, self.longest, self.longest, scale=form.scaling, window_size=(left, 0)
         )

@@ -27,6 +27,7 @@ def hook_attention(decoder: nn.Module, config: Any, max_context: int) -> CacheFo
     num_layers: int = config.num_hidden_layers
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * num_layers
     layers = tuple(index for index, kind in enumerate(kinds[:num_layers]) if kind in KEYED)
+    entries: tuple[tuple[int, int], ...]
     if latents:
         entries = ((1, latents[0].latent_size + latents[0].rope),)
     else:

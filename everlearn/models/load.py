@@ -6,6 +6,7 @@ head (head.py). Nothing else of the model is ours, and no code from a model fold
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
@@ -18,7 +19,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from everlearn.errors import InvalidRequest, Unsupported
-from everlearn.models import attention
+from everlearn.models import attention, families
 from everlearn.models.architecture import auto_class, read_config, read_json
 from everlearn.models.attention import Batch, running
 from everlearn.models.experts import LoraExperts, install_experts, top_k_of
@@ -31,6 +32,7 @@ from everlearn.models.vision import Visual, find_tower
 from everlearn.models.weights import load_weights, read_scheme
 from everlearn.types import BaseModelInfo, LoraSpec
 
+log = logging.getLogger(__name__)
 # Tile sizes of the head: a CPU tile's logits fit its cache, a GPU wants large products.
 CPU_CHUNK, CPU_TILE = 256, 4096
 GPU_CHUNK, GPU_TILE = 2048, 32768
@@ -145,10 +147,18 @@ def load_base(info: BaseModelInfo, device: torch.device, dtype: torch.dtype) -> 
     auto, settings = auto_class(config), {"dtype": dtype, "attn_implementation": attention.IMPLEMENTATION}
 
     def build() -> nn.Module:
-        outline: nn.Module = auto.from_config(config, **settings)
+        try:
+            outline: nn.Module = auto.from_config(config, **settings)
+        except (ValueError, ImportError) as error:
+            kind = config.model_type
+            raise Unsupported(
+                f"base model {info.name!r}: transformers builds no language model of a {kind!r}: {str(error)[:300]}"
+            ) from error
         refuse_what_the_hooks_miss(info, outline)  # before memory is taken
         return outline
 
+    if warning := families.warning_of(info.name, info.architecture):
+        log.warning("%s", warning)
     model = load_weights(info.name, folder, build, scheme, device, dtype)
     return wrap(info, converted(info, auto, config, settings).to(device) if model is None else model, device, dtype)
 
