@@ -58,7 +58,7 @@ class Sampler:
         num_blocks = num_blocks_for(engine.kv_tokens, engine.block_size, self.token_bytes, base.device, most)
         self.pool = BlockPool(num_blocks, engine.block_size)
         self.cache = KVCache(form, num_blocks, engine.block_size, base.device, base.dtype)
-        self.graphs = DecodeGraphs(base) if base.device.type == "cuda" else None
+        self.graphs = DecodeGraphs(base) if base.device.type == "cuda" and base.steps_can_be_recorded else None
         self.blocks = Blocks(self.pool, self.cache, self.states)
         self.grammars = Grammars(base, engine.grammar_seconds, engine.grammar_cache)
         self.masks = Masks(self.grammars, engine.threads or os.cpu_count() or 1)

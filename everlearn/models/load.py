@@ -27,6 +27,7 @@ from everlearn.models.head import Head
 from everlearn.models.hooks import fuse_norms, hook_attention, refuse_what_the_hooks_miss
 from everlearn.models.lora import FEW_ROWS, HEAD, LoraLinear, PairShape, install, kind_of
 from everlearn.models.quant import count_parameters
+from everlearn.models.quant_experts import PackedStack
 from everlearn.models.siblings import join_siblings
 from everlearn.models.vision import Visual, find_tower
 from everlearn.models.weights import load_weights, read_scheme
@@ -65,6 +66,9 @@ class BaseModel:
         self.num_parameters = count_parameters(model)
         largest = max((layer.weight.numel() for layer in self.lora_modules.values()), default=0)
         self.runs_few_rows_serially = device.type == "cpu" and largest <= SERIAL_WEIGHT
+        # A loop over the experts that have rows asks the device which those are, and a recording can't.
+        fused = dtype == torch.bfloat16 and not any(isinstance(experts.up, PackedStack) for experts in self.expert_modules.values())
+        self.steps_can_be_recorded = fused or not self.expert_modules
 
     def hidden(self, token_ids_T: torch.Tensor, positions: torch.Tensor, batch: Batch, visual: Visual | None = None) -> torch.Tensor:
         """Final hidden states [T, D] of one packed row; `batch` says what attends to what and which adapter each token uses. `positions`
