@@ -31,6 +31,7 @@ from everlearn.engine.paged import Chunk, PagedBatch, segments_of
 from everlearn.engine.protocol import STEP_TOKENS, Completed, Failed, Sample, Tokens
 from everlearn.engine.scoring import LOGIT_ROWS
 from everlearn.engine.sequence import Request, Sequence
+from everlearn.engine.sight import of_chunks, see
 from everlearn.engine.stops import StopStrings
 from everlearn.errors import EverlearnError, InvalidRequest, TooLarge
 from everlearn.models.bank import Bank
@@ -105,7 +106,7 @@ class Sampler:
         self._take_compiled()
         self._end_expired()
         with torch.inference_mode():
-            chunks = self._schedule()
+            chunks = self._seen(self._schedule())
             if chunks:
                 tokens = sum(chunk.stop - chunk.start for chunk in chunks)
                 self.step_tokens += tokens
@@ -238,10 +239,23 @@ class Sampler:
 
     # --- run ---
 
+    def _seen(self, chunks: list[Chunk]) -> list[Chunk]:
+        """The chunks, their images seen; a request with an image that can't be read fails by itself."""
+        tower = self.base.vision
+        if tower is None:
+            return chunks
+        for chunk in chunks:
+            try:
+                see(tower, chunk)
+            except Exception as error:
+                self._fail(chunk.sequence.request, as_error(error, "while its images were read"))
+        return [chunk for chunk in chunks if not chunk.sequence.stop_reason]
+
     def _run(self, chunks: list[Chunk]) -> tuple[PagedBatch, torch.Tensor]:
-        batch = PagedBatch(chunks, self.cache, self.base.device, self.base.dtype)
-        hidden_TD = self.graphs.hidden(batch) if self.graphs is not None else None
-        return batch, self.base.hidden(batch.tokens_T, batch.positions_T, batch) if hidden_TD is None else hidden_TD
+        batch = PagedBatch(chunks, self.cache, self.states, self.base.device, self.base.dtype)
+        visual = of_chunks(self.base.vision, chunks, batch.stops) if batch.shows else None
+        hidden_TD = self.graphs.hidden(batch) if self.graphs is not None and visual is None else None
+        return batch, self.base.hidden(batch.tokens_T, batch.positions_T, batch, visual) if hidden_TD is None else hidden_TD
 
     # --- postprocess ---
 
@@ -282,6 +296,8 @@ class Sampler:
             self.prompt_tokens += len(request.prompt)
             self.prefix_hit_tokens += chunk.start
         self.blocks.computed(sequence, chunk.stop)
+        if request.features and chunk.stop >= len(request.prompt):
+            request.features.clear()
 
     def _samples(self, sequence: Sequence) -> list[Sequence]:
         """The sequences that draw from this one's logits: itself, and at the end of a prompt the request's other samples."""
