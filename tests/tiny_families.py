@@ -164,7 +164,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 
 
 def make_tiny_family(folder: Path, family: str) -> Path:
-    """Writes configuration and weights. What transformers initialises to a constant is random here: biases, sinks, norms, routers."""
+    """Writes configuration and weights; the seed is fixed."""
     import torch
 
     from everlearn.models.architecture import auto_class
@@ -174,16 +174,23 @@ def make_tiny_family(folder: Path, family: str) -> Path:
         torch.manual_seed(0)
         config = CONFIGS[family]()
         model = auto_class(config).from_config(config)
-        with torch.no_grad():
-            for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-                if name.endswith(("bias", "norm.weight", "layernorm.weight", "sinks", "gate.weight", "router.weight", "dt_bias")):
-                    tensor.add_(0.2 * torch.randn_like(tensor))
-                elif name.endswith("A_log"):  # as slow to forget as a trained model: what is all but forgotten is noise that norms blow up
-                    tensor.uniform_(-4, -1)
+        randomise(model)
         model.save_pretrained(folder)
     if family == "kimi_k25":
         as_its_makers_name_them(folder / "model.safetensors")
     return folder
+
+
+def randomise(model: Any) -> None:
+    """What transformers initialises to a constant is random here: biases, sinks, norms, routers."""
+    import torch
+
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith(("bias", "norm.weight", "layernorm.weight", "sinks", "gate.weight", "router.weight", "dt_bias")):
+                tensor.add_(0.2 * torch.randn_like(tensor))
+            elif name.endswith("A_log"):  # as slow to forget as a trained model: what is all but forgotten is noise that norms blow up
+                tensor.uniform_(-4, -1)
 
 
 def as_its_makers_name_them(file: Path) -> None:

@@ -74,7 +74,7 @@ def our_logits(base: BaseModel, rows: list[torch.Tensor]) -> torch.Tensor:
 def attention_adapter(base: BaseModel, seed: int, rank: int, random_b: bool = True, **switches: Any) -> TrainingAdapter:
     """An adapter of attention (and of more by `switches`) whose B is far from zero, as if it had been trained."""
     spec = LoraSpec(rank, seed=seed, **{"train_mlp": False, "train_unembed": False, **switches})
-    made = TrainingAdapter(f"run-{seed}", "default", base.info.name, spec, base.adapter_shapes(spec), CPU, FLOAT32)
+    made = TrainingAdapter(f"run-{seed}", "default", base.info.name, spec, base.adapter_shapes(spec), base.device, base.dtype)
     with torch.no_grad():
         for _, b in made.pairs().values():
             b.copy_(0.03 * torch.randn(b.shape, generator=torch.Generator().manual_seed(seed)) * random_b)
@@ -100,9 +100,14 @@ def test_logits_equal_transformers_packed_or_not(model: Model) -> None:
 
 
 def test_the_sampler_computes_what_the_trainer_does(model: Model) -> None:
-    """Several adapters in one batch, prompts in chunks, prefixes that are found again, several samples of one prompt, few blocks; some
-    decoding steps are run as they are, some in the fixed shapes of recordings."""
-    base = model.base
+    """Some decoding steps are run as they are, some in the fixed shapes of recordings."""
+    worst, _ = sampler_against_trainer(model.base)
+    assert worst <= 1e-5
+
+
+def sampler_against_trainer(base: BaseModel) -> tuple[float, float]:
+    """Several adapters in one batch, prompts in chunks, prefixes that are found again, several samples of one prompt, few blocks. The
+    largest and the mean difference of log-probabilities."""
     versions: dict[str, TrainingAdapter | None] = {
         "": None,
         "v1": attention_adapter(base, 1, 2),
@@ -124,6 +129,7 @@ def test_the_sampler_computes_what_the_trainer_does(model: Model) -> None:
     keyed = not base.cache_form.state_layers
     assert not keyed or answers["6"].prompt_cache_hit_tokens > 0  # type: ignore[union-attr]
     assert sampler.graphs.recordings
+    differences = []
     idle = attention_adapter(base, 3, 2, random_b=False)
     for i, (prompt, version) in enumerate(zip(prompts, names, strict=True)):
         answer = answers[str(i)]
@@ -133,7 +139,9 @@ def test_the_sampler_computes_what_the_trainer_does(model: Model) -> None:
             data = [datum(whole[:-1], whole[1:], weights=[1.0] * (len(whole) - 1))]
             trained = forward_backward(Trainer(base, 128), versions[version] or idle, data, forward_only=True)
             expected = trained.outputs[0]["logprobs"].numpy()[len(prompt) - 1 :]
-            np.testing.assert_allclose(sequence.logprobs.numpy(), expected, rtol=0, atol=1e-5)
+            differences.append(np.abs(sequence.logprobs.numpy() - expected))
+    found = np.concatenate(differences)
+    return float(found.max()), float(found.mean())
 
 
 def test_preempted_sequences_begin_again(model: Model) -> None:
