@@ -18,7 +18,9 @@ from everlearn.models.attention import PackedBatch
 from everlearn.models.load import BaseModel, load_base
 from everlearn.models.lora import AdapterWeights, Segment
 from everlearn.models.quant import PackedWeight, packed_linear
-from everlearn.types import BaseModelInfo, LoraSpec
+from everlearn.types import BaseModelInfo, LoraSpec, SampleResult
+from tests.engine.sampling import make_sampler, request
+from tests.engine.sampling import run as answered
 from tests.models.quantised import KINDS, quantise
 
 COMMON: dict[str, Any] = {
@@ -109,6 +111,27 @@ def test_a_quantised_folder_equals_its_values(plain: dict[str, Path], tmp_path: 
         for got, expected in zip(pair, theirs.grads[path], strict=True):
             assert expected.abs().max() > 0, path
             assert (got - expected).abs().max() <= 1e-4 * expected.abs().max().clamp_min(1), path
+
+
+def test_the_sampler_computes_what_the_trainer_does(plain: dict[str, Path], tmp_path: Path) -> None:
+    """Over packed latents, experts and projections; one request by itself and three together."""
+    base = load(quantise(plain["deepseek_v3"], tmp_path, "fp8", linear)[0])
+    weights = adapter(base)
+    sampler = make_sampler(base, prefill_tokens=8)
+    sampler.bank.publish("v", weights.scale, weights.pairs, weights.expert_scale)
+    asked = [request(str(i), list(range(9, 12 + 5 * i)), max_tokens=12, seed=i, version="v" if i else "") for i in range(4)]
+    answers = answered(sampler, asked[0]) | answered(sampler, *asked[1:])
+    for one in asked:
+        answer = answers[one.request_id]
+        assert isinstance(answer, SampleResult), answer
+        prompt, drawn = one.prompt.numpy().tolist(), answer.sequences[0].tokens.numpy().tolist()
+        row = torch.tensor([*prompt, *drawn])
+        segments = [Segment(weights if one.version else None, 0, len(row))]
+        with torch.inference_mode():
+            hidden = base.hidden(row, torch.arange(len(row)), PackedBatch([len(row)], segments))
+            logprobs = torch.log_softmax(base.head.logits(hidden, []), dim=-1)
+        expected = [logprobs[len(prompt) - 1 + at, token].item() for at, token in enumerate(drawn)]
+        assert answer.sequences[0].logprobs.numpy() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("format", [quant_int4, quant_fp8, quant_nf4])
