@@ -79,13 +79,15 @@ class ProvenanceSpan(msgspec.Struct, frozen=True):
 class Datum(msgspec.Struct, frozen=True):
     """One training sequence: `tokens` int32 [T]; `inputs` by name, each [T] or [T, K], already shifted by the client
     (position i predicts token i + 1). Sparse inputs were made dense at the door. `tokens` holds the model's image token wherever
-    one of `images` stands, in ascending order."""
+    one of `images` stands, in ascending order. `routing` int32 [T, layers, experts of a token] (the last two may be one axis) are the
+    experts that the tokens are to meet (engine/routes.py)."""
 
     tokens: Array
     inputs: dict[str, Array]
     model_input_spans: list[ProvenanceSpan] | None = None
     loss_input_spans: list[ProvenanceSpan] | None = None
     images: list[ImageSpan] = []
+    routing: Array | None = None
 
 
 class AdamParams(msgspec.Struct, frozen=True):
@@ -115,7 +117,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
     Penalties lower a token's logit: presence and frequency once and for each time that it was generated, repetition divides
     (multiplies, where it is negative) that of every token in prompt and continuation. `logit_bias` is added to the logits; -100 bans.
     Stop tokens are not drawn before `min_tokens`. All of it precedes temperature, then come top_k, top_p and min_p. None of it shows
-    in reported log-probabilities."""
+    in reported log-probabilities. `routing` asks for the experts that each token met."""
 
     max_tokens: int
     seed: int
@@ -131,6 +133,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
     logit_bias: dict[int, float] = {}
     min_tokens: int = 0
     grammar: Grammar | None = None
+    routing: bool = False
 
 
 class TopK(msgspec.Struct, frozen=True):
@@ -143,12 +146,14 @@ class TopK(msgspec.Struct, frozen=True):
 
 class SampledSequence(msgspec.Struct, frozen=True):
     """`tokens` int32 [N] as drawn (a stop token is included, a stop string's tokens are included), `logprobs` float32 [N] under the
-    model at temperature 1 without truncation, which is what the trainer computes for the same tokens."""
+    model at temperature 1 without truncation, which is what the trainer computes for the same tokens. `routing` int32
+    [P + N - 1, layers, experts of a token]: of prompt and tokens but the last; -1 where the prefix cache held the position."""
 
     stop_reason: str  # "stop", "length" or "deadline"
     tokens: Array
     logprobs: Array
     topk: TopK | None = None
+    routing: Array | None = None
 
 
 class SampleResult(msgspec.Struct, frozen=True, tag="sample"):

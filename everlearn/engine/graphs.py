@@ -81,7 +81,7 @@ class DecodeGraphs:
 
     def hidden(self, batch: PagedBatch) -> torch.Tensor | None:
         """The step's final hidden states; None where it has to run as it is (prompts in it, or a layout that has just come)."""
-        if batch.spans:
+        if batch.spans or batch.watch is not None:
             return None
         layout = layout_of(batch)
         recording = self.recordings.get(layout)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from everlearn.engine.kvcache import NULL_BLOCK, KVCache, StateCache
+from everlearn.engine.routes import keep, watch_of
 from everlearn.engine.sequence import Sequence
 from everlearn.models.attention import Form, rows_of
 from everlearn.models.lora import Segment
@@ -94,6 +95,7 @@ class PagedBatch:
             self.spans.append(self._span(first, last, chunk, all_slots))
         self.tokens_T, self.positions_T, self.slots_T = (self._move(a) for a in (tokens, positions, slots))
         self.segments = segments_of(chunks, self.stops)
+        self.watch = watch_of(chunks)
         self.needs_expanded = bool(self.spans)
         self.num_decoding = len(decoding)
         if decoding:
@@ -155,6 +157,10 @@ class PagedBatch:
         return self.decoding.width
 
     # --- fixed shapes ---
+
+    def keep_routes(self, chunks: list[Chunk]) -> None:
+        """After the step: sequences that want the experts of their tokens get them."""
+        keep(chunks, self.stops, self.watch)
 
     def padded(self, num_rows: int, width: int, segments: list[Segment]) -> PagedBatch:
         """A batch of decoding rows with fixed shapes, to be filled from others that fit into it (engine/graphs.py)."""

@@ -262,6 +262,7 @@ class Sampler:
     def _postprocess(self, chunks: list[Chunk], batch: PagedBatch, hidden_TD: torch.Tensor) -> None:
         """Scores prompts, draws tokens for sequences that are computed to their end, retires those that stop."""
         drawing: list[tuple[Chunk, int]] = []
+        batch.keep_routes(chunks)
         for chunk, stop_row in zip(chunks, batch.stops, strict=True):
             sequence, request = chunk.sequence, chunk.sequence.request
             if sequence.stop_reason:  # another sample of this request has just failed it
@@ -295,9 +296,9 @@ class Sampler:
             request.prompt_counted, request.hit_tokens = True, chunk.start
             self.prompt_tokens += len(request.prompt)
             self.prefix_hit_tokens += chunk.start
-        self.blocks.computed(sequence, chunk.stop)
         if request.features and chunk.stop >= len(request.prompt):
             request.features.clear()
+        self.blocks.computed(sequence, chunk.stop)
 
     def _samples(self, sequence: Sequence) -> list[Sequence]:
         """The sequences that draw from this one's logits: itself, and at the end of a prompt the request's other samples."""

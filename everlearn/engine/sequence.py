@@ -15,6 +15,7 @@ import numpy as np
 
 from everlearn.engine.kvcache import next_digest, root_digest
 from everlearn.engine.protocol import Sample, Times, TokenPart, Tokens
+from everlearn.engine.routes import recorded
 from everlearn.engine.scoring import PromptScores
 from everlearn.engine.stops import StopStrings
 from everlearn.models.lora import AdapterWeights
@@ -125,6 +126,7 @@ class Sequence:
         self.logprobs: list[float] = []
         self.topk_ids: list[np.ndarray] = []
         self.topk_logprobs: list[np.ndarray] = []
+        self.routes: list[tuple[int, np.ndarray]] = []  # first position, experts' ids (routes.py)
         self.blocks: list[int] = []
         self.computed = 0
         self.digests: list[bytes] = []
@@ -206,6 +208,7 @@ class Sequence:
         other = Sequence(self.request, index)
         other.begun = True
         other.blocks, other.computed, other.digests = list(self.blocks), self.computed, list(self.digests)
+        other.routes = list(self.routes)
         return other
 
     def append(self, token: int, logprob: float) -> None:
@@ -236,4 +239,5 @@ class Sequence:
             logprobs = np.stack(self.topk_logprobs) if self.topk_logprobs else np.zeros((0, k), np.float32)
             topk = TopK(Array.of(ids), Array.of(logprobs))
         tokens, logprobs_N = np.array(self.generated, dtype=np.int32), np.array(self.logprobs, dtype=np.float32)
-        return SampledSequence(self.stop_reason, Array.of(tokens), Array.of(logprobs_N), topk)
+        routing = recorded(self.routes, self.num_tokens)
+        return SampledSequence(self.stop_reason, Array.of(tokens), Array.of(logprobs_N), topk, routing)

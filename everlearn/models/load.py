@@ -28,6 +28,7 @@ from everlearn.models.hooks import fuse_norms, hook_attention, refuse_what_the_h
 from everlearn.models.lora import FEW_ROWS, HEAD, LoraLinear, PairShape, install, kind_of
 from everlearn.models.quant import count_parameters
 from everlearn.models.quant_experts import PackedStack
+from everlearn.models.routing import install_routing
 from everlearn.models.siblings import join_siblings
 from everlearn.models.vision import Visual, find_tower
 from everlearn.models.weights import load_weights, read_scheme
@@ -57,6 +58,7 @@ class BaseModel:
         prefix = next(name for name, module in model.named_modules() if module is self.decoder)
         self.lora_modules: dict[str, LoraLinear] = install(self.decoder, prefix)
         self.expert_modules: dict[str, LoraExperts] = install_experts(self.decoder, prefix, top_k_of(config))
+        install_routing(self.decoder, self.expert_modules)
         join_siblings(self.decoder)
         self.cache_form = hook_attention(self.decoder, config, info.max_context)
         fuse_norms(self.decoder)
