@@ -291,9 +291,22 @@ def linear_shapes(base: Path) -> dict[str, tuple[int, int]]:
     """(out, in) of the modules with a matrix `weight`, by path; a tied head is listed with its embedding's shape."""
     files = weight_files(base)
     matrices = {_module_of(name): file.shape(name) for name, file in files.items() if name.endswith(".weight")}
+    matrices |= _packed_shapes(files)
     shapes = {path: (shape[0], shape[1]) for path, shape in matrices.items() if len(shape) == 2 and ".experts." not in path}
     if HEAD not in shapes and is_tied(base):
         shapes[HEAD] = shapes[embedding_path(list(shapes))]
+    return shapes
+
+
+def _packed_shapes(files: dict[str, TensorFile]) -> dict[str, tuple[int, ...]]:
+    """Of layers whose tensors on disk have another shape than the layer: INT4 and NF4 write it down beside them."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, file in files.items():
+        path, _, suffix = name.partition(".weight")
+        if suffix == "_shape":
+            shapes[_module_of(f"{path}.weight")] = tuple(file.raw(name).tolist())
+        elif suffix == ".quant_state.bitsandbytes__nf4":
+            shapes[_module_of(f"{path}.weight")] = tuple(json.loads(file.raw(name).tobytes())["shape"])
     return shapes
 
 
