@@ -15,6 +15,7 @@ from transformers import DeepseekV3Config, LlamaConfig, Qwen3MoeConfig
 from everlearn.errors import Unsupported
 from everlearn.models import quant_fp8, quant_int4, quant_nf4
 from everlearn.models.attention import PackedBatch
+from everlearn.models.export import linear_shapes
 from everlearn.models.load import BaseModel, load_base
 from everlearn.models.lora import AdapterWeights, Segment
 from everlearn.models.quant import PackedWeight, packed_linear
@@ -163,6 +164,13 @@ def test_the_package_packs_as_well_as_the_definition_says(format: Any) -> None:
         assert (got - weight).square().mean() <= 1.01 * (expected - weight).square().mean()
     else:
         assert (got - expected).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("kind", ["int4", "fp8", "nf4"])
+def test_shapes_of_layers_are_those_of_the_plain_folder(plain: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    """Imports of adapters are checked against them."""
+    quantised, _ = quantise(plain["llama"], tmp_path, kind, linear)
+    assert linear_shapes(quantised) == linear_shapes(plain["llama"])
 
 
 def settings(folder: Path, **changes: Any) -> None:
