@@ -114,7 +114,7 @@ def sampler_against_trainer(base: BaseModel) -> tuple[float, float]:
         "v2": attention_adapter(base, 2, 5, train_mlp=True),
     }
     sampler = make_sampler(base, prefill_tokens=8, kv_tokens=280, max_batch=5)
-    sampler.graphs = DecodeGraphs(base)
+    sampler.graphs = DecodeGraphs(base) if base.device.type == "cpu" or base.steps_can_be_recorded else None
     for version, made in versions.items():
         if made is not None:
             sampler.bank.publish(version, made.scale, made.pairs(), made.expert_scale)
@@ -128,7 +128,7 @@ def sampler_against_trainer(base: BaseModel) -> tuple[float, float]:
     answers = run(sampler, *asked[:6]) | run(sampler, asked[6])
     keyed = not base.cache_form.state_layers
     assert not keyed or answers["6"].prompt_cache_hit_tokens > 0  # type: ignore[union-attr]
-    assert sampler.graphs.recordings
+    assert sampler.graphs is None or sampler.graphs.recordings
     differences = []
     idle = attention_adapter(base, 3, 2, random_b=False)
     for i, (prompt, version) in enumerate(zip(prompts, names, strict=True)):

@@ -54,7 +54,7 @@ def test_flash_attention_with_sinks_equals_the_plain_form(window: int | None) ->
     out_gradient = torch.randn(heads, total, size, device=GPU, generator=generator)
 
     def run(cast: Any) -> list[torch.Tensor]:
-        inputs = [tensor.to(cast).requires_grad_() for tensor in (query, key, value)]
+        inputs = [tensor.detach().to(cast, copy=True).requires_grad_() for tensor in (query, key, value)]
         out = PackedBatch(lengths, []).attend(0, *inputs, Form(size**-0.5, window, sinks.to(cast)))
         out.backward(out_gradient.to(cast))
         return [out.detach().float(), *(tensor.grad.float() for tensor in inputs if tensor.grad is not None)]
