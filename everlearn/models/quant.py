@@ -61,11 +61,12 @@ def dense_of(weight: Weight, part: Part = None) -> torch.Tensor:
 
 class Piece(NamedTuple):
     """One tensor on disk and where it goes. `decode(tensor, read)` turns it into what is kept, where that is something else; `read` gives
-    another tensor of the same layer by its suffix."""
+    another tensor of the same layer by its suffix. `store(tensor)`, where there is one, does all of it."""
 
     suffix: str
     into: torch.Tensor
     decode: Callable[[torch.Tensor, Callable[[str], torch.Tensor]], torch.Tensor] | None = None
+    store: Callable[[torch.Tensor], None] | None = None
 
 
 class Scheme(Protocol):
@@ -89,8 +90,19 @@ class Scheme(Protocol):
     def pieces(self, weight: PackedWeight, expert: int | None, first_row: int, num_rows: int) -> list[Piece]:
         """Where the tensors of the layer go that makes up these rows of `weight` (of one expert, where it is a stack)."""
 
+    def pack(self, dense: torch.Tensor) -> PackedWeight:
+        """Quantises [..., O, I]."""
+
     def nbytes(self, shape: Shape) -> float:
         """What a layer of `shape` takes."""
+
+
+def pack_into(scheme: Scheme, weight: PackedWeight, expert: int | None, first_row: int, dense: torch.Tensor) -> None:
+    """Quantises a layer [O, I] into its rows of `weight`."""
+    packed, num_rows = scheme.pack(dense), dense.shape[0]
+    parts = zip(scheme.pieces(packed, None, 0, num_rows), scheme.pieces(weight, expert, first_row, num_rows), strict=True)
+    for source, target in parts:
+        target.into.copy_(source.into)
 
 
 class PackedLinear(nn.Module):

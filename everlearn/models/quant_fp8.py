@@ -78,6 +78,9 @@ class Fp8Scheme(NamedTuple):
         blocks = slice(first_block, first_block - (-num_rows // self.block[0]))
         return [Piece("weight", values[first_row : first_row + num_rows]), Piece("weight_scale_inv", scale[blocks])]
 
+    def pack(self, dense: torch.Tensor) -> Fp8Weight:
+        return pack(dense, self.block)
+
     def nbytes(self, shape: Shape) -> float:
         return math.prod(shape) * (1 + 4 / math.prod(self.block))
 

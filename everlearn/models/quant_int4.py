@@ -71,6 +71,9 @@ class Int4Scheme(NamedTuple):
         rows = slice(first_row, first_row + num_rows)
         return [Piece("weight_packed", packed[rows].view(torch.int32)), Piece("weight_scale", scale[rows])]
 
+    def pack(self, dense: torch.Tensor) -> Int4Weight:
+        return pack(dense, self.group)
+
     def nbytes(self, shape: Shape) -> float:
         return math.prod(shape) * (0.5 + 2 / self.group)
 

@@ -101,6 +101,9 @@ class Nf4Scheme(NamedTuple):
         rows = packed[first_row : first_row + num_rows]
         return [Piece("weight", rows.view(-1, 1)), Piece("weight.absmax", absmax[first:last], decode_absmax)]
 
+    def pack(self, dense: torch.Tensor) -> Nf4Weight:
+        return pack(dense)
+
     def nbytes(self, shape: Shape) -> float:
         return math.prod(shape) * (0.5 + 4 / BLOCK)
 

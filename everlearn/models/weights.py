@@ -9,37 +9,36 @@ Nothing is mapped into memory. This module knows nothing of adapters, and of for
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from everlearn.errors import InvalidRequest, Unsupported
+from everlearn.errors import Unsupported
 from everlearn.models import quant_fp8, quant_int4, quant_nf4
-from everlearn.models.export import weight_files
-from everlearn.models.quant import PackedLinear, Piece, Scheme
-from everlearn.models.tensorfile import TensorFile
+from everlearn.models.lora import kind_of
+from everlearn.models.quant import PackedLinear, PackedWeight, Piece, Scheme, pack_into
+from everlearn.models.reading import TORCH, Folder, Reader
 
-STAGE_BYTES = 8 * 2**20
-TORCH = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8,
-}  # fmt: skip
 FLOATS = ("F64", "F32", "F16", "BF16")
 SCHEMES: dict[str, Callable[[Mapping[str, Any]], Scheme]] = {
     "compressed-tensors": quant_int4.read_scheme,
     "fp8": quant_fp8.read_scheme,
     "bitsandbytes": quant_nf4.read_scheme,
 }
+# How weights of an unquantised folder are packed while they are read, where the owner asks for it.
+PACKING: dict[str, Scheme] = {
+    "int4": quant_int4.Int4Scheme(32, "INT4"),
+    "fp8": quant_fp8.Fp8Scheme((128, 128), "FP8"),
+    "nf4": quant_nf4.Nf4Scheme(False, "NF4"),
+}
+FRESH = {"weight_scale": torch.bfloat16, "weight_scale_inv": torch.float32}  # types of scales that are made here
 # The layers that a fused tensor is made of, where a folder holds each expert for itself.
 FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
@@ -89,6 +88,7 @@ class Target:
     source: str = ""
     layers: list[Layer] = field(default_factory=list)
     packed: bool = False
+    packing: Scheme | None = None  # it is packed while it is read
     buffer: torch.Tensor | None = None
     transposed: bool = False
 
@@ -103,47 +103,28 @@ class Plan:
     problems: list[str]
 
 
-class Folder:
-    """The tensors of a model folder by name."""
-
-    def __init__(self, path: Path):
-        try:
-            self.files: dict[str, TensorFile] = weight_files(path)
-        except (InvalidRequest, OSError, ValueError, KeyError) as error:
-            raise Unsupported(f"{path} can't be loaded: {error}; download or convert the folder again") from error
-        index = path / "model.safetensors.index.json"
-        listed = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
-        if lost := sorted(set(listed) - set(self.files)):
-            raise Unsupported(
-                f"{path} lacks {len(lost)} of the tensors that its index lists (the first: {lost[0]} in {listed[lost[0]]}); "
-                "download or convert the folder again, and check that every *.safetensors file is there"
-            )
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.files
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.files[name].shape(name)
-
-    def dtype(self, name: str) -> str:
-        return self.files[name].dtype(name)
-
-
 def load_weights(
-    name: str, path: Path, build: Callable[[], nn.Module], scheme: Scheme | None, device: torch.device, dtype: torch.dtype
+    name: str,
+    path: Path,
+    build: Callable[[], nn.Module],
+    scheme: Scheme | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    packing: Scheme | None = None,
 ) -> nn.Module | None:
-    """The model that `build` makes, with the folder's weights in it. Raises Unsupported where the folder doesn't hold exactly what the
+    """The model that `build` makes, with the folder's weights in it, those of linear layers and experts packed by `packing`. Raises
+    Unsupported where the folder doesn't hold exactly what the
     model needs; None where tensors of an unquantised folder have names that only transformers' own conversions may explain."""
     folder = Folder(path)
     with without_memory():
         model = build()
-    plan = make_plan(model, folder, scheme, dtype)
+    plan = make_plan(model, folder, scheme, dtype, packing)
     if plan.problems:
         more = f" (and {len(plan.problems) - 1} more)" if len(plan.problems) > 1 else ""
         raise Unsupported(
             f"base model {name!r} can't be loaded from {path}: {plan.problems[0]}{more}; download or convert the folder again"
         )
-    if plan.missing and plan.extra and scheme is None:
+    if plan.missing and plan.extra and scheme is None and packing is None:
         return None
     if plan.missing:
         raise Unsupported(
@@ -155,11 +136,13 @@ def load_weights(
             f"base model {name!r}: {path} holds {len(plan.extra)} tensors that the model has no place for (the first: {plan.extra[0]}); "
             "its config.json belongs to another model, or to another version of transformers"
         )
+    if packing is not None and not any(target.packed or target.packing for target in plan.targets):
+        raise Unsupported(f"base model {name!r} has no layers that {packing.name} fits; set engine.weights to 'stored'")
     fill(model, plan, folder, scheme, device, dtype)
     return model
 
 
-def make_plan(model: nn.Module, folder: Folder, scheme: Scheme | None, dtype: torch.dtype) -> Plan:
+def make_plan(model: nn.Module, folder: Folder, scheme: Scheme | None, dtype: torch.dtype, packing: Scheme | None = None) -> Plan:
     """Which tensors of `folder` fill which weights of `model` (whose parameters have no memory yet)."""
     marker = scheme.marker if scheme else None
     targets, missing, problems = [], [], []
@@ -169,6 +152,8 @@ def make_plan(model: nn.Module, folder: Folder, scheme: Scheme | None, dtype: to
         if not target.source and not target.layers:
             missing.append(target.names[0])
             continue
+        if packing is not None and not target.packed and _can_be_packed(model, target, packing):
+            target.packing = packing
         targets.append(target)
         used.update([name for name in target.names if name in folder] if target.source else ())
         try:
@@ -225,6 +210,20 @@ def _find(target: Target, folder: Folder, marker: str | None) -> None:
             return
 
 
+def _can_be_packed(model: nn.Module, target: Target, packing: Scheme) -> bool:
+    """Layers that adapters may go on, and fused experts whose matrices are [output, input]; head, routers and towers stay as they are."""
+    path, _, last = target.names[0].rpartition(".")
+    module = model.get_submodule(path)
+    if isinstance(module, nn.Linear):
+        wanted = last == "weight" and kind_of(path) in ("attn", "mlp") and "vision" not in path
+    else:
+        wanted = last in FUSED and len(target.shape) == 3 and not getattr(module, "is_transposed", False)
+    try:
+        return wanted and len(target.names) == 1 and bool(packing.stored(target.shape[-2:]))
+    except Unsupported:  # a size that the format has no groups for
+        return False
+
+
 def _check(target: Target, folder: Folder, scheme: Scheme | None) -> list[str]:
     """The tensors that `target` takes from the folder; raises Unsupported where one is missing or doesn't fit."""
     if target.source:
@@ -259,14 +258,16 @@ def fill(model: nn.Module, plan: Plan, folder: Folder, scheme: Scheme | None, de
     """Takes the memory of every weight on `device` and reads the folder into it."""
     reads: list[tuple[str, Piece]] = []
     for target in plan.targets:
-        if target.packed:
+        if target.packing is not None:
+            reads += _place_and_pack(model, target, target.packing, device, dtype)
+        elif target.packed:
             assert scheme is not None
             reads += _place_packed(model, target, folder, scheme, device, dtype)
         else:
             reads += _place(model, target, device)
-    reader = Reader(folder, device)
-    for name, piece in sorted(reads, key=lambda read: (str(folder.files[read[0]].path), folder.files[read[0]].offset(read[0]))):
-        reader.read(name, piece)
+    with closing(Reader(folder, device)) as reader:
+        for name, piece in sorted(reads, key=lambda read: (str(folder.files[read[0]].path), folder.files[read[0]].offset(read[0]))):
+            reader.read(name, piece)
     for module in model.modules():  # what was not on disk: tables that modules compute for themselves
         for key, buffer in module._buffers.items():
             if buffer is not None:
@@ -294,6 +295,31 @@ def _place_packed(
     stored = scheme.stored((one[0].num, target.shape[-1]))
     types = {suffix: TORCH[folder.dtype(f"{one[0].path}.{suffix}")] for suffix in stored}
     weight = scheme.empty(target.shape, [layer.num for layer in one], dtype, device, types)
+    _install(model, target, weight)
+    return [
+        (f"{layer.path}.{piece.suffix}", piece)
+        for layer in target.layers
+        for piece in scheme.pieces(weight, layer.expert, layer.first, layer.num)
+    ]
+
+
+def _place_and_pack(model: nn.Module, target: Target, packing: Scheme, device: torch.device, dtype: torch.dtype) -> list[tuple[str, Piece]]:
+    rows = [layer.num for layer in target.layers if layer.expert in (None, 0)] or [target.shape[-2]]
+    weight = packing.empty(target.shape, rows, dtype, device, FRESH)
+    _install(model, target, weight)
+
+    def store(expert: int | None, first: int, dense: torch.Tensor) -> None:
+        if dense.dim() == 3:  # all experts of a layer
+            for each, matrix in enumerate(dense.transpose(1, 2) if target.transposed else dense):
+                store(each, 0, matrix)
+        else:
+            pack_into(packing, weight, expert, first, dense.to(device))
+
+    layers = [(f"{layer.path}.weight", layer.expert, layer.first) for layer in target.layers] or [(target.source, None, 0)]
+    return [(name, Piece("", next(weight.buffers()), store=partial(store, expert, first))) for name, expert, first in layers]
+
+
+def _install(model: nn.Module, target: Target, weight: PackedWeight) -> None:
     for name in target.names:
         path, _, last = name.rpartition(".")
         module = model.get_submodule(path)
@@ -305,67 +331,9 @@ def _place_packed(
             setattr(module, last, weight)
         else:
             raise Unsupported(f"{name} is quantised, and a {type(module).__name__} can't be; use the unquantised model")
-    return [
-        (f"{layer.path}.{piece.suffix}", piece)
-        for layer in target.layers
-        for piece in scheme.pieces(weight, layer.expert, layer.first, layer.num)
-    ]
 
 
 def _assign(model: nn.Module, name: str, value: torch.Tensor) -> None:
     path, _, last = name.rpartition(".")
     module = model.get_submodule(path)
     (module._buffers if last in module._buffers else module._parameters)[last] = value  # type: ignore[assignment]
-
-
-class Reader:
-    """Reads tensors of a folder into memory on `device`."""
-
-    def __init__(self, folder: Folder, device: torch.device):
-        self.folder = folder
-        self.stage = torch.empty(STAGE_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        self.open: tuple[Path, int] | None = None
-
-    def read(self, name: str, piece: Piece) -> None:
-        """One tensor into `piece.into`, a part at a time where types or layouts differ."""
-        into = piece.into
-        if piece.decode is not None:
-            layer = name.removesuffix(f".{piece.suffix}")
-            into.copy_(piece.decode(self.whole(name), lambda suffix: self.whole(f"{layer}.{suffix}")))
-            return
-        dtype, file = TORCH[self.folder.dtype(name)], self.folder.files[name]
-        if into.device.type == "cpu" and into.dtype == dtype and into.is_contiguous():
-            self._bytes(file, name, 0, into.view(-1).view(torch.uint8))
-            return
-        rows = into.view(-1, 1) if into.dim() < 2 else into
-        row_bytes = math.prod(rows.shape[1:]) * dtype.itemsize
-        if row_bytes > len(self.stage):
-            self.stage = torch.empty(row_bytes, dtype=torch.uint8, pin_memory=self.stage.is_pinned())
-        step = max(1, len(self.stage) // max(row_bytes, 1))
-        for start in range(0, len(rows), step):
-            part = rows[start : start + step]
-            stage = self.stage[: len(part) * row_bytes]
-            self._bytes(file, name, start * row_bytes, stage)
-            part.copy_(stage.view(dtype).view(part.shape))  # waits for the device, so the buffer is free again
-
-    def whole(self, name: str) -> torch.Tensor:
-        """A small tensor, by itself."""
-        tensor = torch.empty(self.folder.shape(name), dtype=TORCH[self.folder.dtype(name)])
-        self._bytes(self.folder.files[name], name, 0, tensor.view(-1).view(torch.uint8))
-        return tensor
-
-    def _bytes(self, file: TensorFile, name: str, skip: int, into: torch.Tensor) -> None:
-        if self.open is None or self.open[0] != file.path:
-            self.close()
-            self.open = (file.path, os.open(file.path, os.O_RDONLY))
-        at, view = file.offset(name) + skip, memoryview(into.numpy())  # type: ignore[arg-type]
-        while view:
-            count = os.preadv(self.open[1], [view], at)
-            if not count:
-                raise Unsupported(f"{file.path} ends within tensor {name}; download or convert the folder again")
-            at, view = at + count, view[count:]
-
-    def close(self) -> None:
-        if self.open is not None:
-            os.close(self.open[1])
-            self.open = None
