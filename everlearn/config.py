@@ -47,6 +47,9 @@ class ApiSettings(Section):
 
 class EngineSettings(Section):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    weights: Literal["stored", "int4", "fp8", "nf4"] = Field(
+        "stored", description="frozen weights in memory: as the folder has them, or packed while they are read (layers and experts)"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="type of the frozen base weights; auto: float32 on CPU, bfloat16 on GPU"
     )

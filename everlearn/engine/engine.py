@@ -105,7 +105,7 @@ class Engine:
         info = self.catalog.resolve(name)
         if info.name not in self.served:
             self.activity = f"loading {info.name}"
-            self.served[info.name] = Served(load_base(info, self.device, self.dtype), self.settings)
+            self.served[info.name] = Served(load_base(info, self.device, self.dtype, self.settings.engine.weights), self.settings)
         return self.served[info.name]
 
     # --- commands ---

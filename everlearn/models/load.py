@@ -31,7 +31,7 @@ from everlearn.models.quant_experts import PackedStack
 from everlearn.models.routing import install_routing
 from everlearn.models.siblings import join_siblings
 from everlearn.models.vision import Visual, find_tower
-from everlearn.models.weights import load_weights, read_scheme
+from everlearn.models.weights import PACKING, load_weights, read_scheme
 from everlearn.types import BaseModelInfo, LoraSpec
 
 log = logging.getLogger(__name__)
@@ -140,9 +140,9 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def load_base(info: BaseModelInfo, device: torch.device, dtype: torch.dtype) -> BaseModel:
-    """Loads a Hugging Face folder (safetensors only) and hooks it. Raises Unsupported where transformers has no such architecture, or
-    the folder doesn't hold all of its weights."""
+def load_base(info: BaseModelInfo, device: torch.device, dtype: torch.dtype, weights: str = "stored") -> BaseModel:
+    """Loads a Hugging Face folder (safetensors only) and hooks it; `weights` as the setting engine.weights has it. Raises Unsupported
+    where transformers has no such architecture, or the folder doesn't hold all of its weights."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # the engine's log is no terminal; the heartbeat says what is loading
@@ -165,7 +165,7 @@ def load_base(info: BaseModelInfo, device: torch.device, dtype: torch.dtype) -> 
 
     if warning := families.warning_of(info.name, info.architecture):
         log.warning("%s", warning)
-    model = load_weights(info.name, folder, build, scheme, device, dtype)
+    model = load_weights(info.name, folder, build, scheme, device, dtype, PACKING.get(weights))
     return wrap(info, converted(info, auto, config, settings).to(device) if model is None else model, device, dtype)
 
 
