@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from everlearn.engine import persist
 from everlearn.engine.adapter import TrainingAdapter
 from everlearn.engine.protocol import ForwardBackward
 from everlearn.engine.trainer import Trainer
+from everlearn.errors import InvalidRequest
 from everlearn.models.bank import Bank
 from everlearn.models.catalog import read_info
 from everlearn.models.load import BaseModel, load_base
@@ -88,3 +90,18 @@ def test_state_moments_and_a_pending_gradient_come_back(base: BaseModel, tmp_pat
         assert mine is not None and theirs is not None
         assert torch.equal(who.params, back.params) and torch.equal(who.grad, back.grad) and back.step == 2
         assert all(torch.equal(m, t) for m, t in zip(mine, theirs, strict=True))
+
+
+def test_a_checkpoint_older_than_layouts_keeps_experts_as_they_are(base: BaseModel, tmp_path: Path) -> None:
+    who = adapter(base, rank=3)
+    persist.State(who, optimizer=False, gradient=False).write(tmp_path / "old")
+    manifest = json.loads((tmp_path / "old" / "manifest.json").read_text())
+    del manifest["expert_lora"]
+    (tmp_path / "old" / "manifest.json").write_text(json.dumps(manifest))
+    lora = persist.lora_of(tmp_path / "old")
+    assert lora.expert_lora == "off"
+    back = TrainingAdapter("run", "default", "tiny", lora, base.adapter_shapes(lora), CPU, FLOAT32)
+    persist.restore(back, tmp_path / "old", optimizer=False)
+    assert torch.equal(who.params, back.params)
+    with pytest.raises(InvalidRequest, match="experts"):
+        persist.restore(adapter(base, rank=3, expert_lora="per_expert"), tmp_path / "old", optimizer=False)

@@ -139,3 +139,33 @@ def test_gradients_equal_autograd(family: str, layout: str, kernels: str) -> Non
     buffers = [g for who in (first, second) for pair in (who.grads or {}).values() for g in pair]
     for buffer, leaf in zip(buffers, leaves, strict=True):
         torch.testing.assert_close(buffer, leaf.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gpu_products_equal_the_loop_and_are_recorded(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for fused in (True, False):
+        monkeypatch.setattr(grouped, "runs_fused", lambda x, fused=fused: fused)
+        holder = nn.ModuleDict({"experts": made("qwen3").inner}).to("cuda", torch.bfloat16)
+        layer = install_experts(holder, "layer", TOP_K)["layer.experts"]
+        who = adapter(layer, layout, 5, 1)
+        who.pairs = {path: (a.cuda().bfloat16(), b.cuda().bfloat16()) for path, (a, b) in who.pairs.items()}
+        who.grads = {path: (torch.zeros_like(a).float(), torch.zeros_like(b).float()) for path, (a, b) in who.pairs.items()}
+        x, ids, weights = (tensor.cuda() for tensor in routed())
+        x = x.bfloat16().requires_grad_()
+        segments = [Segment(who, 0, 11), Segment(None, 11, TOKENS)]
+        y = run(layer, segments, x, ids, weights)
+        y.backward(torch.ones_like(y))
+        found.append([y.detach(), x.grad, *(g for pair in who.grads.values() for g in pair)])
+        if fused:
+            with torch.inference_mode():
+                run(layer, segments, x, ids, weights)
+                torch.cuda.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    recorded = run(layer, segments, x, ids, weights)
+                graph.replay()
+                assert torch.equal(recorded, y.detach())
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=2e-2 * float(theirs.abs().max()) + 1e-6)
