@@ -98,6 +98,7 @@ class DecodeGraphs:
         recording = self.recordings[layout] = Recording(self.base, batch, layout)
         if self.pool is not None:
             recording.step.fill(batch)
+            recording.step.rehearse()
             recording.record(self.pool)
         if len(self.recordings) > KEPT:
             self.recordings.popitem(last=False)

@@ -198,6 +198,11 @@ class PagedBatch:
             self.decoding_states[:rows].copy_(batch.decoding_states)
             self.decoding_states[rows:] = self.states.num_slots
 
+    def rehearse(self) -> None:
+        """The rows may be run once more than they count: keys that are written twice are the same keys, a state would move on twice."""
+        if self.states.num_slots:
+            self.decoding_states.fill_(self.states.num_slots)
+
     # --- attention ---
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, form: Form) -> torch.Tensor:

@@ -22,12 +22,14 @@ class States:
     """What one layer keeps of N sequences, in the form that transformers' layers ask a cache for: read by slot, and written back into
     the same slots. A sequence that has only begun has zeros there."""
 
+    record_past = True  # else a decoding step would write into a copy of its state
+
     def __init__(self, tensors: Sequence[torch.Tensor], slots_N: torch.Tensor):
         self.conv, self.matrix = tensors
         self.slots = slots_N
 
     def is_recording_past(self, layer_idx: int) -> bool:
-        return True  # else a decoding step would write into a copy of its state
+        return self.record_past
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor:
         return self.conv[self.slots]
@@ -45,6 +47,22 @@ class States:
     def update_recurrent_state(self, new: torch.Tensor, layer_idx: int, **_: Any) -> torch.Tensor:
         self.matrix.index_copy_(0, self.slots, new.to(self.matrix.dtype))
         return new
+
+    # What older versions (5.17) ask for instead.
+
+    def has_previous_state(self, layer_idx: int, state_idx: int = 0) -> bool:
+        return True
+
+    @property
+    def layers(self) -> States:
+        return self
+
+    def __getitem__(self, layer_idx: int) -> States:
+        return self
+
+    @property
+    def recurrent_states(self) -> list[torch.Tensor]:
+        return [self.matrix[self.slots]]
 
 
 class Recurrent(nn.Module):
