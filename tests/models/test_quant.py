@@ -154,6 +154,36 @@ def test_parts_of_a_packed_weight(format: Any) -> None:
     assert matrix.nbytes < matrix.numel() * (1.3 if format is quant_fp8 else 0.65) and not list(matrix.parameters())
 
 
+@pytest.mark.parametrize("weights", ["int4", "fp8", "nf4"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "llama"])
+def test_a_plain_folder_is_packed_while_it_is_read(plain: dict[str, Path], tmp_path: Path, family: str, weights: str) -> None:
+    """What comes out is what packing each layer gives: every layer that adapters may go on, and the experts."""
+    info = BaseModelInfo("m", str(plain[family]), [], "", 160, 256, [])
+    packed = load_base(info, torch.device("cpu"), torch.float32, weights)
+    whole = load(plain[family])
+    assert packed.num_parameters == whole.num_parameters
+    assert all(isinstance(layer.weight, PackedWeight) for layer in packed.lora_modules.values())
+    pack = {"int4": quant_int4.pack, "fp8": quant_fp8.pack, "nf4": quant_nf4.pack}[weights]
+    for path, layer in whole.lora_modules.items():
+        assert torch.equal(packed.lora_modules[path].weight.dense(), pack(layer.weight).dense())  # type: ignore[union-attr]
+    for path, experts in whole.expert_modules.items():
+        for ours, theirs in ((packed.expert_modules[path].up, experts.up), (packed.expert_modules[path].down, experts.down)):
+            halves = theirs.weight.split(32, dim=1) if theirs is experts.up else [theirs.weight]  # gate and up are layers of their own
+            assert torch.equal(ours.weight.dense(), torch.cat([pack(half).dense() for half in halves], dim=1))
+    with torch.inference_mode():
+        assert torch.isfinite(run(packed, None)).all() and not torch.equal(run(packed, None), run(whole, None))
+
+
+def test_a_wish_to_pack_that_cannot_be_granted_is_refused(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    AutoModelForCausalLM.from_config(LlamaConfig(**sizes, vocab_size=160, tie_word_embeddings=False)).save_pretrained(tmp_path)
+    info = BaseModelInfo("odd", str(tmp_path), [], "", 160, 256, [])
+    with pytest.raises(Unsupported, match="no layers that INT4 fits"):
+        load_base(info, torch.device("cpu"), torch.float32, "int4")
+
+
 @pytest.mark.parametrize("format", [quant_int4, quant_fp8, quant_nf4])
 def test_the_package_packs_as_well_as_the_definition_says(format: Any) -> None:
     """INT4 and FP8 give the very same values; NF4's scales differ, since ours are not quantised a second time."""
