@@ -24,6 +24,7 @@ MAX_CELLS = 10_000_000  # positions x alternatives of one sampling request
 MAX_STOPS = 64
 MAX_METADATA_BYTES = 64 * 1024
 KINDS_OF_OPTIMIZER = ("adamw",)
+ROUTING = "routing"  # in loss_fn_inputs: the experts of each token, int64 [T, layers x experts of a token] (engine/routes.py)
 
 _encode = msgspec.msgpack.Encoder(order="deterministic").encode
 
@@ -121,6 +122,9 @@ def data(call: ForwardBackwardCall, info: BaseModelInfo) -> dict[str, float]:
     if not call.data:
         raise InvalidRequest("the request has no data; send at least one datum", param="data")
     for i, datum in enumerate(call.data):
+        if ROUTING in datum.inputs:  # for the experts, not for the loss
+            others = {name: array for name, array in datum.inputs.items() if name != ROUTING}
+            call.data[i] = datum = msgspec.structs.replace(datum, inputs=others, routing=datum.inputs[ROUTING])
         length = datum.tokens.shape[0]
         if length > info.max_context:
             raise InvalidRequest(
@@ -163,6 +167,10 @@ def sampling_params(form: forms.SamplingParamsForm, prompt_length: int, info: Ba
         raise InvalidRequest(f"sampling_params.top_p is {form.top_p}; it must lie in (0, 1], 1 is off", param="sampling_params.top_p")
     if form.top_k != -1 and form.top_k < 1:
         raise InvalidRequest(f"sampling_params.top_k is {form.top_k}; it must be 1 or more, or -1 for off", param="sampling_params.top_k")
+    if form.routing and not info.num_experts:
+        raise InvalidRequest(
+            f"sampling_params.routing: {info.name} has no experts, so there are no routes; leave it out", param="sampling_params.routing"
+        )
     drawn = secrets.randbits(62) if form.seed is None else form.seed
     if not -(2**63) <= drawn < 2**63:
         raise InvalidRequest(f"sampling_params.seed is {drawn}; it must fit 64 bits", param="sampling_params.seed")
@@ -175,6 +183,7 @@ def sampling_params(form: forms.SamplingParamsForm, prompt_length: int, info: Ba
         top_p=form.top_p,
         stop_tokens=stop_tokens,
         stop_strings=stop_strings,
+        routing=form.routing,
     )
 
 

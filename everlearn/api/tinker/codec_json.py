@@ -175,6 +175,7 @@ def sample_json(result: SampleResult, sequence_ids: list[str]) -> dict[str, Any]
                 "tokens": sequence.tokens.numpy().tolist(),
                 "logprobs": sequence.logprobs.numpy().tolist(),
                 "topk_logprobs": None if sequence.topk is None else _topk_lists(sequence.topk),
+                **({} if sequence.routing is None else {"routing": tensor_json(sequence.routing)}),
             }
             for sequence, sequence_id in zip(result.sequences, sequence_ids, strict=True)
         ],

@@ -123,6 +123,7 @@ class SamplingParamsForm(Form):
     temperature: float = 1.0
     top_k: int = -1
     top_p: float = 1.0
+    routing: bool = False  # not the SDK's: the answer (as JSON) tells which experts each token met
 
 
 class SampleForm(Form):
