@@ -221,7 +221,7 @@ def families_page() -> str:
         "## What was verified",
         "",
         "On every family by the test suite, with small random models in float32 on a CPU; makers' own weights of these sizes fit no test.",
-        "Sampler and trainer were compared on a GPU too, in float32 and bfloat16, with recorded decoding steps, for every family of the table",
+        "Sampler and trainer were compared on a GPU too, in float32 and bfloat16, with recorded decoding steps, for every family",
         "(one H200, 2026-11-23, torch 2.11, transformers 5.17; `tests/models/test_families_gpu.py` does it wherever there is a GPU).",
         "",
         f"| family | {' | '.join(names)} | notes |",

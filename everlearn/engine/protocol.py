@@ -156,6 +156,7 @@ class Ready(Event, tag="ready"):
     kv_tokens: int
     models: list[BaseModelInfo]
     load_seconds: float
+    kv_token_bytes: int = 0  # what one of `kv_tokens` takes: keys and values of every layer, or its latents
 
 
 class TokenPart(msgspec.Struct, frozen=True, array_like=True):
