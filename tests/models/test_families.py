@@ -156,6 +156,19 @@ def test_preempted_sequences_begin_again(model: Model) -> None:
         assert not isinstance(answer, Failed) and tokens_of(answer) == tokens_of(expected[key])
 
 
+def test_samples_without_a_free_state_compute_the_prompt_again(model: Model) -> None:
+    if model.name != "qwen3_5":
+        pytest.skip("no states to run out of, or the same ones")
+    prompt = rows_of(9, [12])[0].tolist()
+    asked = [request("many", prompt, max_tokens=6, num_samples=5), request("other", prompt[:7], max_tokens=6)]
+    roomy, tight = make_sampler(model.base), make_sampler(model.base, max_batch=2)
+    expected, answers = run(roomy, *asked), run(tight, *asked)
+    assert tight.states.num_slots == 2 and sorted(tight.states.free) == [0, 1]
+    for key, count in (("many", 5), ("other", 1)):
+        for index in range(count):
+            assert tokens_of(answers[key], index) == tokens_of(expected[key], index)
+
+
 def test_gradients_of_attention_equal_autograd_on_a_plain_model(model: Model) -> None:
     base, plain = model.base, model.plain
     made = attention_adapter(base, 4, 3)
