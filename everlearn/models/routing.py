@@ -98,6 +98,7 @@ class Routing:
             self.rule = self._find_rule(logits_TE, ids_TK, weights_TK)
         return chosen_TK, (self.rule(logits_TE, chosen_TK) * self.factor).to(weights_TK.dtype)
 
+    @torch.no_grad()  # else the first pass would keep more than the same pass computed again
     def _find_rule(self, logits_TE: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> Rule:
         tolerance = 1e-5 if weights_TK.dtype == torch.float32 else 2e-2
         for rule in RULES.values():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,7 @@ from everlearn.errors import InvalidRequest
 from everlearn.models.bank import Bank
 from everlearn.models.catalog import read_info
 from everlearn.models.load import BaseModel, load_base
-from everlearn.types import AdamParams
+from everlearn.types import AdamParams, Array
 from tests.engine.harness import CPU, FLOAT32, adapter, datum, forward_backward, random_datums
 from tests.engine.test_parity import draw
 from tests.engine.test_trainer import with_random_b
@@ -105,3 +106,21 @@ def test_a_checkpoint_older_than_layouts_keeps_experts_as_they_are(base: BaseMod
     assert torch.equal(who.params, back.params)
     with pytest.raises(InvalidRequest, match="experts"):
         persist.restore(adapter(base, rank=3, expert_lora="per_expert"), tmp_path / "old", optimizer=False)
+
+
+def test_layers_that_are_computed_again_meet_the_same_experts(tmp_path: Path) -> None:
+    """engine.recompute: the backward pass runs each layer once more, with the routes that the row replays."""
+    folder = make_moe(tmp_path / "moe", "deepseek_v3")
+    grads = []
+    for recompute in (False, True):
+        base = load_base(read_info("tiny", folder, []), CPU, FLOAT32)
+        if recompute:
+            base.enable_recompute()
+        who = with_random_b(adapter(base, expert_lora="shared_outer"), 1)
+        rng = np.random.default_rng(0)
+        routes = np.stack([rng.permutation(8)[:3] for _ in range(9)]).astype(np.int32)[:, None]
+        replayed = msgspec.structs.replace(random_datums(3, [9])[0], routing=Array.of(routes))
+        result = forward_backward(Trainer(base, 64), who, [replayed, *random_datums(4, [7])])
+        assert result.metrics["e_frac_with_tokens:mean"] > 0
+        grads.append(who.grad)
+    torch.testing.assert_close(grads[0], grads[1])
