@@ -22,6 +22,7 @@ CHECKS = {
     "replies are written for the tests: of makers' own, SmolLM2's alone was at hand",
 }
 ALL = tuple(CHECKS)
+SEES = "images are trained on, sampled from and asked about, their logits those of transformers; not video"
 NO_PREFIXES = "a prefix is not found again: the state of a whole sequence is not kept in blocks"
 
 
@@ -62,11 +63,11 @@ FAMILIES = (
     ),
     Family(
         "Qwen3-VL", ("Qwen3VLForConditionalGeneration",), "grouped queries with norms, rotation in three dimensions", KEYS, "",
-        ("hermes",), ALL,
+        ("hermes",), ALL, SEES,
     ),
     Family(
         "Qwen3-VL-MoE", ("Qwen3VLMoeForConditionalGeneration",), "grouped queries with norms, rotation in three dimensions", KEYS,
-        "softmax router", ("hermes",), ALL,
+        "softmax router", ("hermes",), ALL, SEES,
     ),
     Family(
         "Qwen3.5", ("Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM"),

@@ -203,3 +203,43 @@ def test_a_model_without_eyes_says_so(tiny_model: Path):
         Trainer(base, 512).start(ForwardBackward("r", "run", 1, [datum_of(rows()[0])], "cross_entropy", {}), harness.adapter(base))
     with pytest.raises(Exception, match="vision tower"):
         base.adapter_shapes(LoraSpec(rank=4, train_vision=True))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft, of transformers
+def test_an_adapter_on_the_tower_is_exported_and_comes_back(folder: Path, base: BaseModel, tmp_path: Path):
+    """PEFT on transformers' own model says of images what our trainer says."""
+    from peft import PeftModel
+    from transformers import Qwen3VLForConditionalGeneration
+
+    from everlearn.engine.persist import State, lora_of
+    from everlearn.models import export
+    from everlearn.models.export import Adapter
+
+    adapter = harness.adapter(base, train_vision=True)
+    adapter.params.add_(0.05 * torch.randn(adapter.params.shape, generator=torch.Generator().manual_seed(3)))
+    adapter.refresh()
+    State(adapter, optimizer=False, gradient=False).write(tmp_path / "checkpoint")
+    export.export_peft(Adapter(tmp_path / "checkpoint"), tmp_path / "peft", folder)
+    trained = PeftModel.from_pretrained(Qwen3VLForConditionalGeneration.from_pretrained(folder), tmp_path / "peft").eval()
+    outputs = harness.forward_backward(Trainer(base, 512), adapter, [datum_of(row) for row in rows()], forward_only=True).outputs
+    for row, output in zip(rows(), outputs, strict=True):
+        with torch.no_grad():
+            np.testing.assert_allclose(output["logprobs"].numpy(), own_logprobs(trained, row).numpy(), atol=2e-5)
+    missing = export.import_peft(tmp_path / "peft", tmp_path / "back", "tiny", folder)
+    again, first = Adapter(tmp_path / "back"), Adapter(tmp_path / "checkpoint")
+    assert not missing and sorted(again.paths) == sorted(first.paths)
+    assert lora_of(tmp_path / "back").train_vision
+    for path in first.paths:
+        assert all(np.array_equal(mine, its) for mine, its in zip(first.pair(path), again.pair(path), strict=True))
+
+
+def test_an_adapter_on_the_text_alone_comes_back_as_one(folder: Path, base: BaseModel, tmp_path: Path):
+    from everlearn.engine.persist import State, lora_of
+    from everlearn.models import export
+    from everlearn.models.export import Adapter
+
+    State(harness.adapter(base), optimizer=False, gradient=False).write(tmp_path / "checkpoint")
+    export.export_peft(Adapter(tmp_path / "checkpoint"), tmp_path / "peft", folder)
+    assert not export.import_peft(tmp_path / "peft", tmp_path / "back", "tiny", folder)
+    assert not lora_of(tmp_path / "back").train_vision
+    assert not [path for path in Adapter(tmp_path / "back").paths if "visual" in path]
