@@ -17,9 +17,9 @@ from tinker import types
 from tinker.proto import request_conv, response_conv
 
 from everlearn.api.images import ImageReader
-from everlearn.api.tinker import codec, codec_json, forms, tensors
+from everlearn.api.tinker import checks, codec, codec_json, forms, tensors
 from everlearn.api.tinker.schema import pb
-from everlearn.config import ImageSettings
+from everlearn.config import ImageSettings, Settings
 from everlearn.errors import InvalidRequest, TooLarge, Unsupported, UserError
 from everlearn.types import Array, BaseModelInfo, ForwardBackwardResult, ImageSpan, SampledSequence, SampleResult, TopK, VisionInfo
 from tests.render.test_images import png_header
@@ -312,3 +312,17 @@ def test_malformed_json_is_a_user_error(body: bytes) -> None:
 
 def test_the_schema_is_the_packages_own() -> None:
     assert pb.ForwardBackwardRequest.DESCRIPTOR.full_name == tinker.proto.tinker_public_pb2.ForwardBackwardRequest.DESCRIPTOR.full_name
+
+
+def test_a_request_or_a_setting_trains_the_tower() -> None:
+    sees, blind = reader(VISION).info, reader().info
+    plain, always = Settings(), Settings.model_validate({"images": {"train_tower": True}})
+
+    def trains(wish: bool | None, settings: Settings, info: BaseModelInfo) -> bool:
+        return checks.lora(forms.LoraConfig(rank=4, train_vision=wish), settings, info).train_vision
+
+    assert [trains(wish, plain, sees) for wish in (None, False, True)] == [False, False, True]
+    assert [trains(wish, always, sees) for wish in (None, False, True)] == [True, False, True]
+    assert not trains(None, always, blind)
+    with pytest.raises(Unsupported, match="reads text alone"):
+        trains(True, plain, blind)
