@@ -207,7 +207,50 @@ def faultpoints_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"settings.md": settings_page, "cli.md": cli_page, "errors.md": errors_page, "faultpoints.md": faultpoints_page}
+def families_page() -> str:
+    from everlearn.models.families import CHECKS, FAMILIES
+
+    names = list(CHECKS)
+    lines = [
+        "# Families of models",
+        NOTE,
+        "A family is a row of one table (`everlearn/models/families.py`), not a branch of the code: attention, experts and towers are",
+        "found in the layers themselves. A model of another family loads too, and a warning says that nobody has compared its numbers.",
+        "",
+        "| family | architectures | attention | kept of a token | experts | tool calls |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in FAMILIES:
+        architectures, tools = (", ".join(f"`{name}`" for name in names) for names in (row.architectures, row.tools))
+        lines.append(f"| {row.name} | {architectures} | {row.attention} | {row.cache} | {row.experts or 'none'} | {tools} |")
+    lines += [
+        "",
+        "Chat templates are the model folder's own, run in a sandbox; the names in the last column are formats of calls"
+        " ([tools](../guides/tools.md)).",
+        "",
+        "## What was verified",
+        "",
+        "On every family by the test suite, with small random models in float32 on a CPU; makers' own weights of these sizes fit no test.",
+        "Sampler and trainer were compared on a GPU too, in float32 and bfloat16, with recorded decoding steps, for every family",
+        "(one H200, 2026-11-23, torch 2.11, transformers 5.17; `tests/models/test_families_gpu.py` does it wherever there is a GPU).",
+        "",
+        f"| family | {' | '.join(names)} | notes |",
+        f"|---|{'---|' * len(names)}---|",
+    ]
+    for row in FAMILIES:
+        marks = " | ".join("yes" if check in row.verified else "untested" for check in names)
+        lines.append(f"| {row.name} | {marks} | {row.note} |")
+    lines += ["", *(f"- **{name}**: {meaning}." for name, meaning in CHECKS.items())]
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {
+    "settings.md": settings_page,
+    "cli.md": cli_page,
+    "errors.md": errors_page,
+    "faultpoints.md": faultpoints_page,
+    "families.md": families_page,
+}
 
 
 def main() -> None:

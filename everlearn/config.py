@@ -47,6 +47,9 @@ class ApiSettings(Section):
 
 class EngineSettings(Section):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    weights: Literal["stored", "int4", "fp8", "nf4"] = Field(
+        "stored", description="frozen weights in memory: as the folder has them, or packed while they are read (layers and experts)"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="type of the frozen base weights; auto: float32 on CPU, bfloat16 on GPU"
     )
@@ -62,6 +65,9 @@ class EngineSettings(Section):
     max_batch: int = Field(64, ge=1, description="sequences that decode together")
     prefill_tokens: int = Field(0, ge=0, description="prompt tokens of one sampling step; 0: 256 on CPU, 2048 on GPU")
     max_rank: int = Field(512, ge=1, description="largest LoRA rank that is accepted")
+    expert_lora: Literal["shared_outer", "per_expert", "rank_split", "off"] = Field(
+        "shared_outer", description="layout of new adapters' matrices on experts (docs/design/experts.md); off: experts aren't trained"
+    )
     snapshot_overhead: float = Field(
         0.1, gt=0, description="a snapshot is taken when its cost is below this share of the work it saves from replay"
     )
@@ -110,7 +116,14 @@ class ImageSettings(Section):
     remote: bool = Field(False, description="fetch images from URLs of other hosts; off: only data URLs are taken")
     max_bytes: int = Field(20 * 2**20, gt=0, description="largest image; more is a 413")
     max_pixels: int = Field(40_000_000, gt=0, description="most pixels of an image; more is a 413")
+    request_pixels: int = Field(
+        1_000_000_000, gt=0, description="most pixels of all images of a request, as sent or as the model reads them; more is a 413"
+    )
     timeout_seconds: float = Field(10.0, gt=0, description="time for fetching an image, redirects included")
+    train_tower: bool = Field(False, description="new adapters of models that see train the vision tower too, unless their request says")
+    cache_bytes: int = Field(
+        0, ge=0, description="memory for features of images that were seen; 0: 256 MiB on CPU, 2 GiB on GPU. The oldest go"
+    )
 
 
 class Settings(Section):

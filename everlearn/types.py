@@ -36,7 +36,8 @@ class Array(msgspec.Struct, frozen=True, array_like=True):
 
 
 class LoraSpec(msgspec.Struct, frozen=True):
-    """What an adapter trains. The scale of the update is alpha / rank; A starts uniform in ±1/sqrt(d_in), B at zero."""
+    """What an adapter trains. The scale of the update is alpha / rank; A starts uniform in ±1/sqrt(d_in), B at zero. `expert_lora` is the
+    layout of its matrices on experts (models/experts.py), which belong to the MLP; off: experts stay as they are."""
 
     rank: int
     alpha: float = 32.0
@@ -44,6 +45,26 @@ class LoraSpec(msgspec.Struct, frozen=True):
     train_attn: bool = True
     train_mlp: bool = True
     train_unembed: bool = True
+    expert_lora: Literal["off", "per_expert", "shared_outer", "rank_split"] = "off"
+    train_vision: bool = False
+
+
+class ImageSpan(msgspec.Struct, frozen=True, array_like=True):
+    """An image in a row of tokens: `rows` x `columns` tokens from `start` on stand for it, top left first. `data` is its file as the
+    client sent it."""
+
+    start: int
+    rows: int
+    columns: int
+    data: bytes
+
+    @property
+    def num_tokens(self) -> int:
+        return self.rows * self.columns
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.num_tokens
 
 
 class ProvenanceSpan(msgspec.Struct, frozen=True):
@@ -57,12 +78,16 @@ class ProvenanceSpan(msgspec.Struct, frozen=True):
 
 class Datum(msgspec.Struct, frozen=True):
     """One training sequence: `tokens` int32 [T]; `inputs` by name, each [T] or [T, K], already shifted by the client
-    (position i predicts token i + 1). Sparse inputs were made dense at the door."""
+    (position i predicts token i + 1). Sparse inputs were made dense at the door. `tokens` holds the model's image token wherever
+    one of `images` stands, in ascending order. `routing` int32 [T, layers, experts of a token] (the last two may be one axis) are the
+    experts that the tokens are to meet (engine/routes.py)."""
 
     tokens: Array
     inputs: dict[str, Array]
     model_input_spans: list[ProvenanceSpan] | None = None
     loss_input_spans: list[ProvenanceSpan] | None = None
+    images: list[ImageSpan] = []
+    routing: Array | None = None
 
 
 class AdamParams(msgspec.Struct, frozen=True):
@@ -92,7 +117,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
     Penalties lower a token's logit: presence and frequency once and for each time that it was generated, repetition divides
     (multiplies, where it is negative) that of every token in prompt and continuation. `logit_bias` is added to the logits; -100 bans.
     Stop tokens are not drawn before `min_tokens`. All of it precedes temperature, then come top_k, top_p and min_p. None of it shows
-    in reported log-probabilities."""
+    in reported log-probabilities. `routing` asks for the experts that each token met."""
 
     max_tokens: int
     seed: int
@@ -108,6 +133,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
     logit_bias: dict[int, float] = {}
     min_tokens: int = 0
     grammar: Grammar | None = None
+    routing: bool = False
 
 
 class TopK(msgspec.Struct, frozen=True):
@@ -120,12 +146,14 @@ class TopK(msgspec.Struct, frozen=True):
 
 class SampledSequence(msgspec.Struct, frozen=True):
     """`tokens` int32 [N] as drawn (a stop token is included, a stop string's tokens are included), `logprobs` float32 [N] under the
-    model at temperature 1 without truncation, which is what the trainer computes for the same tokens."""
+    model at temperature 1 without truncation, which is what the trainer computes for the same tokens. `routing` int32
+    [P + N - 1, layers, experts of a token]: of prompt and tokens but the last; -1 where the prefix cache held the position."""
 
     stop_reason: str  # "stop", "length" or "deadline"
     tokens: Array
     logprobs: Array
     topk: TopK | None = None
+    routing: Array | None = None
 
 
 class SampleResult(msgspec.Struct, frozen=True, tag="sample"):
@@ -166,8 +194,25 @@ class DoneResult(msgspec.Struct, frozen=True, tag="done"):
 Result = SampleResult | ForwardBackwardResult | OptimStepResult | SavedResult | DoneResult
 
 
+class VisionInfo(msgspec.Struct, frozen=True):
+    """How a base model takes images. A square patch is `patch` pixels wide and `frames` deep, `merge` x `merge` patches make a token. An
+    image is resized to between `min_pixels` and `max_pixels`, its channels less `mean` divided by `std`. Token ids: `image` stands for a
+    part of an image, `start` and `end` enclose all of them."""
+
+    patch: int
+    merge: int
+    frames: int
+    min_pixels: int
+    max_pixels: int
+    mean: list[float]
+    std: list[float]
+    image: int
+    start: int
+    end: int
+
+
 class BaseModelInfo(msgspec.Struct, frozen=True):
-    """What the API needs to know of a base model without loading it (read from its config.json)."""
+    """What the API needs to know of a base model without loading it (read from its config.json). `vision` None: it reads text alone."""
 
     name: str
     path: str
@@ -177,6 +222,8 @@ class BaseModelInfo(msgspec.Struct, frozen=True):
     max_context: int
     eos_token_ids: list[int]
     num_parameters: int = 0
+    vision: VisionInfo | None = None
+    num_experts: int = 0
 
     def room(self, prompt_length: int) -> int:
         """How many tokens may be drawn after a prompt: the last one is never read, so it needs no place in the context."""

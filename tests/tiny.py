@@ -38,7 +38,7 @@ def make_tiny_model(folder: Path, hidden: int = 64, layers: int = 2, vocab: int 
     return folder
 
 
-def make_tokenizer(folder: Path, vocab: int) -> None:
+def make_tokenizer(folder: Path, vocab: int, special: list[str] | None = None) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -46,7 +46,7 @@ def make_tokenizer(folder: Path, vocab: int) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        special_tokens=special or ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

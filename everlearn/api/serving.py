@@ -25,7 +25,7 @@ import msgspec
 from everlearn.engine import protocol
 from everlearn.engine.protocol import TokenPart
 from everlearn.errors import BY_CODE, EverlearnError, InternalError, Overloaded, Unavailable
-from everlearn.types import Array, SampleResult, SamplingParams
+from everlearn.types import Array, ImageSpan, SampleResult, SamplingParams
 
 if TYPE_CHECKING:
     from everlearn.api.dispatch import Dispatcher
@@ -50,6 +50,7 @@ class GenerationSpec(msgspec.Struct, frozen=True):
     target: Target
     prompt: list[int]
     params: SamplingParams
+    images: list[ImageSpan] = []
     n: int = 1
     top_logprobs: int = 0
     prompt_logprobs: int | None = None
@@ -347,4 +348,5 @@ def command_of(spec: GenerationSpec, request_id: str) -> protocol.Sample:
         topk_sample_logprobs=spec.top_logprobs,
         stream=spec.stream,
         deadline=spec.deadline,
+        images=spec.images,
     )

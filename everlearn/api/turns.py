@@ -14,19 +14,22 @@ shapes of chat templates and of no API. What it gets is `Opened`: the spec for `
 
 from __future__ import annotations
 
+import asyncio
 import secrets
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
 from everlearn.api import rendering
 from everlearn.api.chatmodels import ChatModel
+from everlearn.api.images import ImageReader, place_pictures, take_pictures
 from everlearn.api.replies import Reply
 from everlearn.api.services import Services
 from everlearn.api.serving import GRAMMAR_PARAM, GenerationSpec
 from everlearn.api.target import Target
 from everlearn.errors import InvalidRequest, Unsupported
-from everlearn.types import Grammar, SamplingParams
+from everlearn.types import Grammar, ImageSpan, SamplingParams
 
 
 class Draw(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,10 +112,10 @@ async def open_turn(svc: Services, tenant: str, target: Target, turn: Turn, draw
     """Raises UserErrors for what this model can't do, or hasn't room for, and Overloaded where the queue is full."""
     svc.serving.check_room(target)
     chat = await svc.chat_models.get(target.base)
-    text, prompt = await encode_turn(chat, turn)
+    text, prompt, images = await encode_turn(svc, chat, turn)
     extra = {chat.eos_id} if chat.eos_id is not None and not draw.ignore_eos else set()
     params = _params(svc, target, len(prompt), draw, _grammar(chat, turn, text), "messages", extra)
-    spec = _spec(svc, tenant, target, prompt, draw, params, stream, _bound_by(turn))
+    spec = _spec(svc, tenant, target, prompt, draw, params, stream, _bound_by(turn), images)
     return Opened(chat, spec, text, turn, draw.top_logprobs is not None)
 
 
@@ -131,12 +134,18 @@ async def open_text(
     return Opened(chat, _spec(svc, tenant, target, ids, draw, params, stream), text, None, draw.top_logprobs is not None)
 
 
-async def encode_turn(chat: ChatModel, turn: Turn) -> tuple[str, list[int]]:
-    """The prompt as text and as tokens."""
+async def encode_turn(svc: Services, chat: ChatModel, turn: Turn) -> tuple[str, list[int], list[ImageSpan]]:
+    """The prompt as text and as tokens, and the images among them."""
+    reader = ImageReader(chat.base, svc.settings.images)
+    messages, pictures = await take_pictures(turn.messages, reader)
     tools, format = turn.offered, chat.format
-    messages, shown = format.inject(turn.messages, tools), [_shown(tool) for tool in tools] if tools and format.native else None
-    text = await rendering.render(chat, messages, shown, turn.chars, continue_final=turn.continue_final, kwargs=turn.switches)
-    return text, await rendering.encode(chat, text)
+    shown = [_shown(tool) for tool in tools] if tools and format.native else None
+    injected = format.inject(messages, tools)
+    text = await rendering.render(chat, injected, shown, turn.chars, continue_final=turn.continue_final, kwargs=turn.switches)
+    ids = await rendering.encode(chat, text)
+    if not pictures:
+        return text, ids, []
+    return (text, *await asyncio.to_thread(place_pictures, ids, pictures, reader))
 
 
 def _shown(tool: dict[str, Any]) -> dict[str, Any]:
@@ -175,12 +184,14 @@ def _spec(
     params: SamplingParams,
     stream: bool,
     bound_by: str = GRAMMAR_PARAM,
+    images: Sequence[ImageSpan] = (),
 ) -> GenerationSpec:
     most = svc.settings.api.request_seconds
     return GenerationSpec(
         tenant=tenant,
         target=target,
         prompt=prompt,
+        images=list(images),
         params=params,
         n=draw.n,
         top_logprobs=draw.top_logprobs or 0,

@@ -14,26 +14,25 @@ import torch
 from everlearn.engine.faults import whole
 from everlearn.errors import InternalError
 from everlearn.faultpoints import around
-from everlearn.models.lora import AdapterWeights, Pair
+from everlearn.models.lora import AdapterWeights, Pair, PairShape, expert_scale
 from everlearn.types import AdamParams, LoraSpec
 
-Shapes = dict[str, tuple[int, int]]  # module path -> (input size, output size)
+Shapes = dict[str, PairShape]  # by module path
 
 
-def split(flat: torch.Tensor, shapes: Shapes, rank: int) -> dict[str, Pair]:
-    """Views (A [rank, in], B [out, rank]) of a flat buffer, in the order of `shapes`."""
+def split(flat: torch.Tensor, shapes: Shapes) -> dict[str, Pair]:
+    """Views (A [..., rank, in], B [..., out, rank]) of a flat buffer, in the order of `shapes`."""
     pairs, at = {}, 0
-    for path, (num_in, num_out) in shapes.items():
-        a_RI = flat[at : at + rank * num_in].view(rank, num_in)
-        at += rank * num_in
-        b_OR = flat[at : at + num_out * rank].view(num_out, rank)
-        at += num_out * rank
-        pairs[path] = (a_RI, b_OR)
+    for path, shape in shapes.items():
+        middle = at + math.prod(shape.a)
+        stop = middle + math.prod(shape.b)
+        pairs[path] = (flat[at:middle].view(shape.a), flat[middle:stop].view(shape.b))
+        at = stop
     return pairs
 
 
-def num_parameters(shapes: Shapes, rank: int) -> int:
-    return rank * sum(num_in + num_out for num_in, num_out in shapes.values())
+def num_parameters(shapes: Shapes) -> int:
+    return sum(math.prod(shape.a) + math.prod(shape.b) for shape in shapes.values())
 
 
 class TrainingAdapter:
@@ -42,7 +41,7 @@ class TrainingAdapter:
     def __init__(self, model_id: str, tenant: str, base: str, lora: LoraSpec, shapes: Shapes, device: torch.device, dtype: torch.dtype):
         self.model_id, self.tenant, self.base, self.lora, self.shapes = model_id, tenant, base, lora, shapes
         self.device, self.dtype = device, dtype
-        size = num_parameters(shapes, lora.rank)
+        size = num_parameters(shapes)
         self.params = torch.zeros(size, device=device)
         self.grad = torch.zeros(size, device=device)
         self.has_grad = False
@@ -57,24 +56,27 @@ class TrainingAdapter:
     def _initialise(self) -> None:
         """A uniform in ±1/sqrt(in), B zero. Each matrix has its own stream, so the switches of LoraSpec don't move the others."""
         seed = self.lora.seed if self.lora.seed is not None else _digest(self.model_id)
-        for path, (a_RI, _) in split(self.params, self.shapes, self.lora.rank).items():
+        for path, (a, _) in self.pairs().items():
             generator = torch.Generator().manual_seed((seed ^ _digest(path)) & (2**63 - 1))
-            bound = 1 / math.sqrt(a_RI.shape[1])
-            a_RI.copy_(torch.empty(a_RI.shape).uniform_(-bound, bound, generator=generator))
+            bound = 1 / math.sqrt(a.shape[-1])
+            a.copy_(torch.empty(a.shape).uniform_(-bound, bound, generator=generator))
 
     def refresh(self) -> None:
         """After the master weights changed: the copy in the base model's type follows."""
         if self._compute is not self.params:
             self._compute.copy_(self.params)
-        self.weights = AdapterWeights(self.model_id, self.scale, split(self._compute, self.shapes, self.lora.rank))
+        pairs = split(self._compute, self.shapes)
+        self.expert_scale = expert_scale(self.lora.alpha, pairs)
+        self.weights = AdapterWeights(self.model_id, self.scale, pairs, expert_scale=self.expert_scale)
 
     def training_weights(self, grad: torch.Tensor) -> AdapterWeights:
         """The present weights with gradients added into `grad` (flat, float32)."""
-        return AdapterWeights(self.model_id, self.scale, self.weights.pairs, split(grad, self.shapes, self.lora.rank))
+        grads = split(grad, self.shapes)
+        return AdapterWeights(self.model_id, self.scale, self.weights.pairs, grads, expert_scale=self.expert_scale)
 
     def pairs(self) -> dict[str, Pair]:
         """Float32 master weights by path (views)."""
-        return split(self.params, self.shapes, self.lora.rank)
+        return split(self.params, self.shapes)
 
     # --- optimizer ---
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 
 from everlearn.engine.protocol import Sample
+from everlearn.engine.routes import shape_of
 from everlearn.errors import InvalidRequest, TooLarge, Unsupported
 from everlearn.models.load import BaseModel
+from everlearn.models.vision import check_images
 from everlearn.types import SamplingParams
 
 # What may be added to a logit: far beyond any use, and float32 stays finite.
@@ -22,6 +24,9 @@ def admit(command: Sample, base: BaseModel, cache_tokens: int) -> int:
     for token in (int(prompt.min()), int(prompt.max())):
         if not 0 <= token < base.vocab_size:
             raise InvalidRequest(f"the prompt holds token {token}; tokens of {name} are 0 to {base.vocab_size - 1}", param="prompt")
+    if params.routing:
+        shape_of(base)
+    check_images(base.vision, name, len(prompt), command.images, "prompt")
     if command.num_samples < 1:
         raise InvalidRequest(f"num_samples is {command.num_samples}; it must be at least 1", param="num_samples")
     if not (math.isfinite(command.deadline) and command.deadline >= 0):

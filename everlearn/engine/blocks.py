@@ -1,23 +1,29 @@
 """Which KV blocks a sequence holds: found in the prefix cache, allocated, copied before a write, given back.
 
 The pool counts references and the cache holds the numbers (kvcache.py); here both meet the sequence. Who must make room for whom is the
-sampler's affair.
+sampler's affair. A model with layers that keep a state of the whole sequence gives each sequence a slot for it too; a prefix can't be
+found again there, because its blocks are only half of what is known of it.
 """
 
 from __future__ import annotations
 
-from everlearn.engine.kvcache import BlockPool, KVCache
+from everlearn.engine.kvcache import BlockPool, KVCache, StateCache
 from everlearn.engine.sequence import Sequence
 
 
 class Blocks:
-    def __init__(self, pool: BlockPool, cache: KVCache):
-        self.pool, self.cache, self.size = pool, cache, pool.block_size
+    def __init__(self, pool: BlockPool, cache: KVCache, states: StateCache):
+        self.pool, self.cache, self.states, self.size = pool, cache, states, pool.block_size
 
     def match(self, sequence: Sequence, coming: set[bytes]) -> bool:
         """Takes what the prefix cache holds for a sequence without blocks. False if the next block is in `coming`: it is being
-        computed for a neighbour, and a step later it is free."""
+        computed for a neighbour, and a step later it is free; or if no state is free."""
         if sequence.blocks:
+            return True
+        if self.states.num_slots:
+            if sequence.state is None and not self.states.free:
+                return False
+            sequence.state = self.states.allocate() if sequence.state is None else sequence.state
             return True
         limit = sequence.num_tokens - 1
         if not sequence.request.scores.complete:
@@ -52,14 +58,24 @@ class Blocks:
             sequence.blocks.append(self.pool.allocate())
 
     def fork(self, sequence: Sequence, index: int) -> Sequence:
-        """Another sample of the same computed prompt, which holds the same blocks."""
+        """Another sample of the same computed prompt, which holds the same blocks; where no state is free it computes the prompt again."""
+        if self.states.num_slots:
+            if not self.states.free:
+                again = sequence.fork(index)
+                again.blocks, again.computed = [], 0
+                return again
+            state = self.states.allocate()
+            assert sequence.state is not None
+            self.states.copy(sequence.state, state)
         for block in sequence.blocks:
             self.pool.share(block)
-        return sequence.fork(index)
+        fork = sequence.fork(index)
+        fork.state = state if self.states.num_slots else None
+        return fork
 
     def coming(self, sequence: Sequence, stop: int) -> list[bytes]:
         """Digests of the full blocks of a prompt that computing up to `stop` fills."""
-        if stop - sequence.computed <= 1:
+        if stop - sequence.computed <= 1 or self.states.num_slots:
             return []
         return sequence.block_digests(stop // self.size, self.size)[sequence.computed // self.size :]
 
@@ -67,7 +83,7 @@ class Blocks:
         """Keys and values up to `stop` are in the cache: the full blocks among them can be found from now on."""
         first, full = sequence.computed // self.size, stop // self.size
         sequence.computed = stop
-        if full > first:
+        if full > first and not self.states.num_slots:
             digests = sequence.block_digests(full, self.size)
             for index in range(first, full):
                 self.pool.register(sequence.blocks[index], digests[index])
@@ -77,3 +93,6 @@ class Blocks:
         for block in reversed(sequence.blocks):
             self.pool.release(block)
         sequence.blocks, sequence.computed = [], 0
+        if sequence.state is not None:
+            self.states.release(sequence.state)
+            sequence.state = None

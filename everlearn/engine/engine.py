@@ -62,6 +62,8 @@ class Served:
     def __init__(self, base: BaseModel, settings: Settings):
         self.base = base
         self.bank = Bank(settings.engine.adapter_slots, base.device, base.dtype)
+        if base.vision is not None and settings.images.cache_bytes:
+            base.vision.limit = settings.images.cache_bytes
         if settings.engine.recompute:
             base.enable_recompute()
         tokens = settings.engine.micro_batch_tokens or (CPU_MICRO_BATCH if base.device.type == "cpu" else GPU_MICRO_BATCH)
@@ -103,7 +105,7 @@ class Engine:
         info = self.catalog.resolve(name)
         if info.name not in self.served:
             self.activity = f"loading {info.name}"
-            self.served[info.name] = Served(load_base(info, self.device, self.dtype), self.settings)
+            self.served[info.name] = Served(load_base(info, self.device, self.dtype, self.settings.engine.weights), self.settings)
         return self.served[info.name]
 
     # --- commands ---
@@ -195,7 +197,7 @@ class Engine:
                 bank = self.served[adapter.base].bank
                 state = persist.State(adapter, optimizer=False, gradient=False, metadata=command.metadata)
                 with around("version.publish"):
-                    bank.publish(command.version, adapter.scale, adapter.pairs())
+                    bank.publish(command.version, adapter.scale, adapter.pairs(), adapter.expert_scale)
                 self._write(state, command.folder, command.request_id, on_disk=lambda: bank.written(command.version))
             case Load():
                 self._load(run, command)

@@ -81,7 +81,7 @@ class DecodeGraphs:
 
     def hidden(self, batch: PagedBatch) -> torch.Tensor | None:
         """The step's final hidden states; None where it has to run as it is (prompts in it, or a layout that has just come)."""
-        if batch.spans:
+        if batch.spans or batch.watch is not None:
             return None
         layout = layout_of(batch)
         recording = self.recordings.get(layout)
@@ -98,6 +98,7 @@ class DecodeGraphs:
         recording = self.recordings[layout] = Recording(self.base, batch, layout)
         if self.pool is not None:
             recording.step.fill(batch)
+            recording.step.rehearse()
             recording.record(self.pool)
         if len(self.recordings) > KEPT:
             self.recordings.popitem(last=False)

@@ -1,19 +1,23 @@
 """The paged KV cache: which block holds what, and the tensors behind the blocks.
 
-`BlockPool` is bookkeeping without torch: reference counts, prefix lookup, least-recently-used eviction. `KVCache` is one tensor and
-knows nothing of sequences. A full block is found again by the digest of every token up to its end, chained from a root that names
-tenant, base model and adapter version, so a prefix can be served neither to another tenant nor by other weights. A partly filled
-block has no digest; it is shared only between samples of one prompt, and copied before one of them writes into it.
+`BlockPool` is bookkeeping without torch: reference counts, prefix lookup, least-recently-used eviction. `KVCache` is the tensors and
+knows nothing of sequences; what it keeps of a token (keys and values, or a latent) the model says (`CacheForm`). `StateCache` holds what
+layers without keys keep of a whole sequence. A full block is found again by the digest of every token up to its end, chained from a root
+that names tenant, base model and adapter version, so a prefix can be served neither to another tenant nor by other weights. A partly
+filled block has no digest; it is shared only between samples of one prompt, and copied before one of them writes into it.
 
-Axes: L layers, S slots (one token each), T tokens of the packed row, G key/value heads, D head size.
+Axes: L layers, S slots (one token each), T tokens of the packed row, G key/value heads, D head size, N slots for sequences.
 """
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from hashlib import blake2b
 
 import torch
+
+from everlearn.models.attention import CacheForm
 
 # Padding reads block 0, which stays zero: what a freed block last held (NaN, from a diverged adapter) must never meet a zero weight.
 NULL_BLOCK = 0
@@ -98,31 +102,78 @@ class BlockPool:
 
 
 class KVCache:
-    """Keys and values [L, S, G, D] of every slot; slot = block * block_size + offset. `spare_slot` takes writes that nobody reads."""
+    """A tensor [L, S, G, D] for each entry of the form; slot = block * block_size + offset. `spare_slot` takes writes that nobody reads."""
 
-    def __init__(
-        self, num_layers: int, num_blocks: int, block_size: int, heads_GD: tuple[int, int], device: torch.device, dtype: torch.dtype
-    ):
+    def __init__(self, form: CacheForm, num_blocks: int, block_size: int, device: torch.device, dtype: torch.dtype):
+        self.form = form
         self.num_blocks, self.block_size = num_blocks + 1, block_size
         self.spare_slot = num_blocks * block_size
-        shape = (num_layers, 2, self.num_blocks * block_size, *heads_GD)
-        self.kv = torch.empty(shape, device=device, dtype=dtype)
-        self.kv[:, :, :block_size] = 0
-        self.keys, self.values = list(self.kv[:, 0]), list(self.kv[:, 1])
+        self.place = {layer: place for place, layer in enumerate(form.layers)}
+        self.tensors = []
+        for entry in form.entries:
+            tensor = torch.empty((len(form.layers), self.num_blocks * block_size, *entry), device=device, dtype=dtype)
+            tensor[:, :block_size] = 0
+            self.tensors.append(tensor)
 
-    def write(self, layer: int, slots_T: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor) -> None:
-        self.keys[layer].index_copy_(0, slots_T, key_TGD)
-        self.values[layer].index_copy_(0, slots_T, value_TGD)
+    def write(self, layer: int, slots_T: torch.Tensor, *entries: torch.Tensor) -> None:
+        """One tensor [T, G, D] for each entry of the form."""
+        place = self.place[layer]
+        for tensor, entry in zip(self.tensors, entries, strict=True):
+            tensor[place].index_copy_(0, slots_T, entry)
 
-    def read(self, layer: int, slots_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copies of keys and values [len(slots), G, D]."""
-        return self.keys[layer].index_select(0, slots_S), self.values[layer].index_select(0, slots_S)
+    def read(self, layer: int, slots_S: torch.Tensor) -> list[torch.Tensor]:
+        """Copies of each entry [len(slots), G, D]."""
+        place = self.place[layer]
+        return [tensor[place].index_select(0, slots_S) for tensor in self.tensors]
 
     def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
         """(from, to) for every layer; what a writer does before it changes a shared block."""
-        blocks = self.kv.unflatten(2, (self.num_blocks, self.block_size))
-        for source, target in pairs:
-            blocks[:, :, target] = blocks[:, :, source]
+        for tensor in self.tensors:
+            blocks = tensor.unflatten(1, (self.num_blocks, self.block_size))
+            for source, target in pairs:
+                blocks[:, target] = blocks[:, source]
+
+
+class StateCache:
+    """What layers with a state keep of each sequence: [N, ...] for each of them. The last slot takes writes that nobody reads."""
+
+    def __init__(self, form: CacheForm, num_slots: int, device: torch.device, dtype: torch.dtype):
+        self.num_slots = num_slots if form.state_layers else 0
+        self.free = list(range(self.num_slots - 1, -1, -1))
+        # A state is a sum over the whole sequence: it is kept in float32, the inputs of the convolution as they came.
+        kinds = (dtype, torch.float32)
+        self.of_layer = {
+            layer: [
+                torch.empty((self.num_slots + 1, *shape), device=device, dtype=kind)
+                for shape, kind in zip(form.state_shapes, kinds, strict=True)
+            ]
+            for layer in form.state_layers
+        }
+
+    def allocate(self) -> int:
+        """A slot of zeros. The caller has looked at `free`."""
+        slot = self.free.pop()
+        for tensors in self.of_layer.values():
+            for tensor in tensors:
+                tensor[slot] = 0
+        return slot
+
+    def copy(self, source: int, target: int) -> None:
+        for tensors in self.of_layer.values():
+            for tensor in tensors:
+                tensor[target] = tensor[source]
+
+    def release(self, slot: int) -> None:
+        self.free.append(slot)
+
+
+def num_states_for(form: CacheForm, max_batch: int, item_bytes: int, device: torch.device) -> int:
+    """How many sequences may have a state: as many as run together; on GPU a tenth of what is free, because keys want their part."""
+    if not form.state_layers or device.type != "cuda":
+        return max_batch
+    conv, matrix = (math.prod(shape) for shape in form.state_shapes)
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return max(1, min(max_batch, int(0.1 * free_bytes) // (len(form.state_layers) * (conv * item_bytes + 4 * matrix))))
 
 
 def num_blocks_for(kv_tokens: int, block_size: int, token_bytes: int, device: torch.device, max_tokens: int) -> int:

@@ -135,6 +135,7 @@ def main() -> None:
             kv_tokens=kv_tokens,
             models=engine.catalog.list(),
             load_seconds=time.perf_counter() - started,
+            kv_token_bytes=served.sampler.token_bytes,
         )
     )
     _work(engine, mailbox)

@@ -2,9 +2,10 @@
 
 Every index is made once a step and shared by all layers. Chunks of one token (decoding) attend together, over one gather of their
 blocks; longer chunks (prompts) attend one by one. Query heads of a group are laid side by side as if they were positions, so that
-grouped-query attention reads each key once.
+grouped-query attention reads each key once. Layers with a window read what is inside of it alone. Where the cache keeps latents,
+decoding attends over them and prompts expand them (everlearn/models/mla.py).
 
-Axes: T tokens of the row, B decoding rows, M context (padded to whole blocks), H query heads, G key/value heads, D head size.
+Axes: T tokens of the row, B decoding rows, M context (padded to whole blocks), H query heads, G key/value heads, D head size, C latent.
 """
 
 from __future__ import annotations
@@ -16,9 +17,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from everlearn.engine.kvcache import NULL_BLOCK, KVCache
+from everlearn.engine.kvcache import NULL_BLOCK, KVCache, StateCache
+from everlearn.engine.routes import keep, watch_of
 from everlearn.engine.sequence import Sequence
+from everlearn.models.attention import Form, rows_of
 from everlearn.models.lora import Segment
+from everlearn.models.mla import LatentUp
+from everlearn.models.recurrent import Recurrent, States
+from everlearn.models.sinks import attend_with_sinks
 
 
 @dataclass(eq=False)
@@ -31,23 +37,42 @@ class Chunk:
 
 
 @dataclass(eq=False)
-class Span:
-    """Rows [first, last) of the packed row are one prompt chunk. `slots` and `mask` are None where nothing precedes the chunk."""
+class Context:
+    """What some rows read: `slots` of the cache, and a mask that is added to the scores. `width` tokens a row."""
 
+    slots: torch.Tensor
+    mask: torch.Tensor
+    width: int
+
+
+@dataclass(eq=False)
+class Span:
+    """Rows [first, last) of the packed row are one prompt chunk. `context` is None where nothing precedes the chunk."""
+
+    chunk: Chunk
     first: int
     last: int
-    slots_M: torch.Tensor | None
-    mask_TM: torch.Tensor | None
+    context: Context | None
+    windowed: Context | None
+    state: torch.Tensor | None  # the sequence's slot, where layers keep a state
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first, self.last)
 
 
 class PagedBatch:
     """The `Batch` (everlearn/models/attention.py) of a sampling step. `chunks` must be sorted so that an adapter's are neighbours."""
 
-    def __init__(self, chunks: list[Chunk], cache: KVCache, device: torch.device, dtype: torch.dtype):
-        self.cache, self.device, self.dtype = cache, device, dtype
+    keeps_latents = True
+
+    def __init__(self, chunks: list[Chunk], cache: KVCache, states: StateCache, device: torch.device, dtype: torch.dtype):
+        self.cache, self.states, self.device, self.dtype = cache, states, device, dtype
+        self.window = cache.form.window
         self.stops = np.cumsum([c.stop - c.start for c in chunks]).tolist()  # row after each chunk
         num_rows = self.stops[-1]
-        tokens, positions = np.empty(num_rows, np.int64), np.empty(num_rows, np.int64)
+        self.shows = any(c.sequence.images(c.start, c.stop) for c in chunks)
+        tokens, positions = np.empty(num_rows, np.int64), np.empty((3, num_rows) if self.shows else num_rows, np.int64)
         slots = np.empty(num_rows, np.int64)
         size = cache.block_size
         self.spans: list[Span] = []
@@ -58,32 +83,47 @@ class PagedBatch:
             first = last - num
             if num == 1:
                 position = chunk.start
-                tokens[first], positions[first] = chunk.sequence.token(position), position
+                tokens[first], positions[..., first] = chunk.sequence.token(position), chunk.sequence.position(position)
                 slots[first] = chunk.sequence.blocks[position // size] * size + position % size
                 decoding.append(chunk)
                 decoding_rows.append(first)
                 continue
             tokens[first:last] = chunk.sequence.tokens(chunk.start, chunk.stop)
-            positions[first:last] = np.arange(chunk.start, chunk.stop)
+            positions[..., first:last] = chunk.sequence.positions(chunk.start, chunk.stop)
             all_slots = (np.array(chunk.sequence.blocks, np.int64)[:, None] * size + np.arange(size)).ravel()[: chunk.stop]
             slots[first:last] = all_slots[chunk.start :]
             self.spans.append(self._span(first, last, chunk, all_slots))
         self.tokens_T, self.positions_T, self.slots_T = (self._move(a) for a in (tokens, positions, slots))
         self.segments = segments_of(chunks, self.stops)
+        self.watch = watch_of(chunks)
+        self.needs_expanded = bool(self.spans)
+        self.num_decoding = len(decoding)
         if decoding:
             self._prepare_decoding(decoding)
-        self.num_decoding = len(decoding)
         self.decoding_rows = self._move(np.array(decoding_rows)) if decoding and self.spans else None
 
     def _move(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
 
+    # --- indices ---
+
     def _span(self, first: int, last: int, chunk: Chunk, all_slots: np.ndarray) -> Span:
-        if chunk.start == 0:
-            return Span(first, last, None, None)
-        position_T1 = np.arange(chunk.start, chunk.stop)[:, None]
-        mask = np.where(np.arange(chunk.stop) <= position_T1, np.float32(0), np.float32("-inf"))
-        return Span(first, last, self._move(all_slots), self._move(mask).to(self.dtype))
+        state = None if chunk.sequence.state is None else self._move(np.array([chunk.sequence.state]))
+        if chunk.start == 0 and (self.window is None or chunk.stop <= self.window):
+            return Span(chunk, first, last, None, None, state)
+        begin = 0 if self.window is None else max(0, chunk.start - self.window + 1)
+        context = self._context(chunk, all_slots, 0, None) if chunk.start else None
+        windowed = self._context(chunk, all_slots, begin, self.window) if self.window is not None else None
+        return Span(chunk, first, last, context, windowed, state)
+
+    def _context(self, chunk: Chunk, all_slots: np.ndarray, begin: int, window: int | None) -> Context:
+        """Tokens [begin, stop) of a chunk's sequence for the chunk's rows."""
+        position_T1, key_M = np.arange(chunk.start, chunk.stop)[:, None], np.arange(begin, chunk.stop)
+        seen = key_M <= position_T1
+        if window is not None:
+            seen &= key_M > position_T1 - window
+        mask = np.where(seen, np.float32(0), np.float32("-inf"))
+        return Context(self._move(all_slots[begin:]), self._move(mask).to(self.dtype), chunk.stop - begin)
 
     def _prepare_decoding(self, chunks: list[Chunk]) -> None:
         """Slots and mask of all decoding rows: past a row's end both padding and stale slots become the null block's."""
@@ -95,71 +135,158 @@ class PagedBatch:
             held = chunk.sequence.blocks[:width]
             row[: len(held)] = held
         slots_BM = (blocks[:, :, None] * size + np.arange(size)).reshape(len(chunks), -1)
-        beyond_BM = np.arange(width * size) >= lengths_B1
-        slots_BM[beyond_BM] = NULL_BLOCK * size
+        self.decoding = self._rows(slots_BM, lengths_B1)
+        self.windowed = self.decoding
+        if self.window is not None and self.window < self.decoding.width:
+            first_B1 = np.maximum(lengths_B1 - self.window, 0)
+            self.windowed = self._rows(np.take_along_axis(slots_BM, first_B1 + np.arange(self.window), axis=1), lengths_B1 - first_B1)
+        self.decoding_segments = segments_of(chunks, list(range(1, len(chunks) + 1)))
+        if self.states.num_slots:
+            self.decoding_states = self._move(np.array([c.sequence.state for c in chunks], np.int64))
+
+    def _rows(self, slots_BM: np.ndarray, lengths_B1: np.ndarray) -> Context:
+        beyond_BM = np.arange(slots_BM.shape[1]) >= lengths_B1
+        slots_BM[beyond_BM] = NULL_BLOCK * self.cache.block_size
         mask_BM = np.where(beyond_BM, np.float32("-inf"), np.float32(0))
-        self.context = width * size
-        self.decoding_slots = self._move(slots_BM.ravel())
-        self.decoding_mask = self._move(mask_BM).to(self.dtype)[:, None, None, :]
+        mask = self._move(mask_BM).to(self.dtype)[:, None, None, :]
+        return Context(self._move(slots_BM.ravel()), mask, slots_BM.shape[1])
+
+    @property
+    def context(self) -> int:
+        """Tokens that a decoding row reads in a layer without a window."""
+        return self.decoding.width
+
+    # --- fixed shapes ---
+
+    def keep_routes(self, chunks: list[Chunk]) -> None:
+        """After the step: sequences that want the experts of their tokens get them."""
+        keep(chunks, self.stops, self.watch)
 
     def padded(self, num_rows: int, width: int, segments: list[Segment]) -> PagedBatch:
         """A batch of decoding rows with fixed shapes, to be filled from others that fit into it (engine/graphs.py)."""
         fixed = copy(self)
-        fixed.segments, fixed.context, fixed.num_decoding = segments, width, num_rows
+        fixed.segments = fixed.decoding_segments = segments
+        fixed.num_decoding = num_rows
         fixed.tokens_T, fixed.positions_T, fixed.slots_T = (self.tokens_T.new_zeros(num_rows) for _ in range(3))
-        fixed.decoding_slots = self.decoding_slots.new_empty(num_rows * width)
-        fixed.decoding_mask = self.decoding_mask.new_empty(num_rows, 1, 1, width)
+        fixed.decoding = fixed.windowed = self._empty_rows(num_rows, width)
+        if self.window is not None and self.window < width:
+            fixed.windowed = self._empty_rows(num_rows, self.window)
+        if self.states.num_slots:
+            fixed.decoding_states = self.decoding_states.new_empty(num_rows)
         return fixed
+
+    def _empty_rows(self, num_rows: int, width: int) -> Context:
+        slots, mask = self.decoding.slots.new_empty(num_rows * width), self.decoding.mask.new_empty(num_rows, 1, 1, width)
+        return Context(slots, mask, width)
 
     def fill(self, batch: PagedBatch) -> None:
         """Takes over another batch's rows. What is beyond them reads the null block and writes into the spare slot."""
-        rows, context = batch.num_decoding, batch.context
+        rows = batch.num_decoding
         for mine, its in ((self.tokens_T, batch.tokens_T), (self.positions_T, batch.positions_T), (self.slots_T, batch.slots_T)):
             mine[:rows].copy_(its)
         self.slots_T[rows:] = self.cache.spare_slot
-        self.decoding_slots.fill_(NULL_BLOCK * self.cache.block_size)
-        self.decoding_slots.view(self.num_decoding, -1)[:rows, :context].copy_(batch.decoding_slots.view(rows, -1))
-        self.decoding_mask.fill_(float("-inf"))
-        self.decoding_mask[..., 0] = 0.0
-        self.decoding_mask[:rows, ..., :context].copy_(batch.decoding_mask)
+        pairs = [(self.decoding, batch.decoding)]
+        if self.windowed is not self.decoding:
+            pairs.append((self.windowed, batch.windowed))
+        for own, other in pairs:
+            own.slots.fill_(NULL_BLOCK * self.cache.block_size)
+            own.slots.view(self.num_decoding, -1)[:rows, : other.width].copy_(other.slots.view(rows, -1))
+            own.mask.fill_(float("-inf"))
+            own.mask[..., 0] = 0.0
+            own.mask[:rows, ..., : other.width].copy_(other.mask)
+        if self.states.num_slots:
+            self.decoding_states[:rows].copy_(batch.decoding_states)
+            self.decoding_states[rows:] = self.states.num_slots
 
-    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    def rehearse(self) -> None:
+        """The rows may be run once more than they count: keys that are written twice are the same keys, a state would move on twice."""
+        if self.states.num_slots:
+            self.decoding_states.fill_(self.states.num_slots)
+
+    # --- attention ---
+
+    def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, form: Form) -> torch.Tensor:
         """query [H, T, D], key and value [G, T, D] -> [H, T, D]."""
-        self.cache.write(layer, self.slots_T, key.transpose(0, 1), value.transpose(0, 1))
+        if form.latent is not None:
+            self.cache.write(layer, self.slots_T, form.latent.entry(key))
+        else:
+            self.cache.write(layer, self.slots_T, key.transpose(0, 1), value.transpose(0, 1))
         query_THD = query.transpose(0, 1)
         if not self.spans:
-            return self._decode(layer, query_THD, scaling).transpose(0, 1)
-        out_THD = torch.empty_like(query_THD)
+            return self._decode(layer, query_THD, form).transpose(0, 1)
+        out_THD = query.new_empty(query_THD.shape[0], query_THD.shape[1], value.shape[-1])
         if self.decoding_rows is not None:
-            out_THD[self.decoding_rows] = self._decode(layer, query_THD[self.decoding_rows], scaling)
+            out_THD[self.decoding_rows] = self._decode(layer, query_THD[self.decoding_rows], form)
         for span in self.spans:
-            rows = slice(span.first, span.last)
-            if span.slots_M is None:
-                out_HTD = _attend_span(query[:, rows], key[:, rows], value[:, rows], None, scaling)
-            else:
-                key_MGD, value_MGD = self.cache.read(layer, span.slots_M)
-                out_HTD = _attend_span(query[:, rows], key_MGD.transpose(0, 1), value_MGD.transpose(0, 1), span.mask_TM, scaling)
+            rows = span.rows
+            out_HTD = self._attend_span(layer, span, query[:, rows], key[:, rows], value[:, rows], form)
             out_THD[rows] = out_HTD.transpose(0, 1)
         return out_THD.transpose(0, 1)
 
-    def _decode(self, layer: int, query_BHD: torch.Tensor, scaling: float) -> torch.Tensor:
-        key, value = self.cache.read(layer, self.decoding_slots)
+    def _decode(self, layer: int, query_BHD: torch.Tensor, form: Form) -> torch.Tensor:
+        seen = self.windowed if form.window is not None else self.decoding
+        if form.latent is not None:
+            return self._decode_latents(layer, query_BHD, form, form.latent, seen)
+        key, value = self.cache.read(layer, seen.slots)
         num, heads, head_dim = query_BHD.shape
         groups = key.shape[1]
-        key_BGMD = key.view(num, self.context, groups, head_dim).transpose(1, 2)
-        value_BGMD = value.view(num, self.context, groups, head_dim).transpose(1, 2)
+        key_BGMD = key.view(num, seen.width, groups, head_dim).transpose(1, 2)
+        value_BGMD = value.view(num, seen.width, groups, -1).transpose(1, 2)
+        if form.sinks is not None:
+            out_BH1D = attend_with_sinks(query_BHD.unsqueeze(2), key_BGMD, value_BGMD, seen.mask, form.scaling, form.sinks)
+            return out_BH1D.squeeze(2)
         query_BGQD = query_BHD.reshape(num, groups, heads // groups, head_dim)
-        out_BGQD = F.scaled_dot_product_attention(query_BGQD, key_BGMD, value_BGMD, attn_mask=self.decoding_mask, scale=scaling)
-        return out_BGQD.reshape(num, heads, head_dim)
+        out_BGQD = F.scaled_dot_product_attention(query_BGQD, key_BGMD, value_BGMD, attn_mask=seen.mask, scale=form.scaling)
+        return out_BGQD.reshape(num, heads, -1)
 
+    def _decode_latents(self, layer: int, query_BHD: torch.Tensor, form: Form, latent: LatentUp, seen: Context) -> torch.Tensor:
+        """The absorbed form: all heads read one entry (c, r) of each token."""
+        (entries,) = self.cache.read(layer, seen.slots)
+        entries_B1MD = entries.view(query_BHD.shape[0], 1, seen.width, -1)
+        query_HBD = latent.absorb(query_BHD.transpose(0, 1), self.decoding_segments)
+        mixed_B1HC = F.scaled_dot_product_attention(
+            query_HBD.transpose(0, 1).unsqueeze(1),
+            entries_B1MD,
+            entries_B1MD[..., : latent.latent_size],
+            attn_mask=seen.mask,
+            scale=form.scaling,
+        )
+        return latent.values(mixed_B1HC.squeeze(1).transpose(0, 1), self.decoding_segments).transpose(0, 1)
 
-def _attend_span(
-    query_HTD: torch.Tensor, key_GMD: torch.Tensor, value_GMD: torch.Tensor, mask_TM: torch.Tensor | None, scaling: float
-) -> torch.Tensor:
-    out = F.scaled_dot_product_attention(
-        query_HTD[None], key_GMD[None], value_GMD[None], attn_mask=mask_TM, is_causal=mask_TM is None, scale=scaling, enable_gqa=True
-    )
-    return out[0]
+    def _attend_span(self, layer: int, span: Span, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, form: Form) -> torch.Tensor:
+        """One chunk of a prompt: [H, T, D] of its rows."""
+        seen = span.windowed if form.window is not None and self.window is not None else span.context
+        if seen is not None and form.latent is not None:
+            (entries,) = self.cache.read(layer, seen.slots)
+            own = Segment(span.chunk.sequence.request.adapter, 0, seen.width)
+            return form.latent.attend_expanded(query, entries.squeeze(1), seen.mask, form.scaling, own)
+        if seen is not None:
+            key, value = (entry.transpose(0, 1) for entry in self.cache.read(layer, seen.slots))
+        mask = None if seen is None else seen.mask
+        if form.sinks is not None:
+            if mask is None:
+                length = query.shape[1]
+                mask = query.new_full((length, length), float("-inf")).triu_(1)
+            return attend_with_sinks(query[None], key[None], value[None], mask[None, None], form.scaling, form.sinks)[0]
+        out = F.scaled_dot_product_attention(
+            query[None], key[None], value[None], attn_mask=mask, is_causal=mask is None, scale=form.scaling, enable_gqa=True
+        )
+        return out[0]
+
+    # --- layers with a state ---
+
+    def recur(self, layer: Recurrent, hidden_TD: torch.Tensor) -> torch.Tensor:
+        tensors = self.states.of_layer[layer.index]
+        out_TD = torch.empty_like(hidden_TD)
+        if self.num_decoding:
+            rows = self.decoding_rows if self.decoding_rows is not None else slice(None)
+            with rows_of(self.decoding_segments, 0, self.num_decoding):
+                out_TD[rows] = layer.run(hidden_TD[rows].unsqueeze(1), States(tensors, self.decoding_states)).squeeze(1)
+        for span in self.spans:
+            assert span.state is not None
+            with rows_of(self.segments, span.first, span.last):
+                out_TD[span.rows] = layer.run(hidden_TD[span.rows].unsqueeze(0), States(tensors, span.state)).squeeze(0)
+        return out_TD
 
 
 def segments_of(chunks: list[Chunk], stops: list[int]) -> list[Segment]:

@@ -1,9 +1,9 @@
 """Writing adapters to disk beside the device thread, and reading them back.
 
 The device thread hands over copies (a version's bytes never change under the writer); one writer thread turns them into folders
-that are whole or absent (store/folders.py), and reports each when it is durable. Layout of a folder: `adapter.safetensors`
-(float32, `<path>.lora_A` [rank, in], `<path>.lora_B` [out, rank]), `optimizer.safetensors` (`.exp_avg_A` ... and `.grad_A` ... where a
-gradient was pending), and manifest.json, which also holds what the adapter is.
+that are whole or absent (store/folders.py), and reports each when it is durable. Layout of a folder: `adapter.safetensors` (float32, `<path>.lora_A`
+[rank, in], `<path>.lora_B` [out, rank]; on experts either may have an axis in front), `optimizer.safetensors` (`.exp_avg_A` ... and
+`.grad_A` ... where a gradient was pending), and manifest.json, which also holds what the adapter is.
 """
 
 from __future__ import annotations
@@ -34,26 +34,28 @@ class State:
     """A copy of an adapter at one moment; what a folder is written from."""
 
     def __init__(self, adapter: TrainingAdapter, optimizer: bool, gradient: bool, metadata: dict[str, str] | None = None):
-        rank, shapes = adapter.lora.rank, adapter.shapes
-        self.weights = _named(split(adapter.params.to("cpu", copy=True), shapes, rank), "lora")
+        shapes = adapter.shapes
+        self.weights = _named(split(adapter.params.to("cpu", copy=True), shapes), "lora")
         self.extra: dict[str, torch.Tensor] = {}
         moments = adapter.moments() if optimizer else None
         if moments is not None:
             for name, flat in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
-                self.extra |= _named(split(flat.to("cpu", copy=True), shapes, rank), name)
+                self.extra |= _named(split(flat.to("cpu", copy=True), shapes), name)
         if gradient and adapter.has_grad:
-            self.extra |= _named(split(adapter.grad.to("cpu", copy=True), shapes, rank), "grad")
+            self.extra |= _named(split(adapter.grad.to("cpu", copy=True), shapes), "grad")
         lora = adapter.lora
         self.manifest: dict[str, Any] = {
             "format": FORMAT,
             "base": adapter.base,
             "model_id": adapter.model_id,
-            "rank": rank,
+            "rank": adapter.lora.rank,
             "alpha": lora.alpha,
             "seed": lora.seed,
             "train_attn": lora.train_attn,
             "train_mlp": lora.train_mlp,
             "train_unembed": lora.train_unembed,
+            "expert_lora": lora.expert_lora,
+            "train_vision": lora.train_vision,
             "step": adapter.step if optimizer else 0,
             "seq": adapter.seq,
             "optimizer": optimizer,
@@ -122,7 +124,7 @@ def restore(adapter: TrainingAdapter, folder: Path, optimizer: bool) -> None:
 
 def _fitting(adapter: TrainingAdapter, tensors: dict[str, torch.Tensor], kind: str, folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of one kind, if they are the adapter's in name and shape."""
-    targets = _named_views(split(adapter.params, adapter.shapes, adapter.lora.rank), kind)
+    targets = _named_views(split(adapter.params, adapter.shapes), kind)
     given = {name for name in tensors if name.rsplit(".", 1)[-1] in (f"{kind}_A", f"{kind}_B")}
     if given != set(targets):
         odd = sorted(given ^ set(targets))[0]
@@ -135,7 +137,7 @@ def _fitting(adapter: TrainingAdapter, tensors: dict[str, torch.Tensor], kind: s
         if tensors[name].shape != target.shape:
             raise InvalidRequest(
                 f"checkpoint {folder.name}: {name} has shape {list(tensors[name].shape)}, the adapter's is {list(target.shape)}; "
-                "ranks must agree",
+                "ranks and the layout of matrices on experts must agree",
                 param="path",
             )
     return {name: tensors[name] for name in targets}
@@ -144,7 +146,7 @@ def _fitting(adapter: TrainingAdapter, tensors: dict[str, torch.Tensor], kind: s
 def _filled(adapter: TrainingAdapter, tensors: dict[str, torch.Tensor], kind: str) -> torch.Tensor:
     """The tensors of one kind in one flat buffer."""
     flat = torch.zeros_like(adapter.params)
-    for name, target in _named_views(split(flat, adapter.shapes, adapter.lora.rank), kind).items():
+    for name, target in _named_views(split(flat, adapter.shapes), kind).items():
         target.copy_(tensors[name])
     return flat
 
@@ -156,7 +158,7 @@ def _named_views(pairs: dict[str, tuple[torch.Tensor, torch.Tensor]], kind: str)
 def lora_of(folder: Path) -> LoraSpec:
     """The LoRA configuration that a checkpoint folder was trained with."""
     manifest = read_manifest(folder)
-    return LoraSpec(**{name: manifest[name] for name in LoraSpec.__struct_fields__})
+    return LoraSpec(**{name: manifest[name] for name in LoraSpec.__struct_fields__ if name in manifest})  # older ones lack some
 
 
 class Writer:

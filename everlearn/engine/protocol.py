@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
-from everlearn.types import AdamParams, Array, BaseModelInfo, Datum, LoraSpec, Result, SamplingParams
+from everlearn.types import AdamParams, Array, BaseModelInfo, Datum, ImageSpan, LoraSpec, Result, SamplingParams
 
 STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
@@ -112,7 +112,7 @@ class Sample(Command, tag="sample"):
     version: str
     folder: str
     cache_salt: str
-    prompt: Array  # int32 [P]
+    prompt: Array  # int32 [P]; the model's image token wherever one of `images` stands
     num_samples: int
     params: SamplingParams
     prompt_logprobs: bool = False
@@ -123,6 +123,7 @@ class Sample(Command, tag="sample"):
     prompt_alt_tokens_k: int = 0
     stream: bool = False
     deadline: float = 0.0
+    images: list[ImageSpan] = []
 
 
 class Cancel(Command, tag="cancel"):
@@ -155,6 +156,7 @@ class Ready(Event, tag="ready"):
     kv_tokens: int
     models: list[BaseModelInfo]
     load_seconds: float
+    kv_token_bytes: int = 0  # what one of `kv_tokens` takes: keys and values of every layer, or its latents
 
 
 class TokenPart(msgspec.Struct, frozen=True, array_like=True):

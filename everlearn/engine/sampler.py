@@ -25,12 +25,13 @@ from everlearn.engine.fairness import FairQueue
 from everlearn.engine.faults import as_error
 from everlearn.engine.grammar import Grammars
 from everlearn.engine.graphs import DecodeGraphs
-from everlearn.engine.kvcache import BlockPool, KVCache, num_blocks_for
+from everlearn.engine.kvcache import BlockPool, KVCache, StateCache, num_blocks_for, num_states_for
 from everlearn.engine.masks import Masks, advance
 from everlearn.engine.paged import Chunk, PagedBatch, segments_of
 from everlearn.engine.protocol import STEP_TOKENS, Completed, Failed, Sample, Tokens
 from everlearn.engine.scoring import LOGIT_ROWS
 from everlearn.engine.sequence import Request, Sequence
+from everlearn.engine.sight import of_chunks, see
 from everlearn.engine.stops import StopStrings
 from everlearn.errors import EverlearnError, InvalidRequest, TooLarge
 from everlearn.models.bank import Bank
@@ -51,14 +52,15 @@ class Sampler:
         self.base, self.bank = base, bank
         self.max_batch = engine.max_batch
         self.prefill_tokens = engine.prefill_tokens or (CPU_PREFILL if base.device.type == "cpu" else GPU_PREFILL)
-        token_bytes = 2 * base.num_layers * base.num_kv_heads * base.head_dim * base.dtype.itemsize
+        form, item = base.cache_form, base.dtype.itemsize
+        self.token_bytes = form.floats * item
+        self.states = StateCache(form, num_states_for(form, engine.max_batch, item, base.device), base.device, base.dtype)
         most = engine.max_batch * base.info.max_context
-        num_blocks = num_blocks_for(engine.kv_tokens, engine.block_size, token_bytes, base.device, most)
+        num_blocks = num_blocks_for(engine.kv_tokens, engine.block_size, self.token_bytes, base.device, most)
         self.pool = BlockPool(num_blocks, engine.block_size)
-        heads_GD = (base.num_kv_heads, base.head_dim)
-        self.cache = KVCache(base.num_layers, num_blocks, engine.block_size, heads_GD, base.device, base.dtype)
-        self.graphs = DecodeGraphs(base) if base.device.type == "cuda" else None
-        self.blocks = Blocks(self.pool, self.cache)
+        self.cache = KVCache(form, num_blocks, engine.block_size, base.device, base.dtype)
+        self.graphs = DecodeGraphs(base) if base.device.type == "cuda" and base.steps_can_be_recorded else None
+        self.blocks = Blocks(self.pool, self.cache, self.states)
         self.grammars = Grammars(base, engine.grammar_seconds, engine.grammar_cache)
         self.masks = Masks(self.grammars, engine.threads or os.cpu_count() or 1)
         self.compiling: list[Request] = []
@@ -104,7 +106,7 @@ class Sampler:
         self._take_compiled()
         self._end_expired()
         with torch.inference_mode():
-            chunks = self._schedule()
+            chunks = self._seen(self._schedule())
             if chunks:
                 tokens = sum(chunk.stop - chunk.start for chunk in chunks)
                 self.step_tokens += tokens
@@ -237,16 +239,30 @@ class Sampler:
 
     # --- run ---
 
+    def _seen(self, chunks: list[Chunk]) -> list[Chunk]:
+        """The chunks, their images seen; a request with an image that can't be read fails by itself."""
+        tower = self.base.vision
+        if tower is None:
+            return chunks
+        for chunk in chunks:
+            try:
+                see(tower, chunk)
+            except Exception as error:
+                self._fail(chunk.sequence.request, as_error(error, "while its images were read"))
+        return [chunk for chunk in chunks if not chunk.sequence.stop_reason]
+
     def _run(self, chunks: list[Chunk]) -> tuple[PagedBatch, torch.Tensor]:
-        batch = PagedBatch(chunks, self.cache, self.base.device, self.base.dtype)
-        hidden_TD = self.graphs.hidden(batch) if self.graphs is not None else None
-        return batch, self.base.hidden(batch.tokens_T, batch.positions_T, batch) if hidden_TD is None else hidden_TD
+        batch = PagedBatch(chunks, self.cache, self.states, self.base.device, self.base.dtype)
+        visual = of_chunks(self.base.vision, chunks, batch.stops) if batch.shows else None
+        hidden_TD = self.graphs.hidden(batch) if self.graphs is not None and visual is None else None
+        return batch, self.base.hidden(batch.tokens_T, batch.positions_T, batch, visual) if hidden_TD is None else hidden_TD
 
     # --- postprocess ---
 
     def _postprocess(self, chunks: list[Chunk], batch: PagedBatch, hidden_TD: torch.Tensor) -> None:
         """Scores prompts, draws tokens for sequences that are computed to their end, retires those that stop."""
         drawing: list[tuple[Chunk, int]] = []
+        batch.keep_routes(chunks)
         for chunk, stop_row in zip(chunks, batch.stops, strict=True):
             sequence, request = chunk.sequence, chunk.sequence.request
             if sequence.stop_reason:  # another sample of this request has just failed it
@@ -280,6 +296,8 @@ class Sampler:
             request.prompt_counted, request.hit_tokens = True, chunk.start
             self.prompt_tokens += len(request.prompt)
             self.prefix_hit_tokens += chunk.start
+        if request.features and chunk.stop >= len(request.prompt):
+            request.features.clear()
         self.blocks.computed(sequence, chunk.stop)
 
     def _samples(self, sequence: Sequence) -> list[Sequence]:
@@ -375,6 +393,8 @@ class Sampler:
         end without a token drawn from it; their last position is computed once more."""
         largest = max(chunks, key=lambda c: c.stop - c.start).sequence.request
         for sequence in [s for chunk in chunks for s in chunk.sequence.request.sequences]:
+            if sequence.state is not None:
+                self._preempt(sequence)  # some layers have read their tokens and some have not
             sequence.computed = min(sequence.computed, sequence.num_tokens - 1)
         message = f"the device ran out of memory on this request: {error}; shorten the prompt or lower engine.prefill_tokens"
         self._fail(largest, TooLarge(message))

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from everlearn.engine.kvcache import next_digest, root_digest
 from everlearn.engine.protocol import Sample, Times, TokenPart, Tokens
+from everlearn.engine.routes import recorded
 from everlearn.engine.scoring import PromptScores
 from everlearn.engine.stops import StopStrings
 from everlearn.models.lora import AdapterWeights
-from everlearn.types import Array, SampledSequence, SampleResult, TopK
+from everlearn.models.vision import positions_of
+from everlearn.types import Array, ImageSpan, SampledSequence, SampleResult, TopK
 
 if TYPE_CHECKING:
+    import torch
+
     from everlearn.engine.grammar import Compilation
     from everlearn.engine.masks import Follower
 
@@ -30,6 +35,11 @@ class Request:
     def __init__(self, command: Sample, max_new: int, eos: Iterable[int] = ()):
         self.command, self.params, self.max_new = command, command.params, max_new
         self.prompt = prompt = command.prompt.numpy().astype(np.int32, copy=False)
+        # With images positions fall behind the count of tokens; from the prompt's end on by the same number.
+        self.positions_3P = positions_of(len(prompt), command.images) if command.images else None
+        self.lag = len(prompt) - 1 - int(self.positions_3P[:, -1].max()) if self.positions_3P is not None else 0
+        self.features: dict[int, torch.Tensor] = {}  # of images by their place in the command, while the prompt is being computed
+        self.image_digests = [digest_of(image) for image in command.images]
         self.root = root_digest(command.cache_salt, command.base, command.version)
         # A grammar's text ends where the model says that it ends, also for clients who switched that off.
         self.stop_tokens = frozenset([*command.params.stop_tokens, *(eos if command.params.grammar is not None else ())])
@@ -82,6 +92,10 @@ class Request:
         )
 
 
+def digest_of(image: ImageSpan) -> bytes:
+    return blake2b(f"{image.rows}x{image.columns}:".encode() + image.data, digest_size=16).digest()
+
+
 class TokenCounts:
     """The different tokens of a sequence and how often each was generated (0 for those of the prompt alone)."""
 
@@ -112,9 +126,11 @@ class Sequence:
         self.logprobs: list[float] = []
         self.topk_ids: list[np.ndarray] = []
         self.topk_logprobs: list[np.ndarray] = []
+        self.routes: list[tuple[int, np.ndarray]] = []  # first position, experts' ids (routes.py)
         self.blocks: list[int] = []
         self.computed = 0
         self.digests: list[bytes] = []
+        self.state: int | None = None  # its slot, where layers keep a state of the whole sequence
         self.stops: StopStrings | None = None
         self.stop_reason = ""
         self.begun = False  # waits again, or was forked from a computed prompt
@@ -134,6 +150,27 @@ class Sequence:
         split = len(prompt)
         fresh = np.array(self.generated[max(start - split, 0) : stop - split], dtype=np.int32)
         return fresh if start >= split else np.concatenate([prompt[start:], fresh])
+
+    def positions(self, start: int, stop: int) -> np.ndarray:
+        """int64 positions of tokens [start, stop): [n], or [3, n] where one of them belongs to an image."""
+        prompt_3P = self.request.positions_3P
+        if prompt_3P is None:
+            return np.arange(start, stop)
+        later = np.arange(max(start, len(self.request.prompt)), stop) - self.request.lag
+        if not self.images(start, stop):
+            return np.concatenate([prompt_3P[0, start:stop], later])
+        return np.concatenate([prompt_3P[:, start:stop], np.broadcast_to(later, (3, len(later)))], axis=1)
+
+    def position(self, index: int) -> int | np.ndarray:
+        """The position of one token: a number, or [3] where it may belong to an image."""
+        request = self.request
+        if request.positions_3P is None or index >= len(request.prompt):
+            return index - request.lag
+        return request.positions_3P[:, index] if self.images(index, index + 1) else request.positions_3P[0, index]
+
+    def images(self, start: int, stop: int) -> list[int]:
+        """Which of the prompt's images have tokens in [start, stop)."""
+        return [i for i, image in enumerate(self.request.command.images) if image.start < stop and start < image.stop]
 
     def token(self, position: int) -> int:
         split = len(self.request.prompt)
@@ -160,7 +197,10 @@ class Sequence:
         while len(self.digests) < num:
             start = len(self.digests) * block_size
             parent = self.digests[-1] if self.digests else self.request.root
-            self.digests.append(next_digest(parent, self.tokens(start, start + block_size).tobytes()))
+            content = self.tokens(start, start + block_size).tobytes()
+            for i in self.images(start, start + block_size):  # image tokens are all alike
+                content += self.request.image_digests[i] + (self.request.command.images[i].start - start).to_bytes(8, "little", signed=True)
+            self.digests.append(next_digest(parent, content))
         return self.digests[:num]
 
     def fork(self, index: int) -> Sequence:
@@ -168,6 +208,7 @@ class Sequence:
         other = Sequence(self.request, index)
         other.begun = True
         other.blocks, other.computed, other.digests = list(self.blocks), self.computed, list(self.digests)
+        other.routes = list(self.routes)
         return other
 
     def append(self, token: int, logprob: float) -> None:
@@ -198,4 +239,5 @@ class Sequence:
             logprobs = np.stack(self.topk_logprobs) if self.topk_logprobs else np.zeros((0, k), np.float32)
             topk = TopK(Array.of(ids), Array.of(logprobs))
         tokens, logprobs_N = np.array(self.generated, dtype=np.int32), np.array(self.logprobs, dtype=np.float32)
-        return SampledSequence(self.stop_reason, Array.of(tokens), Array.of(logprobs_N), topk)
+        routing = recorded(self.routes, self.num_tokens)
+        return SampledSequence(self.stop_reason, Array.of(tokens), Array.of(logprobs_N), topk, routing)

@@ -19,10 +19,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from everlearn.engine import routes
 from everlearn.engine.adapter import TrainingAdapter
 from everlearn.engine.faults import as_error, whole
 from everlearn.engine.packing import Piece, choose, cut
 from everlearn.engine.protocol import ForwardBackward
+from everlearn.engine.sight import Placed, of_datums, row_positions
 from everlearn.errors import EverlearnError, InvalidRequest
 from everlearn.faultpoints import around
 from everlearn.losses.metrics import request_metrics
@@ -30,17 +32,9 @@ from everlearn.losses.table import LOSSES, Loss, pack_inputs
 from everlearn.models.attention import PackedBatch, running
 from everlearn.models.load import BaseModel
 from everlearn.models.lora import AdapterWeights, Segment
+from everlearn.models.routing import Watch, counts
+from everlearn.models.vision import Visual, check_images
 from everlearn.types import Array, Datum, ForwardBackwardResult
-
-# The input that multiplies a token's whole loss: where it is 0 the token has no gradient, and the head does half of the work.
-ZERO_WITHOUT = {
-    "cross_entropy": "weights",
-    "importance_sampling": "advantages",
-    "ppo": "advantages",
-    "cispo": "advantages",
-    "gspo": "advantages",
-    "stable_reinforce": "sampled_mask",
-}
 
 
 @dataclass(eq=False)
@@ -56,6 +50,7 @@ class Job:
     pieces: deque[Piece] = field(default_factory=deque)
     logprobs: list[torch.Tensor | None] = field(default_factory=list)
     loss_sums: list[float] = field(default_factory=list)
+    routed: routes.Routed = field(default_factory=routes.Routed)
     alone: bool = False  # shares no row any more
     started: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
@@ -66,6 +61,7 @@ class Job:
         """Nothing of it has run (any more)."""
         self.pieces, self.loss_sums = deque(self.plan), []
         self.logprobs = [None] * len(self.command.data)
+        self.routed = routes.Routed()
         if self.grad is not None:
             self.grad.zero_()
         return self
@@ -116,7 +112,9 @@ class Trainer:
                 raise InvalidRequest(
                     f"datum {i} has {length} tokens; {self.base.info.name} takes at most {self.base.max_context}; cut it", param="data"
                 )
+            check_images(self.base.vision, self.base.info.name, length, command.data[i].images, f"data[{i}].model_input")
         widths = [d.inputs["target_tokens"].shape[1] if len(d.inputs["target_tokens"].shape) > 1 else 1 for d in command.data]
+        routes.check(self.base, command.data, command.loss_fn)
         grad = None
         if not command.forward_only:
             grad = torch.zeros_like(adapter.grad) if adapter.has_grad else adapter.grad
@@ -152,6 +150,7 @@ class Trainer:
         shapes = [datum.inputs["target_tokens"].shape for datum in job.command.data]
         outputs = [{"logprobs": Array.of(own.numpy().reshape(shape))} for own, shape in zip(logprobs, shapes, strict=True)]
         metrics = {"loss:sum": float(np.sum(np.asarray(job.loss_sums, dtype=np.float64)))}
+        metrics |= job.routed.metrics()
         return ForwardBackwardResult(outputs, metrics | request_metrics(job.loss, job.command.data, logprobs, job.config))
 
     # --- one row ---
@@ -172,13 +171,15 @@ class Trainer:
         parts, tokens, positions, lengths = self._assemble(jobs)
         segments = [Segment(p.job.weights(), p.start, p.stop) for p in parts]
         batch = PackedBatch(lengths, segments)
+        batch.watch = routes.replay(self.base, [p.job.command.data[i] for p in parts for i in p.piece.datums])
         targets = torch.cat([p.targets for p in parts])
         if forward_only:
             with torch.no_grad():
-                hidden = self.base.hidden(tokens, positions, batch)
+                hidden = self.base.hidden(tokens, positions, batch, self._visual(parts, segments))
             logprobs = self.base.head.logprobs(hidden, targets, segments)
         else:
             logprobs = self._backward(parts, tokens, positions, targets, batch)
+        self._count_experts(parts, batch.watch)
         self._collect(parts, logprobs)
         self.trained_tokens += tokens.shape[0]
 
@@ -186,7 +187,7 @@ class Trainer:
         self, parts: list[Part], tokens: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor, batch: PackedBatch
     ) -> torch.Tensor:
         with torch.enable_grad():
-            hidden = self.base.hidden(tokens, positions, batch)
+            hidden = self.base.hidden(tokens, positions, batch, self._visual(parts, batch.segments))
         detached = hidden.detach()
         whole: dict[int, torch.Tensor] = {}  # gradients of parts whose loss looks at whole sequences
         if any(not p.job.loss.per_token for p in parts):
@@ -224,14 +225,30 @@ class Trainer:
             start += at
         device = self.base.device
         row = torch.from_numpy(np.concatenate(tokens).astype(np.int64)).to(device)
-        positions = torch.from_numpy(np.concatenate([np.arange(n, dtype=np.int64) for n in lengths])).to(device)
-        return parts, row, positions, lengths
+        images = [part.job.command.data[i].images for part in parts for i in part.piece.datums]
+        return parts, row, torch.from_numpy(row_positions(list(zip(lengths, images, strict=True)))).to(device), lengths
+
+    def _visual(self, parts: list[Part], segments: list[Segment]) -> Visual | None:
+        """What the row shows; segments are the parts', one each."""
+        placed: list[Placed] = []
+        for part, segment in zip(parts, segments, strict=True):
+            datums = [part.job.command.data[i] for i in part.piece.datums]
+            places = zip(part.spans, datums, strict=True)
+            placed += [(part.start + begin, datum, part.job.adapter.tenant, segment.adapter) for (begin, _), datum in places]
+        return of_datums(self.base.vision, placed)
 
     def _part(self, job: Job, piece: Piece, datums: list[Datum], start: int, stop: int, spans: list[tuple[int, int]]) -> Part:
         inputs, _ = pack_inputs(job.loss, datums, job.config, self.base.device)
         targets = inputs.pop("target_tokens")
+        job.routed.replayed(*routes.silence(job.loss.name, inputs, datums))
         flat = targets.ndim == 1
         return Part(job, piece, start, stop, inputs, targets.unsqueeze(1) if flat else targets, flat, spans)
+
+    def _count_experts(self, parts: list[Part], watch: Watch | None) -> None:
+        if watch is not None:
+            ids_TLK, num_experts = watch.ids(), routes.shape_of(self.base).experts
+            for part in parts:
+                part.job.routed.add(counts(ids_TLK[part.start : part.stop], num_experts))
 
     def _collect(self, parts: list[Part], logprobs: torch.Tensor) -> None:
         for part in parts:
@@ -279,7 +296,7 @@ class Trainer:
 
 def _active(part: Part) -> torch.Tensor:
     """Tokens that can have a gradient: where the loss declares an input that multiplies it, that input's non-zero places."""
-    name = ZERO_WITHOUT.get(part.job.loss.name)
+    name = routes.ZERO_WITHOUT.get(part.job.loss.name)
     if name is None or name not in part.inputs:
         return torch.ones(part.stop - part.start, dtype=torch.bool, device=part.targets.device)
     values = part.inputs[name] != 0

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from everlearn.errors import NotFound
-from everlearn.models.lora import AdapterWeights
+from everlearn.models.lora import AdapterWeights, expert_scale
 
 WEIGHTS_FILE = "adapter.safetensors"
 
@@ -50,10 +50,10 @@ class Bank:
             del self.borrowed[version]
         self._drop_idle()
 
-    def publish(self, version: str, scale: float, pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def publish(self, version: str, scale: float, pairs: dict[str, tuple[torch.Tensor, torch.Tensor]], expert_scale: float = 0.0) -> None:
         """Freezes a copy of `pairs` under a new name; live for the next request. `written` must follow before it may be dropped."""
         copies = {path: (a.detach().to(self.dtype, copy=True), b.detach().to(self.dtype, copy=True)) for path, (a, b) in pairs.items()}
-        self.versions[version] = AdapterWeights(version, scale, copies, frozen=True)
+        self.versions[version] = AdapterWeights(version, scale, copies, frozen=True, expert_scale=expert_scale)
         self._drop_idle()
 
     def written(self, version: str) -> None:
@@ -77,4 +77,6 @@ class Bank:
         paths = [name.removesuffix(".lora_A") for name in tensors if name.endswith(".lora_A")]
         # Copies: a tensor in a file's buffer is not aligned as an allocation is, and matrix products then round differently.
         pairs = {p: (tensors[f"{p}.lora_A"].to(self.dtype, copy=True), tensors[f"{p}.lora_B"].to(self.dtype, copy=True)) for p in paths}
-        return AdapterWeights(version, manifest["alpha"] / manifest["rank"], pairs, frozen=True)
+        return AdapterWeights(
+            version, manifest["alpha"] / manifest["rank"], pairs, frozen=True, expert_scale=expert_scale(manifest["alpha"], pairs)
+        )

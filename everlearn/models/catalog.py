@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from everlearn.config import BaseModelSettings, Settings
 from everlearn.errors import InvalidRequest, NotFound
 from everlearn.models import embedded
+from everlearn.render.patches import read_vision
 from everlearn.types import BaseModelInfo
 
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
@@ -264,6 +265,8 @@ def read_info(name: str, folder: Path, aliases: list[str]) -> BaseModelInfo:
         max_context=context,
         eos_token_ids=[eos] if isinstance(eos, int) else [token for token in eos or [] if isinstance(token, int)],
         num_parameters=count_parameters(folder),
+        vision=read_vision(folder, config),
+        num_experts=first("num_experts", "num_local_experts", "n_routed_experts") or 0,
     )
 
 

@@ -2,7 +2,8 @@
 
 The checkpoint folder is the canonical form: `adapter.safetensors` (float32, `<module path>.lora_A` [rank, in] and `.lora_B` [out, rank])
 and manifest.json; the update of a layer is alpha / rank · B A. PEFT's LoRA computes the same, so export renames tensors and import
-renames them back. merge.py writes the update into full weights, parity.py proves either. No torch here.
+renames them back; experts, which it keeps in a form of its own, are turned by export_experts.py and import_experts.py. merge.py writes
+the update into full weights, parity.py proves either. No torch here.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from everlearn.errors import Conflict, InvalidRequest, NotFound, Unsupported
-from everlearn.models import tensorfile
+from everlearn.models import export_experts, tensorfile
 from everlearn.models.tensorfile import Tensor, TensorFile
 from everlearn.store.folders import read_manifest, verify_folder, write_folder
 
@@ -36,9 +37,11 @@ DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 PEFT_EXTRAS: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None), "bias": ("none", None), "lora_bias": (False, None), "modules_to_save": (None, []),
     "rank_pattern": (None, {}), "alpha_pattern": (None, {}), "fan_in_fan_out": (False, None), "layer_replication": (None, []),
-    "trainable_token_indices": (None, [], {}), "target_parameters": (None, []), "use_qalora": (False, None), "arrow_config": (None,),
+    "trainable_token_indices": (None, [], {}), "use_qalora": (False, None), "arrow_config": (None,),
     "alora_invocation_tokens": (None, []),
 }  # fmt: skip
+
+PEFT_PATTERNS = ("rank_pattern", "alpha_pattern")  # understood where they speak of experts (import_experts.py)
 
 
 class Adapter:
@@ -67,6 +70,8 @@ class Adapter:
     def paths(self) -> list[str]:
         paths = [name.removesuffix(".lora_A") for name in self.tensors.names() if name.endswith(".lora_A")]
         for path in paths:
+            if export_experts.is_expert(path) and export_experts.sizes(self, path) is not None:
+                continue
             a = self.tensors.shape(f"{path}.lora_A")
             b = self.tensors.shape(f"{path}.lora_B") if f"{path}.lora_B" in self.tensors else ()
             if len(a) != 2 or len(b) != 2 or a[0] != self.rank or b[1] != self.rank:
@@ -75,11 +80,11 @@ class Adapter:
         return paths
 
     def pair(self, path: str) -> tuple[np.ndarray, np.ndarray]:
-        """A [rank, in] and B [out, rank], float32."""
+        """A [rank, in] and B [out, rank], float32; on experts with an axis in front, unless they share one."""
         return self.tensors.float32(f"{path}.lora_A"), self.tensors.float32(f"{path}.lora_B")
 
     def delta(self, path: str) -> np.ndarray:
-        """What merging adds to the module's weight: scale · B A, float32 [out, in]."""
+        """What merging adds to the module's weight: scale · B A, float32 [out, in]. (Experts: export_experts.delta.)"""
         a_RI, b_OR = self.pair(path)
         return (b_OR * np.float32(self.scale)) @ a_RI
 
@@ -94,7 +99,8 @@ def export_peft(
     ambiguity; `base_name` is what PEFT will load the base from (default: that folder)."""
     kind = dtype_code(dtype)
     tensors = []
-    for path in adapter.paths:
+    linear = [path for path in adapter.paths if not export_experts.is_expert(path)]
+    for path in linear:
         for side in "AB":
             name = f"{path}.lora_{side}"
             load = partial(_narrowed, adapter.tensors, name, kind)
@@ -113,8 +119,18 @@ def export_peft(
         "init_lora_weights": True,
         "inference_mode": True,
         "modules_to_save": None,
-        "target_modules": target_modules(adapter.paths, base),
+        "target_modules": target_modules(linear, base),
     }
+    if len(linear) < len(adapter.paths):
+        if base is None:
+            raise InvalidRequest("the adapter changes experts; name the base model's folder, which says how it keeps them", param="base")
+        experts = export_experts.to_peft(adapter, export_experts.is_in_turn(base))
+        tensors += [Tensor(f"{PEFT_PREFIX}{name}", kind, shape, partial(_cast, load, kind)) for name, shape, load in experts.tensors]
+        # PEFT takes modules of these names for the experts' on some architectures; as parameters they are what they are.
+        odd = sorted(path for path in linear if path.rsplit(".", 1)[-1] in export_experts.MISTAKEN)
+        config["target_modules"] = sorted(set(linear) - set(odd))
+        config["target_parameters"] = experts.parameters + [f"{path}.weight" for path in odd]
+        config |= {"rank_pattern": experts.ranks, "alpha_pattern": experts.alphas}
     with new_folder(out, overwrite) as work:
         tensorfile.write(work / PEFT_WEIGHTS, tensors, {"format": "pt"})
         write_json(work / PEFT_CONFIG, config)
@@ -129,6 +145,10 @@ def _peft_warnings(adapter: Adapter, base: Path | None) -> list[str]:
     if base is not None and is_tied(base):
         warnings.append("the base model ties lm_head to its embeddings; merging with PEFT would change both: use --format merged")
     return warnings
+
+
+def _cast(load: Callable[[], np.ndarray], kind: str) -> np.ndarray:
+    return tensorfile.narrow(load(), kind)
 
 
 def _narrowed(file: TensorFile, name: str, kind: str) -> np.ndarray:
@@ -154,7 +174,8 @@ def import_peft(folder: Path, out: Path, base_name: str, base: Path, seed: int =
     A checkpoint adapts all layers of attention, of the MLPs, or the head. Layers that the PEFT adapter leaves out get a fresh A
     and B = 0: the function stays the same and they can be trained.
     """
-    from everlearn.models.lora import kind_of  # imports torch
+    from everlearn.models import import_experts  # imports torch
+    from everlearn.models.lora import kind_of
 
     config = _read_peft_config(folder)
     given = TensorFile(folder / PEFT_WEIGHTS)
@@ -162,9 +183,14 @@ def import_peft(folder: Path, out: Path, base_name: str, base: Path, seed: int =
     # rank-stabilised LoRA divides by the root of the rank (Kalajdzievski 2023, arXiv:2312.03732)
     alpha = float(config["lora_alpha"]) * (math.sqrt(rank) if config.get("use_rslora") else 1.0)
     shapes = linear_shapes(base)
+    experts = import_experts.from_peft(folder, given, config, base, PEFT_PREFIX, alpha, _hint(folder))
     tensors: dict[str, Tensor] = {}
     for name in given.names():
+        if experts is not None and name in experts.names:
+            continue
         path, side = _peft_name(name, folder)
+        if import_experts.has_pattern(config, path):
+            raise Unsupported(f"{folder}: rank_pattern or alpha_pattern speaks of {path!r}; a checkpoint has one rank and one alpha")
         shape, wanted = given.shape(name), shapes.get(path)
         if wanted is None or (path != HEAD and kind_of(path) is None):
             raise Unsupported(f"{folder}: {path!r} isn't a linear layer of attention, MLP or head of {base_name!r}; it can't be imported")
@@ -172,7 +198,7 @@ def import_peft(folder: Path, out: Path, base_name: str, base: Path, seed: int =
             raise InvalidRequest(f"{folder}: {name} has shape {list(shape)}; that isn't rank {rank} on {wanted[1]} -> {wanted[0]}")
         tensors[f"{path}.lora_{side}"] = Tensor(f"{path}.lora_{side}", "F32", shape, partial(given.float32, name))
     adapted = {name.rsplit(".", 1)[0] for name in tensors}
-    kinds = {HEAD if path == HEAD else kind_of(path) for path in adapted}
+    kinds = {HEAD if path == HEAD else kind_of(path) for path in adapted} | ({"mlp"} if experts is not None else set())
     complete = [path for path in shapes if (HEAD if path == HEAD else kind_of(path)) in kinds]
     missing = [path for path in complete if path not in adapted]
     for path in missing:
@@ -181,12 +207,15 @@ def import_peft(folder: Path, out: Path, base_name: str, base: Path, seed: int =
         tensors[f"{path}.lora_B"] = Tensor(f"{path}.lora_B", "F32", (rows, rank), partial(np.zeros, (rows, rank), np.float32))
     if odd := [path for path in complete if f"{path}.lora_A" not in tensors or f"{path}.lora_B" not in tensors]:
         raise InvalidRequest(f"{folder}: {odd[0]} has only one of lora_A and lora_B; the file is incomplete")
+    of_experts = import_experts.tensors_of(experts, base, seed, _fresh) if experts is not None else {}
+    layout, rank = (experts.layout, experts.rank) if experts is not None else ("off", rank)
     manifest = {
         "format": FORMAT, "base": base_name, "model_id": "", "rank": rank, "alpha": alpha, "seed": seed,
-        "train_attn": "attn" in kinds, "train_mlp": "mlp" in kinds, "train_unembed": HEAD in kinds,
+        "train_attn": "attn" in kinds, "train_mlp": "mlp" in kinds, "train_unembed": HEAD in kinds, "expert_lora": layout,
+        "train_vision": "vision" in kinds,
         "step": 0, "seq": 0, "optimizer": False, "metadata": {"imported_from": folder.name},
     }  # fmt: skip
-    ordered = [tensors[f"{path}.lora_{side}"] for path in complete for side in "AB"]
+    ordered = [tensors[f"{path}.lora_{side}"] for path in complete for side in "AB"] + list(of_experts.values())
     out.parent.mkdir(parents=True, exist_ok=True)
     staged = out.parent / f".{out.name}.{secrets.token_hex(4)}.safetensors"
     try:
@@ -194,7 +223,13 @@ def import_peft(folder: Path, out: Path, base_name: str, base: Path, seed: int =
         write_folder(out, {WEIGHTS_FILE: staged}, manifest)
     finally:
         staged.unlink(missing_ok=True)
-    return missing
+    return missing + (experts.missing if experts is not None else [])
+
+
+def _hint(folder: Path) -> str:
+    """The layout on experts of the checkpoint that a folder was exported from; "" where it doesn't say."""
+    path = folder / "everlearn.json"
+    return str(json.loads(path.read_text()).get("expert_lora", "")) if path.is_file() else ""
 
 
 def _read_peft_config(folder: Path) -> dict[str, Any]:
@@ -206,8 +241,9 @@ def _read_peft_config(folder: Path) -> dict[str, Any]:
         raise Unsupported(f"{folder} holds no {PEFT_WEIGHTS}; pickled .bin files can run code and aren't read: save it again with PEFT")
     if config.get("peft_type") != "LORA":
         raise Unsupported(f"{folder}: peft_type is {config.get('peft_type')!r}; only LORA can be imported")
+    on_experts = bool(config.get("target_parameters"))
     for key, harmless in PEFT_EXTRAS.items():
-        if config.get(key) not in harmless:
+        if config.get(key) not in harmless and not (on_experts and key in PEFT_PATTERNS):
             raise Unsupported(f"{folder}: {key} is {config[key]!r}, which a checkpoint can't express; train without it or merge with PEFT")
     return config
 
@@ -252,11 +288,32 @@ def weight_files(base: Path) -> dict[str, TensorFile]:
 def linear_shapes(base: Path) -> dict[str, tuple[int, int]]:
     """(out, in) of the modules with a matrix `weight`, by path; a tied head is listed with its embedding's shape."""
     files = weight_files(base)
-    matrices = {name.removesuffix(".weight"): file.shape(name) for name, file in files.items() if name.endswith(".weight")}
+    matrices = {_module_of(name): file.shape(name) for name, file in files.items() if name.endswith(".weight")}
+    matrices |= _packed_shapes(files)
     shapes = {path: (shape[0], shape[1]) for path, shape in matrices.items() if len(shape) == 2 and ".experts." not in path}
     if HEAD not in shapes and is_tied(base):
         shapes[HEAD] = shapes[embedding_path(list(shapes))]
     return shapes
+
+
+def _packed_shapes(files: dict[str, TensorFile]) -> dict[str, tuple[int, ...]]:
+    """Of layers whose tensors on disk have another shape than the layer: INT4 and NF4 write it down beside them."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, file in files.items():
+        path, _, suffix = name.partition(".weight")
+        if suffix == "_shape":
+            shapes[_module_of(f"{path}.weight")] = tuple(file.raw(name).tolist())
+        elif suffix == ".quant_state.bitsandbytes__nf4":
+            shapes[_module_of(f"{path}.weight")] = tuple(json.loads(file.raw(name).tobytes())["shape"])
+    return shapes
+
+
+def _module_of(name: str) -> str:
+    """The module that a weight on disk belongs to. Some multimodal models keep their language model as it is by itself."""
+    path = name.removesuffix(".weight")
+    if path.startswith("language_model.model."):
+        return "model.language_model." + path.removeprefix("language_model.model.")
+    return path.removeprefix("language_model.") if path == f"language_model.{HEAD}" else path
 
 
 def embedding_path(paths: list[str]) -> str:
@@ -275,7 +332,7 @@ def is_tied(base: Path) -> bool:
 def provenance(adapter: Adapter, form: str, dtype: str) -> dict[str, Any]:
     """What an export was made from; kept beside the weights."""
     digest = hashlib.sha256((adapter.folder / "manifest.json").read_bytes()).hexdigest()
-    source = {key: adapter.manifest.get(key) for key in ("base", "model_id", "rank", "alpha", "step", "seq")}
+    source = {key: adapter.manifest.get(key) for key in ("base", "model_id", "rank", "alpha", "expert_lora", "step", "seq")}
     return {"format": f"everlearn-export-{form}", "dtype": dtype, "manifest_sha256": digest, **source}
 
 

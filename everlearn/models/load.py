@@ -6,6 +6,7 @@ head (head.py). Nothing else of the model is ours, and no code from a model fold
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
@@ -18,13 +19,22 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from everlearn.errors import InvalidRequest, Unsupported
-from everlearn.models import attention
+from everlearn.models import attention, families
+from everlearn.models.architecture import auto_class, read_config, read_json
 from everlearn.models.attention import Batch, running
+from everlearn.models.experts import LoraExperts, install_experts, top_k_of
 from everlearn.models.head import Head
-from everlearn.models.lora import FEW_ROWS, HEAD, LoraLinear, install, kind_of
+from everlearn.models.hooks import fuse_norms, hook_attention, refuse_what_the_hooks_miss
+from everlearn.models.lora import FEW_ROWS, HEAD, LoraLinear, PairShape, install, kind_of
+from everlearn.models.quant import count_parameters
+from everlearn.models.quant_experts import PackedStack
+from everlearn.models.routing import install_routing
 from everlearn.models.siblings import join_siblings
+from everlearn.models.vision import Visual, find_tower
+from everlearn.models.weights import PACKING, load_weights, read_scheme
 from everlearn.types import BaseModelInfo, LoraSpec
 
+log = logging.getLogger(__name__)
 # Tile sizes of the head: a CPU tile's logits fit its cache, a GPU wants large products.
 CPU_CHUNK, CPU_TILE = 256, 4096
 GPU_CHUNK, GPU_TILE = 2048, 32768
@@ -42,27 +52,38 @@ class BaseModel:
         config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
         self.num_layers: int = config.num_hidden_layers
         self.hidden_size: int = config.hidden_size
-        self.num_heads: int = config.num_attention_heads
-        self.num_kv_heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        self.head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.vocab_size: int = config.vocab_size
         self.max_context: int = info.max_context
         self.decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
         prefix = next(name for name, module in model.named_modules() if module is self.decoder)
         self.lora_modules: dict[str, LoraLinear] = install(self.decoder, prefix)
+        self.expert_modules: dict[str, LoraExperts] = install_experts(self.decoder, prefix, top_k_of(config))
+        install_routing(self.decoder, self.expert_modules)
         join_siblings(self.decoder)
+        self.cache_form = hook_attention(self.decoder, config, info.max_context)
         fuse_norms(self.decoder)
         chunk, tile = (CPU_CHUNK, CPU_TILE) if device.type == "cpu" else (GPU_CHUNK, GPU_TILE)
         self.head = Head(model.get_output_embeddings().weight, chunk, tile)  # type: ignore[operator]
-        self.num_parameters = sum(p.numel() for p in model.parameters())
+        self.vision = find_tower(info, model, device, dtype)
+        self.num_parameters = count_parameters(model)
         largest = max((layer.weight.numel() for layer in self.lora_modules.values()), default=0)
         self.runs_few_rows_serially = device.type == "cpu" and largest <= SERIAL_WEIGHT
+        # A loop over the experts that have rows asks the device which those are, and a recording can't.
+        fused = dtype == torch.bfloat16 and not any(isinstance(experts.up, PackedStack) for experts in self.expert_modules.values())
+        self.steps_can_be_recorded = fused or not self.expert_modules
 
-    def hidden(self, token_ids_T: torch.Tensor, position_ids_T: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Final hidden states [T, D] of one packed row; `batch` says what attends to what and which adapter each token uses."""
+    def hidden(self, token_ids_T: torch.Tensor, positions: torch.Tensor, batch: Batch, visual: Visual | None = None) -> torch.Tensor:
+        """Final hidden states [T, D] of one packed row; `batch` says what attends to what and which adapter each token uses. `positions`
+        are [T], or [3, T] in a row that shows images; `visual` is what it shows."""
         small = self.runs_few_rows_serially and len(token_ids_T) <= FEW_ROWS and not torch.is_grad_enabled()
+        inputs: dict[str, Any] = {"position_ids": positions.unsqueeze(-2), "use_cache": False}
+        if visual is None:
+            inputs["input_ids"] = token_ids_T.unsqueeze(0)
+        else:
+            embeds_TD = self.decoder.get_input_embeddings()(token_ids_T)  # type: ignore[operator]
+            inputs |= {"inputs_embeds": visual.embed(embeds_TD).unsqueeze(0), **visual.deepstack(len(token_ids_T))}
         with running(batch), one_thread() if small else nullcontext():
-            out = self.decoder(input_ids=token_ids_T.unsqueeze(0), position_ids=position_ids_T.unsqueeze(0), use_cache=False)
+            out = self.decoder(**inputs)
         return out.last_hidden_state[0]
 
     def enable_recompute(self) -> None:
@@ -77,18 +98,29 @@ class BaseModel:
             if isinstance(module, GradientCheckpointingLayer):
                 module.training = True
 
-    def adapter_shapes(self, lora: LoraSpec) -> dict[str, tuple[int, int]]:
-        """(input, output) size of every layer that an adapter with these switches trains, in the model's own order."""
+    def adapter_shapes(self, lora: LoraSpec) -> dict[str, PairShape]:
+        """The matrices of every layer that an adapter with these switches trains, in the model's own order; experts come last."""
         wanted = {"attn": lora.train_attn, "mlp": lora.train_mlp}
-        shapes = {path: (m.in_features, m.out_features) for path, m in self.lora_modules.items() if wanted[kind_of(path) or ""]}
+        sizes = {path: (m.in_features, m.out_features) for path, m in self.lora_modules.items() if wanted[kind_of(path) or ""]}
+        if lora.train_vision:
+            sizes |= self._tower_sizes()
         if lora.train_unembed:
-            shapes[HEAD] = (self.hidden_size, self.vocab_size)
+            sizes[HEAD] = (self.hidden_size, self.vocab_size)
+        shapes = {path: PairShape((lora.rank, num_in), (num_out, lora.rank)) for path, (num_in, num_out) in sizes.items()}
+        if lora.train_mlp and lora.expert_lora != "off":
+            for experts in self.expert_modules.values():
+                shapes |= experts.shapes(lora.expert_lora, lora.rank)
         if not shapes:
             raise InvalidRequest(
                 "the LoRA config trains nothing: train_attn, train_mlp and train_unembed are all false; set one of them",
                 param="lora_config",
             )
         return shapes
+
+    def _tower_sizes(self) -> dict[str, tuple[int, int]]:
+        if self.vision is None:
+            raise InvalidRequest(f"train_vision is true, and {self.info.name} has no vision tower; leave it out", param="lora_config")
+        return self.vision.sizes()
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -108,39 +140,62 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def load_base(info: BaseModelInfo, device: torch.device, dtype: torch.dtype) -> BaseModel:
-    """Loads a Hugging Face folder (safetensors only) and hooks it. Raises Unsupported where transformers has no such architecture, or
-    the folder doesn't hold all of its weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def load_base(info: BaseModelInfo, device: torch.device, dtype: torch.dtype, weights: str = "stored") -> BaseModel:
+    """Loads a Hugging Face folder (safetensors only) and hooks it; `weights` as the setting engine.weights has it. Raises Unsupported
+    where transformers has no such architecture, or the folder doesn't hold all of its weights."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # the engine's log is no terminal; the heartbeat says what is loading
-    if not any(Path(info.path).glob("*.safetensors")):
+    folder = Path(info.path)
+    if not any(folder.glob("*.safetensors")):
         raise Unsupported(f"base model {info.name!r}: {info.path} holds no .safetensors file; convert its weights to safetensors first")
+    config, scheme = read_config(folder), read_scheme(read_json(folder))
+    auto, settings = auto_class(config), {"dtype": dtype, "attn_implementation": attention.IMPLEMENTATION}
+
+    def build() -> nn.Module:
+        try:
+            outline: nn.Module = auto.from_config(config, **settings)
+        except (ValueError, ImportError) as error:
+            kind = config.model_type
+            raise Unsupported(
+                f"base model {info.name!r}: transformers builds no language model of a {kind!r}: {str(error)[:300]}"
+            ) from error
+        refuse_what_the_hooks_miss(info, outline)  # before memory is taken
+        return outline
+
+    if warning := families.warning_of(info.name, info.architecture):
+        log.warning("%s", warning)
+    model = load_weights(info.name, folder, build, scheme, device, dtype, PACKING.get(weights))
+    return wrap(info, converted(info, auto, config, settings).to(device) if model is None else model, device, dtype)
+
+
+def converted(info: BaseModelInfo, auto: Any, config: Any, settings: dict[str, Any]) -> nn.Module:
+    """The model as transformers loads it, with its conversions of older or other layouts."""
     try:
-        config = AutoConfig.from_pretrained(info.path, trust_remote_code=False, local_files_only=True)
-    except ValueError as error:
-        raise Unsupported(f"base model {info.name!r}: transformers can't read {info.path}/config.json: {error}") from error
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = auto.from_pretrained(
             info.path,
             config=config,
-            dtype=dtype,
-            attn_implementation=attention.IMPLEMENTATION,
             trust_remote_code=False,
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
+            **settings,
         )
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise Unsupported(f"base model {info.name!r} can't be loaded from {info.path}: {error}") from error
     refuse_missing_weights(info, report)
-    return wrap(info, model.to(device), device, dtype)
+    loaded: nn.Module = model
+    return loaded
 
 
 def refuse_missing_weights(info: BaseModelInfo, report: dict[str, Any]) -> None:
     """transformers fills in random numbers for what a folder lacks, and warns; a model that is part noise is no model."""
-    missing = sorted(report["missing_keys"])
+    missing, extra = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    if extra:
+        raise Unsupported(
+            f"base model {info.name!r}: {info.path} holds {len(extra)} tensors that the model has no place for (the first: {extra[0]}); "
+            "its config.json belongs to another model, or to another version of transformers"
+        )
     if missing:
         raise Unsupported(
             f"base model {info.name!r}: {info.path} lacks {len(missing)} of its tensors (the first: {missing[0]}); "
@@ -154,38 +209,6 @@ def wrap(info: BaseModelInfo, model: nn.Module, device: torch.device, dtype: tor
     model.config._attn_implementation = attention.IMPLEMENTATION  # type: ignore[union-attr]
     model.eval().requires_grad_(False)
     return BaseModel(info, model, device, dtype)
-
-
-# Classes that compute x / rms(x) * weight and nothing else (Gemma's, for one, multiplies by 1 + weight).
-PLAIN_RMS_NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Qwen3MoeRMSNorm", "DeepseekV3RMSNorm"}
-
-
-def fuse_norms(decoder: nn.Module) -> None:
-    """torch's own RMSNorm over the same weights: one operation for six, a quarter of the launches of a decoding step on a GPU."""
-    for module in list(decoder.modules()):
-        for name, child in list(module.named_children()):
-            if type(child).__name__ in PLAIN_RMS_NORMS:
-                norm: Any = child
-                fused = nn.RMSNorm(norm.weight.shape, eps=norm.variance_epsilon, device="meta")
-                fused.weight = norm.weight
-                setattr(module, name, fused.eval())
-
-
-def refuse_what_the_hooks_miss(info: BaseModelInfo, model: nn.Module) -> None:
-    """Raises Unsupported for a model that would run and compute something else: our attention is full and causal, and our head is one
-    matrix. (A layer with a state of its own would also carry it from one tenant's sequence to the next in a packed row.)"""
-    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    kinds = set(getattr(config, "layer_types", None) or (["sliding_attention"] if window else []))
-    if window and window >= info.max_context:
-        kinds.discard("sliding_attention")
-    found = [f"layers of kind {kind}" for kind in sorted(kinds - {"full_attention"})]
-    found += [name for name in ("attn_logit_softcapping", "final_logit_softcapping") if getattr(config, name, None)]
-    found += [name for name in ("logit_scale", "logits_scaling") if getattr(config, name, None) not in (None, 1.0)]
-    if getattr(model.get_output_embeddings(), "bias", None) is not None:  # type: ignore[operator]
-        found.append("a bias of the output layer")
-    if found:
-        raise Unsupported(f"base model {info.name!r} has {', '.join(found)}, which this version doesn't compute; choose another base model")
 
 
 def pick_device(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:

@@ -11,11 +11,14 @@ Axes: T tokens, I and O the layer's input and output size, R rank.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from everlearn.models.grouped import accumulate
+from everlearn.models.quant import PackedLinear, dense_of
 
 if TYPE_CHECKING:
     from everlearn.models.siblings import Siblings
@@ -25,12 +28,21 @@ Block = tuple[slice, slice, torch.Tensor]  # rows of y, rows of A x, and the B [
 HEAD = "lm_head"
 FEW_ROWS = 32
 PIECE_ROWS = 4096
+ROUTERS = ("gate", "router", "shared_expert_gate")  # linear layers that choose experts; they are never adapted
+
+
+class PairShape(NamedTuple):
+    """The shapes of A [..., R, I] and B [..., O, R]; what has an axis more in front is one for each expert."""
+
+    a: tuple[int, ...]
+    b: tuple[int, ...]
 
 
 @dataclass(eq=False)
 class AdapterWeights:
-    """A [R, I] and B [O, R] by module path. `grads` has the same keys where the adapter trains, else it is None. The values of a
-    `frozen` adapter never change, so layers that read one input may lay its matrices out together (siblings.py; `families`)."""
+    """A [R, I] and B [O, R] by module path; on experts with an axis in front (experts.py), and with a scale of their own. `grads` has the
+    same keys where the adapter trains, else it is None. The values of a `frozen` adapter never change, so layers that read one input may
+    lay its matrices out together (siblings.py; `families`)."""
 
     version: str
     scale: float
@@ -38,6 +50,15 @@ class AdapterWeights:
     grads: dict[str, Pair] | None = field(default=None, repr=False)
     frozen: bool = False
     families: dict[str, tuple[torch.Tensor, list[Block]]] = field(default_factory=dict, repr=False)
+    expert_scale: float = 0.0  # alpha / rank of an expert; 0: that of the other layers
+
+    def __post_init__(self) -> None:
+        self.expert_scale = self.expert_scale or self.scale
+
+
+def expert_scale(alpha: float, pairs: dict[str, Pair]) -> float:
+    """alpha / rank of the matrices on experts, which may have a rank of their own; 0 where there are none."""
+    return next((alpha / a.shape[-2] for a, b in pairs.values() if a.ndim == 3 or b.ndim == 3), 0.0)
 
 
 @dataclass(eq=False)
@@ -67,7 +88,7 @@ active_segments = _Active()
 class LoraLinear(nn.Module):
     """A frozen linear layer that adds the low-rank update of each token's adapter."""
 
-    def __init__(self, linear: nn.Linear, path: str):
+    def __init__(self, linear: nn.Linear | PackedLinear, path: str):
         super().__init__()
         self.weight = linear.weight
         self.bias = linear.bias
@@ -82,7 +103,9 @@ class LoraLinear(nn.Module):
         if self.siblings is not None and (y := self.siblings.output(self, x, segments)) is not None:
             return y
         parts = frozen_parts(segments, self.path)
-        return frozen_product(x.view(-1, self.in_features), self.weight, self.bias, parts).view(*x.shape[:-1], self.out_features)
+        return frozen_product(x.reshape(-1, self.in_features), dense_of(self.weight), self.bias, parts).view(
+            *x.shape[:-1], self.out_features
+        )
 
 
 Part = tuple[Segment, torch.Tensor, torch.Tensor]  # a segment with its adapter's A [R, I] and B [O, R] for one layer
@@ -160,7 +183,7 @@ class _LoraFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor, layer: LoraLinear, parts: list[Any]) -> torch.Tensor:
-        y = F.linear(x, layer.weight, layer.bias)
+        y = F.linear(x, dense_of(layer.weight), layer.bias)
         rows_x, rows_y = x.reshape(-1, layer.in_features), y.view(-1, layer.out_features)
         lows = [add_low_rank(rows_y, rows_x, *part) for part in parts]
         ctx.layer, ctx.parts = layer, parts
@@ -173,33 +196,27 @@ class _LoraFunction(torch.autograd.Function):
         layer: LoraLinear = ctx.layer
         dy_TO = grads[0].reshape(-1, layer.out_features)
         x_TI = x.reshape(-1, layer.in_features)
-        dx_TI = dy_TO @ layer.weight if ctx.needs_input_grad[0] else None
+        dx_TI = dy_TO @ dense_of(layer.weight) if ctx.needs_input_grad[0] else None
         for (segment, a_RI, b_OR), h_TR in zip(ctx.parts, lows, strict=True):
             rows = slice(segment.start, segment.stop)
             dh_TR = dy_TO[rows] @ b_OR
             if segment.adapter.grads is not None:
                 da_RI, db_OR = segment.adapter.grads[layer.path]
-                _accumulate(da_RI, dh_TR.t(), x_TI[rows], segment.adapter.scale)
-                _accumulate(db_OR, dy_TO[rows].t(), h_TR, segment.adapter.scale)
+                accumulate(da_RI, dh_TR.t(), x_TI[rows], segment.adapter.scale)
+                accumulate(db_OR, dy_TO[rows].t(), h_TR, segment.adapter.scale)
             if dx_TI is not None:
                 dx_TI[rows].addmm_(dh_TR, a_RI, alpha=segment.adapter.scale)
         return (dx_TI.view_as(x) if dx_TI is not None else None, None, None, None)
 
 
-def _accumulate(grad: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> None:
-    """grad += scale · left @ right; the sum is kept in float32 whatever the activations' type."""
-    if grad.dtype == left.dtype:
-        grad.addmm_(left, right, alpha=scale)
-    else:
-        grad.add_((left @ right).to(grad.dtype), alpha=scale)
-
-
 def kind_of(path: str) -> str | None:
-    """Which of LoraSpec's switches a linear layer falls under: attn, mlp, or None (never adapted: routers, vision towers)."""
+    """Which of LoraSpec's switches a linear layer falls under: attn, mlp, vision, or None (never adapted: routers)."""
     parts = path.split(".")
+    if "visual" in parts or "vision_tower" in parts:
+        return None if parts[-1].endswith("embed") else "vision"
     if any(part in ("self_attn", "attn", "attention", "linear_attn") for part in parts):
         return "attn"
-    if any(part in ("mlp", "feed_forward", "block_sparse_moe") for part in parts) and parts[-1] != "gate":
+    if any(part in ("mlp", "feed_forward", "block_sparse_moe") for part in parts) and parts[-1] not in ROUTERS:
         return "mlp"
     return None
 
@@ -210,7 +227,7 @@ def install(decoder: nn.Module, prefix: str) -> dict[str, LoraLinear]:
     for name, module in list(decoder.named_modules()):
         for child_name, child in list(module.named_children()):
             path = ".".join(p for p in (prefix, name, child_name) if p)
-            if type(child) is nn.Linear and kind_of(path) is not None:
+            if type(child) in (nn.Linear, PackedLinear) and kind_of(path) is not None:
                 layer = LoraLinear(child, path)
                 setattr(module, child_name, layer)
                 found[path] = layer

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from everlearn.errors import InvalidRequest, Unsupported
-from everlearn.models import tensorfile
+from everlearn.models import export_experts, tensorfile
 from everlearn.models.export import HEAD, Adapter, dtype_code, embedding_path, is_tied, new_folder, provenance, weight_files, write_json
 from everlearn.models.tensorfile import FLOATS, Tensor, TensorFile
 
@@ -35,11 +35,14 @@ def export_merged(adapter: Adapter, base: Path, out: Path, dtype: str = "keep", 
     untie = HEAD in adapter.paths and is_tied(base)
     if untie:
         files.pop(HEAD_WEIGHT, None)  # a copy that loading ignores; the true head is the embedding
-    weights = {path: _weight_of(path, files) for path in adapter.paths if not (untie and path == HEAD)}
+    linear = [path for path in adapter.paths if not export_experts.is_expert(path)]
+    weights = {path: _weight_of(path, files) for path in linear if not (untie and path == HEAD)}
     by_weight = {weight: path for path, weight in weights.items()}
+    owners, in_turn = export_experts.owners(adapter, files, _spellings), export_experts.is_in_turn(base)
     shards: dict[str, list[Tensor]] = {}
     for name, file in files.items():
-        tensor = _merged(adapter, by_weight[name], name, file, kind) if name in by_weight else _converted(name, file, kind)
+        tensor = _merged(adapter, by_weight[name], name, file, kind) if name in by_weight else None
+        tensor = tensor or export_experts.merged(adapter, name, file, kind, in_turn, owners) or _converted(name, file, kind)
         shards.setdefault(file.path.name, []).append(tensor)
     if untie:
         embedding = embedding_path([name.removesuffix(".weight") for name in files if name.endswith(".weight")]) + ".weight"
@@ -82,13 +85,16 @@ def _report(progress: Callable[[int, int], None], before: int, total: int, done:
 def _weight_of(path: str, files: dict[str, TensorFile]) -> str:
     """The tensor on disk that a module's weight is. transformers renames the parts of multimodal models while it loads them."""
     tail = path.partition("layers.")[2]
-    spellings = [path, f"language_model.{path}", path.replace("model.language_model.", "language_model.model."),
-                 path.replace("model.language_model.", "model.")]  # fmt: skip
-    for spelling in spellings:
+    for spelling in _spellings(path):
         if f"{spelling}.weight" in files:
             return f"{spelling}.weight"
     hint = next((name for name in files if tail and name.endswith(f"layers.{tail}.weight")), "none alike")
     raise Unsupported(f"the base folder has no weight for {path!r} (nearest: {hint}); is it the adapter's base model?")
+
+
+def _spellings(path: str) -> list[str]:
+    return [path, f"language_model.{path}", path.replace("model.language_model.", "language_model.model."),
+            path.replace("model.language_model.", "model.")]  # fmt: skip
 
 
 def _merged(adapter: Adapter, path: str, name: str, file: TensorFile, kind: str | None) -> Tensor:

@@ -15,7 +15,7 @@ from everlearn.errors import Unavailable
 from everlearn.models.attention import PackedBatch
 from everlearn.models.export import Adapter, weight_files
 from everlearn.models.load import BaseModel, load_base
-from everlearn.models.lora import AdapterWeights, Segment
+from everlearn.models.lora import AdapterWeights, Segment, expert_scale
 from everlearn.types import BaseModelInfo
 
 TEXTS = (
@@ -72,7 +72,8 @@ def _everlearn(base: BaseModel, adapter: Adapter | None, prompts: list[torch.Ten
     weights = None
     if adapter is not None:
         pairs = {path: tuple(torch.from_numpy(matrix.copy()) for matrix in adapter.pair(path)) for path in adapter.paths}
-        weights = AdapterWeights("export", adapter.scale, pairs)  # type: ignore[arg-type]
+        scale = expert_scale(adapter.alpha, pairs)  # type: ignore[arg-type]
+        weights = AdapterWeights("export", adapter.scale, pairs, expert_scale=scale)  # type: ignore[arg-type]
     tokens = torch.cat(prompts)
     segments = [Segment(weights, 0, len(tokens))]
     positions = torch.cat([torch.arange(len(ids)) for ids in prompts])

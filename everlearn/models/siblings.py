@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from everlearn.models.lora import AdapterWeights, Block, LoraLinear, Segment, frozen_product
+from everlearn.models.quant import PackedWeight, dense_of
 
 FAMILIES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -28,9 +29,9 @@ class Siblings:
         for layer in layers:
             self.borders.append(self.borders[-1] + layer.out_features)
         with torch.no_grad():
-            self.weight = torch.cat([layer.weight for layer in layers])
+            self.weight = torch.cat([dense_of(layer.weight) for layer in layers])
             biased = layers[0].bias is not None
-            self.bias = torch.cat([layer.bias for layer in layers]) if biased else None
+            self.bias = torch.cat([layer.bias for layer in layers if layer.bias is not None]) if biased else None
         for index, layer in enumerate(layers):
             layer.weight = nn.Parameter(self.weight[self.borders[index] : self.borders[index + 1]], requires_grad=False)
             layer.siblings = self
@@ -83,5 +84,6 @@ def join_siblings(decoder: nn.Module) -> None:
         for names in FAMILIES:
             layers = [child for name in names if isinstance(child := getattr(module, name, None), LoraLinear)]
             same = {(layer.in_features, layer.bias is None, layer.weight.dtype) for layer in layers}
-            if len(layers) == len(names) and len(same) == 1:
+            packed = any(isinstance(layer.weight, PackedWeight) for layer in layers)  # joining would mean unpacking for good
+            if len(layers) == len(names) and len(same) == 1 and not packed:
                 Siblings(layers)

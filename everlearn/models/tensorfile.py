@@ -93,6 +93,10 @@ class TensorFile:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entries[name][1]
 
+    def offset(self, name: str) -> int:
+        """Where the tensor's bytes begin in the file."""
+        return self._start + self._entries[name][2]
+
     def raw(self, name: str) -> np.ndarray:
         """The tensor as stored: a view, without a copy (bfloat16 as uint16)."""
         dtype, shape, begin = self._entries[name]

@@ -14,6 +14,7 @@ import ipaddress
 import re
 import socket
 import struct
+import threading
 from collections.abc import AsyncIterator, Callable, Iterable
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
@@ -29,32 +30,41 @@ if TYPE_CHECKING:
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 MAX_REDIRECTS = 3
+ORIENTATION = 0x0112  # an EXIF tag; from SIDEWAYS on the sides change places
+SIDEWAYS = 5
 DATA_URL = re.compile(r"data:([\w.+/-]{0,64})(;[\w.=+-]{1,64}){0,4};base64,", re.ASCII)
 # Prefixes whose addresses hold an IPv4 address that the packet ends up at.
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# A small file can be a large image. Each may take images.max_pixels of memory for a moment; this many at a time.
+_decoding = threading.BoundedSemaphore(2)
 
 
 class Image(msgspec.Struct, frozen=True):
-    """An image whose header was checked and whose pixels can be decoded. Of an animation the first frame counts."""
+    """An image whose header was checked and whose pixels can be decoded. Sides as it is looked at: turned as its EXIF says."""
 
     format: str
     width: int
     height: int
     data: bytes
+    animated: bool = False
 
 
 def decode(data_url: str, settings: ImageSettings, param: str = "messages") -> Image:
     """The image of a `data:image/...;base64,` URL. `param` names the part of the request in errors."""
+    return inspect(data_of(data_url, settings, param), settings, param)
+
+
+def data_of(data_url: str, settings: ImageSettings, param: str = "messages") -> bytes:
+    """The file in a data URL, not looked at yet."""
     head = DATA_URL.match(data_url)
     if head is None:
         raise InvalidRequest(f"{param} is no data URL of an image; send data:image/png;base64,...", param=param)
     if (len(data_url) - head.end()) * 3 // 4 > settings.max_bytes + 2:
         raise TooLarge(f"{param} has more than {settings.max_bytes} bytes (images.max_bytes); send a smaller image", param=param)
     try:
-        data = base64.b64decode(data_url[head.end() :], validate=True)
-    except binascii.Error as error:
+        return base64.b64decode(data_url[head.end() :], validate=True)
+    except (binascii.Error, ValueError) as error:
         raise InvalidRequest(f"{param} is not valid base64: {error}", param=param) from None
-    return inspect(data, settings, param)
 
 
 def inspect(data: bytes, settings: ImageSettings, param: str = "messages") -> Image:
@@ -71,8 +81,12 @@ def inspect(data: bytes, settings: ImageSettings, param: str = "messages") -> Im
                 raise TooLarge(
                     f"{param} has {width} x {height} pixels; {settings.max_pixels} in all is the limit (images.max_pixels)", param=param
                 )
-            image.load()
-            return Image(str(image.format), width, height, data)
+            with _decoding:
+                image.load()
+                animated = bool(getattr(image, "is_animated", False))
+                if image.getexif().get(ORIENTATION, 1) >= SIDEWAYS:
+                    width, height = height, width
+            return Image(str(image.format), width, height, data, animated)
     except UnidentifiedImageError:
         raise InvalidRequest(f"{param} is no image of a known format; {', '.join(FORMATS)} are", param=param) from None
     except (Pillow.DecompressionBombError, Pillow.DecompressionBombWarning):

@@ -183,9 +183,10 @@ def _field(node: nodes.Node) -> str | None:
 
 
 def _goes_through_content(tree: nodes.Template) -> bool:
-    """A loop over a message's content, or over a variable that was set to it."""
+    """A loop over a message's content, or over a variable or a macro's argument that stands for it."""
     settings = [node for node in tree.find_all(nodes.Assign) if isinstance(node.target, nodes.Name) and _field(node.node) == "content"]
     carriers = {node.target.name for node in settings if isinstance(node.target, nodes.Name)}
+    carriers |= {arg.name for macro in tree.find_all(nodes.Macro) for arg in macro.args if arg.name == "content"}
     loops = [node.iter for node in tree.find_all(nodes.For)]
     return any(_field(over) == "content" or (isinstance(over, nodes.Name) and over.name in carriers) for over in loops)
 
@@ -234,6 +235,9 @@ def _content(content: Any, needs: Needs, place: int) -> Any:
     texts = []
     for number, part in enumerate(content):
         kind, text = (part.get("type"), part.get("text")) if isinstance(part, dict) else (None, None)
+        if kind == "image":
+            _check_images(needs, place)
+            continue
         if not isinstance(text, str):
             raise InvalidRequest(
                 f"messages[{place}].content[{number}] is of type {kind!r}; this model reads text alone, so send parts of type 'text'",
@@ -241,8 +245,17 @@ def _content(content: Any, needs: Needs, place: int) -> Any:
             )
         texts.append(text)
     if needs.parts:
-        return [{"type": "text", "text": text} for text in texts]
+        return [{"type": "image"} if part.get("type") == "image" else {"type": "text", "text": part["text"]} for part in content]
     return "\n".join(texts)
+
+
+def _check_images(needs: Needs, place: int) -> None:
+    if not needs.parts or "image" not in needs.names:
+        raise InvalidRequest(
+            f"messages[{place}] shows an image, and the model's chat template has no place for one; send texts, or put a template that "
+            "shows images into the model's folder",
+            param="messages",
+        )
 
 
 def _arguments(text: str) -> Any:
@@ -280,6 +293,8 @@ def _guarded(tokenizer: ChatTokenizer, value: Any) -> Any:
 
 def _mark_end(message: dict[str, Any]) -> None:
     if isinstance(message["content"], list) and message["content"]:
+        if "text" not in message["content"][-1]:
+            raise InvalidRequest("the last message ends with an image, so there is no text to continue", param="messages")
         message["content"][-1]["text"] += CONTINUE
     else:
         message["content"] = (message["content"] or "") + CONTINUE

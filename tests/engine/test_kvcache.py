@@ -7,6 +7,7 @@ import random
 import torch
 
 from everlearn.engine.kvcache import NULL_BLOCK, BlockPool, KVCache, next_digest, num_blocks_for, root_digest
+from everlearn.models.attention import CacheForm
 
 
 def test_digests_name_tenant_model_version_and_every_token() -> None:
@@ -65,7 +66,8 @@ def test_random_use_loses_no_block_and_hands_none_out_twice() -> None:
 
 
 def test_slots_are_written_read_and_copied_in_every_layer() -> None:
-    cache = KVCache(2, 5, 4, (2, 3), torch.device("cpu"), torch.float32)
+    form = CacheForm(layers=(0, 1), entries=((2, 3), (2, 3)))
+    cache = KVCache(form, 5, 4, torch.device("cpu"), torch.float32)
     slots = torch.tensor([5, 6])
     for layer in range(2):
         cache.write(layer, slots, torch.full((2, 2, 3), 1.0 + layer), torch.full((2, 2, 3), 10.0 + layer))

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import GraniteConfig, MistralConfig, Qwen3Config
 
 from everlearn.errors import Unsupported
-from everlearn.models.load import load_base, refuse_what_the_hooks_miss
+from everlearn.models.hooks import refuse_what_the_hooks_miss
+from everlearn.models.load import load_base
 from everlearn.types import BaseModelInfo
 from tests.tiny import make_tiny_model
 
@@ -37,17 +38,17 @@ def check(config: Any, context: int = 1024) -> None:
     refuse_what_the_hooks_miss(BaseModelInfo("m", "", [], "", 64, context, []), model_of(config))
 
 
-def test_full_attention_is_taken() -> None:
+def test_causal_attention_is_taken() -> None:
     check(Qwen3Config(**SIZES))
     check(MistralConfig(**SIZES, sliding_window=None))
     check(MistralConfig(**SIZES, sliding_window=4096))  # never reached
+    check(MistralConfig(**SIZES, sliding_window=128))
+    check(Qwen3Config(**SIZES, use_sliding_window=True, sliding_window=64, max_window_layers=1))
 
 
 @pytest.mark.parametrize(
     ("config", "what"),
     [
-        (MistralConfig(**SIZES, sliding_window=128), "sliding_attention"),
-        (Qwen3Config(**SIZES, use_sliding_window=True, sliding_window=64, max_window_layers=1), "sliding_attention"),
         (Qwen3Config(**SIZES, layer_types=["full_attention", "linear_attention"]), "linear_attention"),
         (GraniteConfig(**{k: v for k, v in SIZES.items() if k != "head_dim"}, logits_scaling=8.0), "logits_scaling"),
     ],

@@ -275,7 +275,11 @@ BAD_SAMPLES: dict[str, tuple[dict[str, Any], str]] = {
     "targets of another length": ({"target_prompt_logprobs": {"data": [1], "dtype": "int64", "shape": [1, 1]}}, "[2, K]"),
     "float targets": ({"target_prompt_logprobs": {"data": [1, 2], "dtype": "float32", "shape": [2, 1]}}, "int64"),
     "empty targets": ({"target_prompt_logprobs": {"data": [-1, -1], "dtype": "int64", "shape": [2, 1]}}, "at least one"),
-    "an image": ({"prompt": {"chunks": [{"type": "image", "data": "aGk=", "format": "png"}]}}, "text only"),
+    "an image": ({"prompt": {"chunks": [{"type": "image", "data": "aGk=", "format": "png"}]}}, "reads text alone"),
+    "the address of an image": (
+        {"prompt": {"chunks": [{"type": "image_asset_pointer", "location": "/etc/passwd", "format": "png"}]}},
+        "reads text alone",
+    ),
     "no sampler": ({"sampling_session_id": None}, "sampling_session_id"),
     "a base model as well": ({"base_model": "tiny"}, "create_sampling_session"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from io import BytesIO
 
 import msgspec
 import numpy as np
@@ -11,13 +12,18 @@ import tinker
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from tinker import types
 from tinker.proto import request_conv, response_conv
 
-from everlearn.api.tinker import codec, codec_json, forms, tensors
+from everlearn.api.images import ImageReader
+from everlearn.api.tinker import checks, codec, codec_json, forms, tensors
 from everlearn.api.tinker.schema import pb
+from everlearn.config import ImageSettings, Settings
 from everlearn.errors import InvalidRequest, TooLarge, Unsupported, UserError
-from everlearn.types import Array, ForwardBackwardResult, SampledSequence, SampleResult, TopK
+from everlearn.types import Array, BaseModelInfo, ForwardBackwardResult, ImageSpan, SampledSequence, SampleResult, TopK, VisionInfo
+from tests.render.test_images import png_header
+from tests.tiny_vision import PAD, VISION, picture
 
 LIMIT = 1 << 20
 
@@ -27,12 +33,16 @@ def request_of(data: list[types.Datum], **config: float | str) -> types.ForwardB
     return types.ForwardBackwardRequest(forward_backward_input=body, model_id="s:train:0", seq_id=3)
 
 
-def decode(request: types.ForwardBackwardRequest) -> codec.ForwardBackwardCall:
+def reader(vision: VisionInfo | None = None) -> ImageReader:
+    return ImageReader(BaseModelInfo("tiny", "", [], "", 512, 512, [2], vision=vision), ImageSettings())
+
+
+def decode(request: types.ForwardBackwardRequest, vision: VisionInfo | None = None) -> codec.ForwardBackwardCall:
     body = request_conv.forward_backward_request_to_proto(request).SerializeToString()
-    return codec.forward_backward_call(codec.parse_forward_backward(body), LIMIT)
+    return codec.forward_backward_call(codec.parse_forward_backward(body), LIMIT, reader(vision))
 
 
-def decode_json(request: types.ForwardBackwardRequest) -> codec.ForwardBackwardCall:
+def decode_json(request: types.ForwardBackwardRequest, vision: VisionInfo | None = None) -> codec.ForwardBackwardCall:
     """The same request as SDK 0.16 wrote it."""
     data = [
         {
@@ -47,7 +57,7 @@ def decode_json(request: types.ForwardBackwardRequest) -> codec.ForwardBackwardC
     body = {"model_id": request.model_id, "seq_id": request.seq_id}
     body["forward_backward_input"] = {"data": data, "loss_fn": "ppo", "loss_fn_config": request.forward_backward_input.loss_fn_config}
     form = forms.parse(msgspec.json.encode(body), codec_json.ForwardBackwardForm)
-    return codec_json.forward_backward_call(form, forward_only=False, max_bytes=LIMIT)
+    return codec_json.forward_backward_call(form, forward_only=False, max_bytes=LIMIT, reader=reader(vision))
 
 
 def vars_of(tensor: types.TensorData) -> dict:
@@ -74,7 +84,7 @@ def test_a_dense_request_arrives_whole(through) -> None:
 def test_text_in_the_configuration_and_forward_only_arrive() -> None:
     message = request_conv.forward_backward_request_to_proto(request_of([types.Datum(model_input=text(1, 2, 3))], mode="fast", beta=2.0))
     message.forward_only = True
-    call = codec.forward_backward_call(codec.parse_forward_backward(message.SerializeToString()), LIMIT)
+    call = codec.forward_backward_call(codec.parse_forward_backward(message.SerializeToString()), LIMIT, reader())
     assert call.config == {"mode": "fast", "beta": 2.0} and call.forward_only
 
 
@@ -132,31 +142,92 @@ def sparse_message(values: list[float], crow: list[int], col: list[int], shape: 
 )
 def test_broken_sparse_tensors_are_refused(values, crow, col, shape, rule) -> None:
     with pytest.raises(InvalidRequest, match=rule):
-        codec.forward_backward_call(codec.parse_forward_backward(sparse_message(values, crow, col, shape)), LIMIT)
+        codec.forward_backward_call(codec.parse_forward_backward(sparse_message(values, crow, col, shape)), LIMIT, reader())
 
 
 def test_a_sparse_tensor_may_not_grow_beyond_the_limit() -> None:
     body = sparse_message([1], [0, 1], [0], [1, 1 << 40])
     with pytest.raises(TooLarge):
-        codec.forward_backward_call(codec.parse_forward_backward(body), LIMIT)
+        codec.forward_backward_call(codec.parse_forward_backward(body), LIMIT, reader())
 
 
 def test_only_targets_and_weights_may_be_sparse() -> None:
     with pytest.raises(InvalidRequest, match="only"):
-        codec.forward_backward_call(codec.parse_forward_backward(sparse_message([1], [0, 1], [0], [1, 1], "advantages")), LIMIT)
+        codec.forward_backward_call(codec.parse_forward_backward(sparse_message([1], [0, 1], [0], [1, 1], "advantages")), LIMIT, reader())
 
 
-def test_images_and_audio_are_refused_by_name() -> None:
-    for chunk in (types.ImageChunk(data=b"x", format="png"), types.DmelChunk(dmel=b"\0\0")):
-        with pytest.raises(Unsupported, match="text only"):
-            decode(request_of([types.Datum(model_input=types.ModelInput(chunks=[chunk]))]))
+def seeing(*images: types.ImageChunk) -> types.ForwardBackwardRequest:
+    """A datum with two tokens before, and two after, all of the images."""
+    ends = [types.EncodedTextChunk(tokens=[7, 8]), types.EncodedTextChunk(tokens=[9, 10])]
+    return request_of([types.Datum(model_input=types.ModelInput(chunks=[ends[0], *images, ends[1]]))])
+
+
+@pytest.mark.parametrize("through", [decode, decode_json])
+def test_audio_and_images_for_a_model_that_reads_text_are_refused_by_name(through) -> None:
+    for chunk, word in ((types.ImageChunk(data=b"x", format="png"), "reads text alone"), (types.DmelChunk(dmel=b"\0\0"), "audio")):
+        with pytest.raises(Unsupported, match=word):
+            through(seeing(chunk))
+
+
+@pytest.mark.parametrize("through", [decode, decode_json])
+def test_images_arrive_as_sent_and_take_the_tokens_of_their_grid(through) -> None:
+    first, second = picture(1, 64, 32), picture(2, 40, 100, "JPEG")
+    chunks = [types.ImageChunk(data=first, format="png", expected_tokens=8), types.ImageChunk(data=second, format="jpeg")]
+    (datum,) = through(seeing(*chunks), VISION).data
+    assert datum.images == [ImageSpan(2, 2, 4, first), ImageSpan(10, 6, 2, second)]
+    assert datum.tokens.numpy().tolist() == [7, 8, *[PAD] * 20, 9, 10]
+
+
+def animated(format: str) -> bytes:
+    out = BytesIO()
+    frames = [Image.open(BytesIO(picture(seed))) for seed in range(2)]
+    frames[0].save(out, format, save_all=True, append_images=frames[1:])
+    return out.getvalue()
+
+
+BAD_IMAGES = {
+    "another number of tokens": (picture(1, 64, 32), "png", 9, "expected_tokens is 9.*takes 8 tokens"),
+    "another format": (picture(1), "jpeg", None, "said to be a JPEG and is a PNG"),
+    "no image": (b"hello", "png", None, "no image"),
+    "half an image": (picture(1)[:100], "png", None, "broken"),
+    "an animation": (animated("PNG"), "png", None, "animation"),
+    "a gif": (animated("GIF"), "png", None, "GIF"),
+    "a line": (picture(1, 1000, 4), "png", None, "200 times"),
+    "a bomb": (png_header(30_000, 30_000), "png", None, "max_pixels"),
+}
+
+
+@pytest.mark.parametrize("through", [decode, decode_json])
+@pytest.mark.parametrize("case", BAD_IMAGES)
+def test_bad_images_are_refused(through, case: str) -> None:
+    data, format, expected, word = BAD_IMAGES[case]
+    with pytest.raises(UserError, match=word) as caught:
+        through(seeing(types.ImageChunk(data=data, format=format, expected_tokens=expected)), VISION)
+    assert caught.value.param.startswith(("data[0].model_input[1]", "data[0].model_input.chunks[1]"))
+
+
+def test_all_images_of_a_request_are_counted() -> None:
+    small = ImageReader(reader(VISION).info, ImageSettings(request_pixels=6000))
+    for _ in range(2):
+        small.read(picture(1, 50, 50), 0, "here")
+    with pytest.raises(TooLarge, match=r"images\.request_pixels"):
+        small.read(picture(1, 50, 50), 0, "here")
+    with pytest.raises(InvalidRequest, match="reads at most 512"):
+        reader(VISION).read(picture(1, 64, 64), 500, "here")
+
+
+def test_dimensions_that_override_the_image_are_refused() -> None:
+    message = request_conv.forward_backward_request_to_proto(seeing(types.ImageChunk(data=picture(1), format="png")))
+    message.data[0].model_input[1].image.override_dimensions.width = 5
+    with pytest.raises(Unsupported, match="override_dimensions"):
+        codec.forward_backward_call(message, LIMIT, reader(VISION))
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_end_as_a_user_error_or_a_request(body: bytes) -> None:
     try:
-        codec.forward_backward_call(codec.parse_forward_backward(body), LIMIT)
+        codec.forward_backward_call(codec.parse_forward_backward(body), LIMIT, reader())
     except UserError:
         pass
 
@@ -169,7 +240,7 @@ def test_damaged_requests_end_as_a_user_error_or_a_request(data) -> None:
     for _ in range(data.draw(st.integers(1, 4))):
         body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
     try:
-        codec.forward_backward_call(codec.parse_forward_backward(bytes(body)), LIMIT)
+        codec.forward_backward_call(codec.parse_forward_backward(bytes(body)), LIMIT, reader())
     except UserError:
         pass
 
@@ -241,3 +312,17 @@ def test_malformed_json_is_a_user_error(body: bytes) -> None:
 
 def test_the_schema_is_the_packages_own() -> None:
     assert pb.ForwardBackwardRequest.DESCRIPTOR.full_name == tinker.proto.tinker_public_pb2.ForwardBackwardRequest.DESCRIPTOR.full_name
+
+
+def test_a_request_or_a_setting_trains_the_tower() -> None:
+    sees, blind = reader(VISION).info, reader().info
+    plain, always = Settings(), Settings.model_validate({"images": {"train_tower": True}})
+
+    def trains(wish: bool | None, settings: Settings, info: BaseModelInfo) -> bool:
+        return checks.lora(forms.LoraConfig(rank=4, train_vision=wish), settings, info).train_vision
+
+    assert [trains(wish, plain, sees) for wish in (None, False, True)] == [False, False, True]
+    assert [trains(wish, always, sees) for wish in (None, False, True)] == [True, False, True]
+    assert not trains(None, always, blind)
+    with pytest.raises(Unsupported, match="reads text alone"):
+        trains(True, plain, blind)

@@ -45,7 +45,7 @@ def turn_of(form: CountForm, chat: ChatModel, chars: int) -> Turn:
     refuse(form)
     if not 1 <= len(form.messages) <= bounds.MAX_MESSAGES:
         raise InvalidRequest(f"messages holds {len(form.messages)}; 1 to {bounds.MAX_MESSAGES} are taken", param="messages")
-    messages = [*system_message(form.system, "system"), *messages_of(form)]
+    messages = [*system_message(form.system, "system"), *messages_of(form, chat.base.vision is not None)]
     continues = messages[-1]["role"] == "assistant"
     if continues and messages[-1].get("tool_calls"):
         raise InvalidRequest("messages ends with a tool_use; send its tool_result in a user message after it", param="messages")
@@ -65,13 +65,13 @@ def turn_of(form: CountForm, chat: ChatModel, chars: int) -> Turn:
 # ---- messages ----
 
 
-def messages_of(form: CountForm) -> list[dict[str, Any]]:
-    """Messages of one role that follow each other are one."""
+def messages_of(form: CountForm, sees: bool) -> list[dict[str, Any]]:
+    """Messages of one role that follow each other are one. `sees`: whether the model takes images."""
     found: list[dict[str, Any]] = []
     for role, group in itertools.groupby(enumerate(form.messages), key=lambda pair: type(pair[1])):
         blocks = [placed for place, message in group for placed in blocks_of(message.content, f"messages[{place}].content")]
         if role is UserMessage:
-            found += user_messages(blocks)
+            found += user_messages(blocks, sees)
         elif role is AssistantMessage:
             found.append(assistant_message(blocks))
         else:
@@ -90,21 +90,23 @@ def blocks_of(content: Any, place: str) -> list[Placed]:
 def system_message(content: str | list[TextBlock] | None, place: str) -> list[dict[str, Any]]:
     blocks = blocks_of(content or [], place)
     texts = [block.text for _, block in blocks if isinstance(block, TextBlock)]
-    return [{"role": "system", "content": content_of(texts)}] if any(texts) else []
+    return [{"role": "system", "content": content_of([part_of(text) for text in texts])}] if any(texts) else []
 
 
-def user_messages(blocks: list[Placed]) -> list[dict[str, Any]]:
+def user_messages(blocks: list[Placed], sees: bool) -> list[dict[str, Any]]:
     """Results are messages of their own; what is said before, between and after them is the user's."""
     found: list[dict[str, Any]] = []
-    said: list[str] = []
+    said: list[dict[str, Any]] = []
     for place, block in blocks:
         if isinstance(block, ToolResultBlock):
             if said:
                 found.append({"role": "user", "content": content_of(said)})
                 said = []
             found.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": result_of(place, block)})
+        elif isinstance(block, ImageBlock) and sees:
+            said.append({"type": "image_url", "image_url": {"url": url_of(place, block)}})
         else:
-            said.append(text_of(place, block))
+            said.append(part_of(text_of(place, block)))
     if said or not found:
         found.append({"role": "user", "content": content_of(said)})
     return found
@@ -140,11 +142,31 @@ def result_of(place: str, block: ToolResultBlock) -> str:
 def text_of(place: str, block: Block) -> str:
     if isinstance(block, TextBlock):
         return block.text
-    raise Unsupported(f"{place} is an image; this model reads text alone, so send blocks of type 'text'", param=place)
+    raise Unsupported(f"{place} is an image, where this model reads text alone; send blocks of type 'text'", param=place)
 
 
-def content_of(texts: list[str]) -> str | list[dict[str, Any]]:
-    return texts[0] if len(texts) == 1 else [{"type": "text", "text": text} for text in texts]
+def url_of(place: str, block: ImageBlock) -> str:
+    """The image as a URL: of its data, or where it is."""
+    if block.transformations:
+        raise Unsupported(f"{place}.transformations can't be honoured; leave it out", param=f"{place}.transformations")
+    source, param = block.source, f"{place}.source"
+    kind = source.get("type")
+    wanted = {"base64": ("media_type", "data"), "url": ("url",)}.get(str(kind))
+    if wanted is None:
+        raise Unsupported(f"{param} is of type {str(kind)[:40]!r}; base64 and url are taken", param=param)
+    texts = [source.get(name) for name in wanted]
+    if not all(isinstance(text, str) for text in texts):
+        raise InvalidRequest(f"{param} of type {kind!r} needs {' and '.join(wanted)}", param=param)
+    return f"data:{texts[0]};base64,{texts[1]}" if kind == "base64" else str(texts[0])
+
+
+def part_of(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def content_of(parts: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    """One text as it is; else the parts."""
+    return parts[0]["text"] if len(parts) == 1 and "text" in parts[0] else parts
 
 
 # ---- tools, format, thoughts ----

@@ -65,7 +65,7 @@ async def count_tokens(request: Request) -> dict[str, int]:
     target = await resolve(svc, caller.tenant, form.model)
     svc.limiter.check_model(caller, target.name)
     chat = await svc.chat_models.get(target.base)
-    _, prompt = await encode_turn(chat, conversation.turn_of(form, chat, len(await request.body())))
+    _, prompt, _ = await encode_turn(svc, chat, conversation.turn_of(form, chat, len(await request.body())))
     return {"input_tokens": len(prompt)}
 
 

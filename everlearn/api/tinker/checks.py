@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import math
 import secrets
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
-import numpy as np
 
+from everlearn.api.images import ImageReader
 from everlearn.api.tinker import codec_json, forms, tensors
-from everlearn.api.tinker.codec import ForwardBackwardCall
+from everlearn.api.tinker.codec import ForwardBackwardCall, Row
+from everlearn.config import Settings
 from everlearn.errors import InvalidRequest, TooLarge, Unsupported
 from everlearn.losses import spec
 from everlearn.types import AdamParams, Array, BaseModelInfo, LoraSpec, SamplingParams
@@ -22,6 +24,7 @@ MAX_CELLS = 10_000_000  # positions x alternatives of one sampling request
 MAX_STOPS = 64
 MAX_METADATA_BYTES = 64 * 1024
 KINDS_OF_OPTIMIZER = ("adamw",)
+ROUTING = "routing"  # in loss_fn_inputs: the experts of each token, int64 [T, layers x experts of a token] (engine/routes.py)
 
 _encode = msgspec.msgpack.Encoder(order="deterministic").encode
 
@@ -63,7 +66,8 @@ def metadata(value: dict[str, Any] | None, name: str = "user_metadata") -> dict[
     return {str(key): item if isinstance(item, str) else msgspec.json.encode(item).decode() for key, item in value.items()}
 
 
-def lora(form: forms.LoraConfig | None, max_rank: int) -> LoraSpec:
+def lora(form: forms.LoraConfig | None, settings: Settings, info: BaseModelInfo) -> LoraSpec:
+    max_rank = settings.engine.max_rank
     if form is None:
         raise Unsupported(
             "lora_config is absent, which asks for training all weights; this server trains LoRA adapters: send lora_config",
@@ -71,14 +75,25 @@ def lora(form: forms.LoraConfig | None, max_rank: int) -> LoraSpec:
         )
     if not 1 <= form.rank <= max_rank:
         raise InvalidRequest(f"lora_config.rank is {form.rank}; it must lie in 1..{max_rank} (engine.max_rank)", param="lora_config.rank")
-    if not (form.train_attn or form.train_mlp or form.train_unembed):
+    vision = info.vision is not None and settings.images.train_tower if form.train_vision is None else form.train_vision
+    if vision and info.vision is None:
+        raise Unsupported(f"lora_config.train_vision: {info.name} reads text alone; leave it out", param="lora_config.train_vision")
+    if not (form.train_attn or form.train_mlp or form.train_unembed or vision):
         raise InvalidRequest(
             "lora_config switches off train_attn, train_mlp and train_unembed: nothing is left to train", param="lora_config"
         )
     drawn = secrets.randbits(31) if form.seed is None else form.seed
     if not -(2**63) <= drawn < 2**63:
         raise InvalidRequest(f"lora_config.seed is {drawn}; it must fit 64 bits", param="lora_config.seed")
-    return LoraSpec(rank=form.rank, seed=drawn, train_attn=form.train_attn, train_mlp=form.train_mlp, train_unembed=form.train_unembed)
+    return LoraSpec(
+        rank=form.rank,
+        seed=drawn,
+        train_attn=form.train_attn,
+        train_mlp=form.train_mlp,
+        train_unembed=form.train_unembed,
+        train_vision=vision,
+        expert_lora=settings.engine.expert_lora if info.num_experts else "off",
+    )
 
 
 def optimizer_config(value: dict[str, Any] | None) -> None:
@@ -107,6 +122,9 @@ def data(call: ForwardBackwardCall, info: BaseModelInfo) -> dict[str, float]:
     if not call.data:
         raise InvalidRequest("the request has no data; send at least one datum", param="data")
     for i, datum in enumerate(call.data):
+        if ROUTING in datum.inputs:  # for the experts, not for the loss
+            others = {name: array for name, array in datum.inputs.items() if name != ROUTING}
+            call.data[i] = datum = msgspec.structs.replace(datum, inputs=others, routing=datum.inputs[ROUTING])
         length = datum.tokens.shape[0]
         if length > info.max_context:
             raise InvalidRequest(
@@ -117,8 +135,10 @@ def data(call: ForwardBackwardCall, info: BaseModelInfo) -> dict[str, float]:
     return config
 
 
-def prompt(form: forms.SampleForm, info: BaseModelInfo) -> np.ndarray:
-    tokens = codec_json.tokens_of(form.prompt, "prompt")
+def prompt(form: forms.SampleForm, info: BaseModelInfo, reader: ImageReader, fetched: Mapping[int, bytes] = {}) -> Row:
+    """`fetched`: the images of chunks that give an address."""
+    row = codec_json.row_of(form.prompt, "prompt", reader, fetched)
+    tokens = row.tokens()
     if tokens.size == 0:
         raise InvalidRequest("prompt holds no tokens; send at least one (a start token, for instance)", param="prompt")
     low, high = int(tokens.min()), int(tokens.max())
@@ -127,7 +147,7 @@ def prompt(form: forms.SampleForm, info: BaseModelInfo) -> np.ndarray:
         raise InvalidRequest(f"prompt holds token id {bad}; ids of {info.name} lie in 0..{info.vocab_size - 1}", param="prompt")
     if tokens.size > info.max_context:
         raise InvalidRequest(f"prompt has {tokens.size} tokens; {info.name} reads at most {info.max_context}", param="prompt")
-    return tokens
+    return row
 
 
 def sampling_params(form: forms.SamplingParamsForm, prompt_length: int, info: BaseModelInfo) -> SamplingParams:
@@ -147,6 +167,10 @@ def sampling_params(form: forms.SamplingParamsForm, prompt_length: int, info: Ba
         raise InvalidRequest(f"sampling_params.top_p is {form.top_p}; it must lie in (0, 1], 1 is off", param="sampling_params.top_p")
     if form.top_k != -1 and form.top_k < 1:
         raise InvalidRequest(f"sampling_params.top_k is {form.top_k}; it must be 1 or more, or -1 for off", param="sampling_params.top_k")
+    if form.routing and not info.num_experts:
+        raise InvalidRequest(
+            f"sampling_params.routing: {info.name} has no experts, so there are no routes; leave it out", param="sampling_params.routing"
+        )
     drawn = secrets.randbits(62) if form.seed is None else form.seed
     if not -(2**63) <= drawn < 2**63:
         raise InvalidRequest(f"sampling_params.seed is {drawn}; it must fit 64 bits", param="sampling_params.seed")
@@ -159,6 +183,7 @@ def sampling_params(form: forms.SamplingParamsForm, prompt_length: int, info: Ba
         top_p=form.top_p,
         stop_tokens=stop_tokens,
         stop_strings=stop_strings,
+        routing=form.routing,
     )
 
 

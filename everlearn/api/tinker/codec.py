@@ -7,10 +7,11 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from everlearn.api.images import ImageReader
 from everlearn.api.tinker import tensors
 from everlearn.api.tinker.schema import DecodeError, pb
 from everlearn.errors import InvalidRequest, Unsupported
-from everlearn.types import Array, Datum, ForwardBackwardResult, ProvenanceSpan, SampleResult, TopK
+from everlearn.types import Array, Datum, ForwardBackwardResult, ImageSpan, ProvenanceSpan, SampleResult, TopK
 
 CONTENT_TYPE = "application/x-protobuf"
 DTYPES = {pb.DTYPE_FLOAT32: "float32", pb.DTYPE_INT64: "int64", pb.DTYPE_INT32: "int32", pb.DTYPE_BFLOAT16: "bfloat16"}
@@ -18,10 +19,10 @@ WIRE_DTYPES = {"float32": pb.DTYPE_FLOAT32, "int64": pb.DTYPE_INT64, "int32": pb
 STOP_REASONS = {"stop": pb.STOP_REASON_STOP, "length": pb.STOP_REASON_LENGTH}
 SPARSE_INPUTS = frozenset({"target_tokens", "weights"})
 OTHER_INPUTS = {
-    "image": "an image; this server's models read text only",
-    "image_asset_pointer": "an image; this server's models read text only",
-    "dmel": "audio; this server's models read text only",
+    "image_asset_pointer": "the address of an image, which training doesn't follow: send the image itself",
+    "dmel": "audio, which this server's models don't hear",
 }
+IMAGE_FORMATS = {"png": "PNG", "jpeg": "JPEG"}
 
 
 class ForwardBackwardCall(msgspec.Struct, frozen=True):
@@ -45,12 +46,17 @@ def parse_forward_backward(body: bytes) -> Any:
     return message
 
 
-def forward_backward_call(message: Any, max_bytes: int) -> ForwardBackwardCall:
+def shows_images(message: Any) -> bool:
+    """Whether reading the request means decoding images."""
+    return any(chunk.HasField("image") for datum in message.data for chunk in datum.model_input)
+
+
+def forward_backward_call(message: Any, max_bytes: int, reader: ImageReader) -> ForwardBackwardCall:
     """`max_bytes` bounds each sparse tensor after it was made dense."""
     return ForwardBackwardCall(
         model_id=message.model_id,
         seq=message.seq_id,
-        data=[_datum(datum, f"data[{i}]", max_bytes) for i, datum in enumerate(message.data)],
+        data=[_datum(datum, f"data[{i}]", max_bytes, reader) for i, datum in enumerate(message.data)],
         loss_fn=message.loss_fn,
         config=_config(message),
         forward_only=message.forward_only,
@@ -68,23 +74,58 @@ def _config(message: Any) -> dict[str, float | str]:
     return config
 
 
-def _datum(message: Any, name: str, max_bytes: int) -> Datum:
-    flat = [_tokens(chunk, f"{name}.model_input[{i}]") for i, chunk in enumerate(message.model_input)]
-    tokens = np.concatenate(flat) if flat else np.zeros(0, dtype=np.int32)
+def _datum(message: Any, name: str, max_bytes: int, reader: ImageReader) -> Datum:
+    row = Row(reader)
+    for i, chunk in enumerate(message.model_input):
+        _add_chunk(row, chunk, f"{name}.model_input[{i}]")
+    tokens = row.tokens()
     return Datum(
         tokens=Array("int32", [tokens.size], tokens.tobytes()),
         inputs={key: _tensor(value, f"{name}.loss_fn_inputs[{key!r}]", key, max_bytes) for key, value in message.loss_fn_inputs.items()},
         model_input_spans=_spans(message.model_input_spans, f"{name}.model_input_spans"),
         loss_input_spans=_spans(message.loss_fn_input_spans, f"{name}.loss_fn_input_spans"),
+        images=row.images,
     )
 
 
-def _tokens(chunk: Any, name: str) -> np.ndarray:
+class Row:
+    """A model input that grows chunk by chunk: tokens, and the images among them."""
+
+    def __init__(self, reader: ImageReader):
+        self.reader, self.length = reader, 0
+        self.parts: list[np.ndarray] = []
+        self.images: list[ImageSpan] = []
+
+    def add(self, tokens: np.ndarray) -> None:
+        self.parts.append(tokens)
+        self.length += len(tokens)
+
+    def add_image(self, data: bytes, format: str, expected: int | None, name: str) -> None:
+        if format not in IMAGE_FORMATS:
+            raise InvalidRequest(f"{name}.format is {format[:40]!r}; {' and '.join(IMAGE_FORMATS)} are taken", param=f"{name}.format")
+        span = self.reader.read(data, self.length, name, format=IMAGE_FORMATS[format], expected=expected)
+        self.images.append(span)
+        self.add(self.reader.placeholder(span))
+
+    def tokens(self) -> np.ndarray:
+        """int32 of all chunks."""
+        return np.concatenate(self.parts) if self.parts else np.zeros(0, dtype=np.int32)
+
+
+def _add_chunk(row: Row, chunk: Any, name: str) -> None:
     kind = chunk.WhichOneof("chunk")
-    if kind != "encoded_text":
+    if kind == "encoded_text":
+        row.add(tensors.from_bytes(chunk.encoded_text.tokens, "int32", name).astype(np.int32))
+    elif kind == "image":
+        image = chunk.image
+        row.reader.vision(name)
+        if image.HasField("override_dimensions"):
+            param = f"{name}.override_dimensions"
+            raise Unsupported(f"{param} can't be honoured; send the image in the size that is meant", param=param)
+        row.add_image(image.data, image.format, image.expected_tokens if image.HasField("expected_tokens") else None, name)
+    else:
         what = OTHER_INPUTS.get(kind, "nothing")
-        raise Unsupported(f"{name} holds {what}; send encoded_text chunks", param=name)
-    return tensors.from_bytes(chunk.encoded_text.tokens, "int32", name).astype(np.int32)
+        raise Unsupported(f"{name} holds {what}; send encoded_text and image chunks", param=name)
 
 
 def _tensor(message: Any, name: str, key: str, max_bytes: int) -> Array:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 import numpy as np
 
+from everlearn.api.images import ImageReader, from_base64
 from everlearn.api.tinker import tensors
-from everlearn.api.tinker.codec import OTHER_INPUTS, SPARSE_INPUTS, ForwardBackwardCall, answered_targets
+from everlearn.api.tinker.codec import OTHER_INPUTS, SPARSE_INPUTS, ForwardBackwardCall, Row, answered_targets
 from everlearn.errors import InvalidRequest, Unsupported
 from everlearn.types import Array, Datum, ForwardBackwardResult, ProvenanceSpan, SampleResult, TopK
 
@@ -17,8 +19,14 @@ MISSING_LOGPROB = -99999.0
 
 
 class Chunk(msgspec.Struct):
+    """Text as `tokens`, an image as base64 `data`, or an image's `location`; `expected_tokens` of an image."""
+
     type: str = "encoded_text"
     tokens: list[int] = []
+    data: str = ""
+    format: str = ""
+    location: str = ""
+    expected_tokens: int | None = None
 
 
 class ModelInput(msgspec.Struct):
@@ -62,18 +70,29 @@ class ForwardBackwardForm(msgspec.Struct):
     seq_id: int | None = None
 
 
-def tokens_of(model_input: ModelInput, name: str) -> np.ndarray:
-    """The token ids of all chunks, int32."""
-    parts = []
+def row_of(model_input: ModelInput, name: str, reader: ImageReader, fetched: Mapping[int, bytes] = {}) -> Row:
+    """All chunks. `fetched` holds the images of chunks that give an address."""
+    row = Row(reader)
     for i, chunk in enumerate(model_input.chunks):
-        if chunk.type != "encoded_text":
+        place = f"{name}.chunks[{i}]"
+        if chunk.type == "image" or i in fetched:
+            reader.vision(place)
+            data = fetched[i] if i in fetched else from_base64(chunk.data, reader.settings, place)
+            row.add_image(data, chunk.format, chunk.expected_tokens, place)
+        elif chunk.type != "encoded_text":
             what = OTHER_INPUTS.get(chunk.type, f"a chunk of the unknown type {chunk.type!r}")
-            raise Unsupported(f"{name}.chunks[{i}] holds {what}; send encoded_text chunks", param=name)
-        try:
-            parts.append(np.asarray(chunk.tokens, dtype=np.int32))
-        except OverflowError:
-            raise InvalidRequest(f"{name}.chunks[{i}] holds a token id beyond 32 bits; ids lie in 0..vocabulary", param=name) from None
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
+            raise Unsupported(f"{place} holds {what}; send encoded_text and image chunks", param=name)
+        else:
+            try:
+                row.add(np.asarray(chunk.tokens, dtype=np.int32))
+            except OverflowError:
+                raise InvalidRequest(f"{place} holds a token id beyond 32 bits; ids lie in 0..vocabulary", param=name) from None
+    return row
+
+
+def shows_images(model_input: ModelInput) -> bool:
+    """Whether reading it means decoding images."""
+    return any(chunk.type != "encoded_text" for chunk in model_input.chunks)
 
 
 def tensor_of(form: TensorData, name: str, *, pad: int, sparse: bool, max_bytes: int) -> Array:
@@ -92,7 +111,7 @@ def csr_of(form: TensorData, name: str) -> tuple[np.ndarray, np.ndarray]:
     return tensors.from_list(form.sparse_crow_indices, "int64", name), tensors.from_list(form.sparse_col_indices, "int64", name)
 
 
-def forward_backward_call(form: ForwardBackwardForm, *, forward_only: bool, max_bytes: int) -> ForwardBackwardCall:
+def forward_backward_call(form: ForwardBackwardForm, *, forward_only: bool, max_bytes: int, reader: ImageReader) -> ForwardBackwardCall:
     body = form.forward_backward_input or form.forward_input
     if body is None:
         field = "forward_input" if forward_only else "forward_backward_input"
@@ -100,15 +119,21 @@ def forward_backward_call(form: ForwardBackwardForm, *, forward_only: bool, max_
     return ForwardBackwardCall(
         model_id=form.model_id,
         seq=0 if form.seq_id is None else form.seq_id,
-        data=[_datum(datum, f"data[{i}]", max_bytes) for i, datum in enumerate(body.data)],
+        data=[_datum(datum, f"data[{i}]", max_bytes, reader) for i, datum in enumerate(body.data)],
         loss_fn=body.loss_fn,
         config=dict(body.loss_fn_config or {}),
         forward_only=forward_only,
     )
 
 
-def _datum(form: DatumForm, name: str, max_bytes: int) -> Datum:
-    tokens = tokens_of(form.model_input, f"{name}.model_input")
+def call_shows_images(form: ForwardBackwardForm) -> bool:
+    body = form.forward_backward_input or form.forward_input
+    return body is not None and any(shows_images(datum.model_input) for datum in body.data)
+
+
+def _datum(form: DatumForm, name: str, max_bytes: int, reader: ImageReader) -> Datum:
+    row = row_of(form.model_input, f"{name}.model_input", reader)
+    tokens = row.tokens()
     return Datum(
         tokens=Array("int32", [tokens.size], tokens.tobytes()),
         inputs={
@@ -117,6 +142,7 @@ def _datum(form: DatumForm, name: str, max_bytes: int) -> Datum:
         },
         model_input_spans=_spans(form.model_input_spans),
         loss_input_spans=_spans(form.loss_fn_input_spans),
+        images=row.images,
     )
 
 
@@ -149,6 +175,7 @@ def sample_json(result: SampleResult, sequence_ids: list[str]) -> dict[str, Any]
                 "tokens": sequence.tokens.numpy().tolist(),
                 "logprobs": sequence.logprobs.numpy().tolist(),
                 "topk_logprobs": None if sequence.topk is None else _topk_lists(sequence.topk),
+                **({} if sequence.routing is None else {"routing": tensor_json(sequence.routing)}),
             }
             for sequence, sequence_id in zip(result.sequences, sequence_ids, strict=True)
         ],

@@ -35,6 +35,7 @@ class LoraConfig(Form):
     train_unembed: bool = True
     train_mlp: bool = True
     train_attn: bool = True
+    train_vision: bool | None = None  # the vision tower as well; not of the SDK's
 
 
 class CreateModel(Form):
@@ -122,6 +123,7 @@ class SamplingParamsForm(Form):
     temperature: float = 1.0
     top_k: int = -1
     top_p: float = 1.0
+    routing: bool = False  # not the SDK's: the answer (as JSON) tells which experts each token met
 
 
 class SampleForm(Form):

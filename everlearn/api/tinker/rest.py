@@ -153,6 +153,7 @@ async def weights_info(request: Request) -> dict[str, Any]:
         "train_unembed": run.lora.train_unembed,
         "train_mlp": run.lora.train_mlp,
         "train_attn": run.lora.train_attn,
+        "expert_lora": run.lora.expert_lora,
     }
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request
 
 from everlearn.api.auth import caller, tenant
+from everlearn.api.images import ImageReader, load
 from everlearn.api.ledger import Done, Failed, Ledger
 from everlearn.api.limiter import Lease
 from everlearn.api.services import Services, services
-from everlearn.api.tinker import checks, forms
+from everlearn.api.tinker import checks, codec_json, forms
 from everlearn.api.tinker.paths import base_model_of, parse_source
 from everlearn.api.tinker.recordings import pack_prompt, sequence_ids
 from everlearn.engine import protocol
-from everlearn.errors import InvalidRequest
+from everlearn.errors import InvalidRequest, TooLarge
 from everlearn.store import checkpoints, runs
 from everlearn.store.log import Entry
 from everlearn.types import Array, BaseModelInfo, SampleResult
@@ -87,7 +89,7 @@ async def asample(request: Request) -> dict[str, Any]:
     sampler_id, seq = form.sampling_session_id, checks.whole(form.seq_id, "seq_id")
     sampler = await sampler_of(svc, owner, sampler_id)
     request_id = f"{sampler_id}:{seq}"
-    command, meta = build(svc, owner, sampler, form, request_id)
+    command, meta = await read(svc, owner, sampler, form, request_id)
     wanted = meta["tokens"] + form.num_samples * command.params.max_tokens
     lease = None
     if not svc.dispatcher.ledger.known(request_id):  # the same request again takes no second share
@@ -136,12 +138,31 @@ async def sampler_of(svc: Services, owner: str, sampler_id: str) -> runs.Sampler
     return sampler
 
 
-def build(
+async def read(
     svc: Services, owner: str, sampler: runs.Sampler, form: forms.SampleForm, request_id: str
+) -> tuple[protocol.Sample, dict[str, Any]]:
+    """`build`, in a thread if there are images; those that the prompt gives an address of are fetched first, and logged like others."""
+    if not codec_json.shows_images(form.prompt):
+        return build(svc, owner, sampler, form, request_id, {})
+    reader = ImageReader(svc.catalog.resolve(sampler.base_model), svc.settings.images)
+    fetched: dict[int, bytes] = {}
+    for i, chunk in enumerate(form.prompt.chunks):
+        if chunk.type == "image_asset_pointer":
+            place = f"prompt.chunks[{i}].location"
+            reader.vision(place)
+            fetched[i] = await load(chunk.location, svc.settings.images, place)
+            if sum(map(len, fetched.values())) > svc.settings.api.max_body_bytes:
+                raise TooLarge(f"{place}: the prompt's images have more bytes than a request may have (api.max_body_bytes)", param=place)
+    return await asyncio.to_thread(build, svc, owner, sampler, form, request_id, fetched)
+
+
+def build(
+    svc: Services, owner: str, sampler: runs.Sampler, form: forms.SampleForm, request_id: str, fetched: dict[int, bytes]
 ) -> tuple[protocol.Sample, dict[str, Any]]:
     """The command, and what its log entry keeps beside it: the counts, the layout of its targets, the prompt if it is recorded."""
     info: BaseModelInfo = svc.catalog.resolve(sampler.base_model)
-    tokens = checks.prompt(form, info)
+    row = checks.prompt(form, info, ImageReader(info, svc.settings.images), fetched)
+    tokens = row.tokens()
     params = checks.sampling_params(form.sampling_params, tokens.size, info)
     checks.sample_extras(form, tokens.size, info, svc.settings.engine.queue_limit)
     targets, layout = checks.targets(form.target_prompt_logprobs, tokens.size, info, svc.settings.api.max_body_bytes)
@@ -160,6 +181,7 @@ def build(
         topk_sample_logprobs=form.topk_sample_logprobs,
         target_prompt_logprobs=targets,
         prompt_alt_tokens_k=form.prompt_alt_tokens_k,
+        images=row.images,
     )
     subject = sampler.model_path or sampler.model_id or sampler.base_model
     meta: dict[str, Any] = {"num_samples": form.num_samples, "tokens": int(tokens.size), "subject": subject}

@@ -11,6 +11,7 @@ import msgspec
 from fastapi import APIRouter, Request
 
 from everlearn.api.auth import is_loopback, tenant
+from everlearn.api.images import ImageReader
 from everlearn.api.services import Services, services
 from everlearn.api.tinker import checks, codec, codec_json, forms, places
 from everlearn.api.tinker.codec import ForwardBackwardCall
@@ -38,7 +39,7 @@ async def create_model(request: Request) -> dict[str, Any]:
     async def prepare() -> Prepared:
         checks.optimizer_config(form.optimizer_config)
         info = svc.catalog.resolve(form.base_model)
-        lora = checks.lora(form.lora_config, svc.settings.engine.max_rank)
+        lora = checks.lora(form.lora_config, svc.settings, info)
         await svc.read(lambda conn: runs.get_session(conn, owner, form.session_id))
         command = protocol.Create(request_id=ticket.request_id, model_id=run_id, tenant=owner, base=info.name, lora=lora)
         meta = {
@@ -66,6 +67,7 @@ async def get_info(request: Request) -> dict[str, Any]:
         "optimizer_config": {"type": "adamw"},
         "is_lora": True,
         "lora_rank": run.lora.rank,
+        "expert_lora": run.lora.expert_lora,
         "model_name": run.base_model,
     }
 
@@ -88,7 +90,9 @@ async def forward_backward(request: Request) -> dict[str, Any]:
             await places.keep(request, places.in_message(body), body, error)
             raise
         ticket = open_ticket(request, message.model_id, message.seq_id, fingerprint)
-        return await submit_batch(ticket, body, lambda: codec.forward_backward_call(message, max_bytes))
+        return await submit_batch(
+            ticket, body, codec.shows_images(message), lambda reader: codec.forward_backward_call(message, max_bytes, reader)
+        )
     return await forward_backward_json(request, body, forward_only=False)
 
 
@@ -109,23 +113,30 @@ async def forward_backward_json(request: Request, body: bytes, *, forward_only: 
     max_bytes = services(request).settings.api.max_body_bytes
     fingerprint = await aside(body, checks.fingerprint, body + (b"\0forward" if forward_only else b""))
     ticket = open_ticket(request, form.model_id, form.seq_id, fingerprint)
-    return await submit_batch(ticket, body, lambda: codec_json.forward_backward_call(form, forward_only=forward_only, max_bytes=max_bytes))
+    return await submit_batch(
+        ticket,
+        body,
+        codec_json.call_shows_images(form),
+        lambda reader: codec_json.forward_backward_call(form, forward_only=forward_only, max_bytes=max_bytes, reader=reader),
+    )
 
 
 def open_ticket(request: Request, model_id: str, seq_id: int | None, fingerprint: str) -> Ticket:
     return Ticket(services(request), tenant(request), forms.text_of(model_id, "model_id"), checks.seq(seq_id), fingerprint)
 
 
-async def submit_batch(ticket: Ticket, body: bytes, decode: Callable[[], ForwardBackwardCall]) -> dict[str, Any]:
+async def submit_batch(
+    ticket: Ticket, body: bytes, shows_images: bool, decode: Callable[[ImageReader], ForwardBackwardCall]
+) -> dict[str, Any]:
     async def prepare() -> Prepared:
         run = await ticket.run()
         info = ticket.svc.catalog.resolve(run.base_model)
 
         def checked() -> tuple[ForwardBackwardCall, dict[str, float]]:
-            call = decode()
+            call = decode(ImageReader(info, ticket.svc.settings.images))
             return call, checks.data(call, info)
 
-        call, config = await aside(body, checked)
+        call, config = await asyncio.to_thread(checked) if shows_images else await aside(body, checked)
         if spec.spec_of(call.loss_fn).spans:
             call = msgspec.structs.replace(call, data=await attach_recordings(ticket.svc, ticket.tenant, call.data))
         command = protocol.ForwardBackward(

@@ -192,7 +192,7 @@ def check_fits(svc: Services, run: runs.Run, source: runs.Run, checkpoint: check
         raise InvalidRequest(
             f"{checkpoint.path} belongs to base model {source.base_model!r}, and run {run.run_id} to {run.base_model!r}", param="path"
         )
-    for name in ("rank", "alpha", "train_attn", "train_mlp", "train_unembed"):
+    for name in ("rank", "alpha", "expert_lora", "train_attn", "train_mlp", "train_unembed", "train_vision"):
         mine, theirs = getattr(run.lora, name), getattr(source.lora, name)
         if mine != theirs:
             raise InvalidRequest(

@@ -1,0 +1,103 @@
+"""Images as a vision tower reads them: the same numbers as transformers' own image processor makes."""
+
+from __future__ import annotations
+
+import json
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from everlearn.errors import InvalidRequest
+from everlearn.render.patches import grid_of, patches_of, read_vision
+from everlearn.types import ImageSpan, VisionInfo
+
+QWEN = VisionInfo(16, 2, 2, 65536, 16777216, [0.5] * 3, [0.5] * 3, 151655, 151652, 151653)
+OTHER = VisionInfo(14, 2, 2, 3136, 200704, [0.48, 0.46, 0.41], [0.27, 0.26, 0.28], 1, 2, 3)
+
+
+@pytest.fixture(scope="module")
+def processors():
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    def of(vision: VisionInfo):
+        size = {"shortest_edge": vision.min_pixels, "longest_edge": vision.max_pixels}
+        return Qwen2VLImageProcessorPil(patch_size=vision.patch, size=size, image_mean=vision.mean, image_std=vision.std)
+
+    return {id(vision): of(vision) for vision in (QWEN, OTHER)}
+
+
+def saved(seed: int, width: int, height: int, mode: str = "RGB", format: str = "PNG", **more: object) -> bytes:
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, 4), dtype=np.uint8)
+    out = BytesIO()
+    Image.fromarray(values).convert(mode).save(out, format, **more)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("vision", [QWEN, OTHER], ids=["qwen3", "other"])
+@pytest.mark.parametrize(
+    ("width", "height", "mode", "format"),
+    [(300, 200, "RGB", "PNG"), (1000, 31, "RGBA", "PNG"), (17, 300, "L", "PNG"), (320, 240, "P", "PNG"), (211, 99, "RGB", "JPEG")],
+)
+def test_grids_and_patches_are_those_of_transformers(processors, vision: VisionInfo, width: int, height: int, mode: str, format: str):
+    data = saved(1, width, height, mode, format)
+    rows, columns = grid_of(width, height, vision, "image")
+    with Image.open(BytesIO(data)) as image:
+        wanted = processors[id(vision)](image, return_tensors="np")
+    assert wanted["image_grid_thw"].tolist() == [[1, rows * vision.merge, columns * vision.merge]]
+    np.testing.assert_array_equal(patches_of(ImageSpan(0, rows, columns, data), vision), wanted["pixel_values"])
+
+
+@given(width=st.integers(1, 5000), height=st.integers(1, 5000), vision=st.sampled_from([QWEN, OTHER]))
+def test_a_grid_follows_from_the_size_and_keeps_the_bounds(width: int, height: int, vision: VisionInfo):
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    if max(width, height) > 200 * min(width, height):
+        with pytest.raises(InvalidRequest, match="200 times"):
+            grid_of(width, height, vision, "image")
+        return
+    side = vision.patch * vision.merge
+    rows, columns = grid_of(width, height, vision, "image")
+    assert (rows * side, columns * side) == smart_resize(height, width, side, vision.min_pixels, vision.max_pixels)
+    assert grid_of(height, width, vision, "image") == (columns, rows)  # so a turned image takes as many tokens
+    assert rows >= 1 <= columns
+
+
+def test_an_image_is_turned_as_its_exif_says():
+    plain = Image.open(BytesIO(saved(2, 96, 64)))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    lying = BytesIO()
+    plain.rotate(90, expand=True).save(lying, "PNG", exif=exif)
+    np.testing.assert_array_equal(
+        patches_of(ImageSpan(0, 4, 6, lying.getvalue()), OTHER), patches_of(ImageSpan(0, 4, 6, saved(2, 96, 64)), OTHER)
+    )
+
+
+def test_a_broken_file_is_refused():
+    with pytest.raises(InvalidRequest, match="decoded"):
+        patches_of(ImageSpan(0, 2, 2, saved(3, 64, 64)[:90]), QWEN)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_settings_come_from_the_folder(tmp_path: Path, nested: bool):
+    config = {
+        "model_type": "qwen3_vl",
+        "vision_config": {"patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2},
+        "image_token_id": 7,
+        "vision_start_token_id": 8,
+        "vision_end_token_id": 9,
+    }
+    plain = read_vision(tmp_path, config)
+    assert plain == VisionInfo(16, 2, 2, 65536, 16777216, [0.5] * 3, [0.5] * 3, 7, 8, 9)
+    settings = {"size": {"shortest_edge": 4096, "longest_edge": 8192}, "patch_size": 14, "image_mean": [0.1, 0.2, 0.3]}
+    name = "processor_config.json" if nested else "preprocessor_config.json"
+    (tmp_path / name).write_text(json.dumps({"image_processor": settings} if nested else settings))
+    assert read_vision(tmp_path, config) == VisionInfo(14, 2, 2, 4096, 8192, [0.1, 0.2, 0.3], [0.5] * 3, 7, 8, 9)
+    assert read_vision(tmp_path, {**config, "model_type": "llama"}) is None
+    with pytest.raises(InvalidRequest, match="image_token_id"):
+        read_vision(tmp_path, {name: value for name, value in config.items() if name != "image_token_id"})
