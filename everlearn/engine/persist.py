@@ -1,9 +1,10 @@
 """Writing adapters to disk beside the device thread, and reading them back.
 
 The device thread hands over copies (a version's bytes never change under the writer); one writer thread turns them into folders
-that are whole or absent (store/folders.py), and reports each when it is durable. Layout of a folder: `adapter.safetensors` (float32, `<path>.lora_A`
-[rank, in], `<path>.lora_B` [out, rank]; on experts either may have an axis in front), `optimizer.safetensors` (`.exp_avg_A` ... and
-`.grad_A` ... where a gradient was pending), and manifest.json, which also holds what the adapter is.
+that are whole or absent (store/folders.py), and reports each when it is durable. Layout of a folder: `adapter.safetensors`
+(float32, `<path>.lora_A` [rank, in], `<path>.lora_B` [out, rank]; on experts either may have an axis in front),
+`optimizer.safetensors` (`.exp_avg_A` ... and `.grad_A` ... where a gradient was pending), and manifest.json, which also holds what the
+adapter is.
 """
 
 from __future__ import annotations
