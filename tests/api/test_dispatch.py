@@ -27,6 +27,7 @@ def test_commands_reach_the_engine_in_seq_order(tmp_path: Path) -> None:
             for seq in (4, 3, 2):
                 await r.forward(model, seq)
             await r.step(model, 5)
+            await r.up()  # until then it is the engine that is waited for
             waiting = await r.outcome(f"{model}:2", timeout=1.5)
             assert isinstance(waiting, Waiting) and "waits for request 1" in str(waiting.reason), waiting
             await r.forward(model, 1)

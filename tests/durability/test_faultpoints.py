@@ -160,9 +160,13 @@ def play(tiny_model: Path, home: Path, fault: str, then: Callable[[LiveServer], 
     server = start_server(home, tiny_model, SETTINGS, variables={"EVERLEARN_FAULT": fault})
     reviver = Reviver(server)
     try:
-        trace = run(server, then(server))
-    finally:
-        reviver.end()
+        try:
+            trace = run(server, then(server))
+        finally:
+            reviver.end()
+    except BaseException:
+        server.stop()
+        raise
     return server, trace, reviver.deaths
 
 
