@@ -6,6 +6,7 @@ fit them. CPU work: reading a request with images belongs in a thread.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from everlearn.render.patches import grid_of
 from everlearn.types import BaseModelInfo, ImageSpan, VisionInfo
 
 LOW_DETAIL = 512 * 512  # pixels that an image of detail "low" is seen with
+LONG_URL = 256 * 1024  # characters; decoding more of them would hold up the event loop
 
 
 class ImageReader:
@@ -90,6 +92,8 @@ def from_base64(text: str, settings: ImageSettings, param: str) -> bytes:
 async def load(url: str, settings: ImageSettings, param: str) -> bytes:
     """The file at a data URL, or at another host's where the owner allows that (images.remote)."""
     if url.startswith("data:"):
+        if len(url) > LONG_URL:
+            return await asyncio.to_thread(images.data_of, url, settings, param)
         return images.data_of(url, settings, param)
     if not url.startswith(("http://", "https://")):
         raise Unsupported(f"{param} is neither a data URL nor one of another host; this server opens no files for its clients", param=param)
@@ -107,11 +111,12 @@ class Picture(NamedTuple):
     max_pixels: int | None
 
 
-async def take_pictures(messages: list[dict[str, Any]], reader: ImageReader) -> tuple[list[dict[str, Any]], list[Picture]]:
-    """The messages with a bare `image` part for every image, and the images in their order. Raises Unsupported for a model that reads
-    text alone."""
+async def take_pictures(messages: list[dict[str, Any]], reader: ImageReader, most_bytes: int) -> tuple[list[dict[str, Any]], list[Picture]]:
+    """The messages with a bare `image` part for every image, and the images in their order: `most_bytes` (api.max_body_bytes) together,
+    because an address is short and its image isn't. Raises Unsupported for a model that reads text alone."""
     shown: list[dict[str, Any]] = []
     pictures: list[Picture] = []
+    num_bytes = 0
     for place, message in enumerate(messages):
         content = message.get("content")
         if isinstance(content, list) and any(part.get("type") == "image_url" for part in content):
@@ -119,6 +124,10 @@ async def take_pictures(messages: list[dict[str, Any]], reader: ImageReader) -> 
             for number, part in enumerate(content):
                 if part.get("type") == "image_url":
                     pictures.append(await _picture(part["image_url"], reader, f"messages[{place}].content[{number}]"))
+                    num_bytes += len(pictures[-1].data)
+                    if num_bytes > most_bytes:
+                        what = "the request's images have more bytes than a request may have (api.max_body_bytes)"
+                        raise TooLarge(f"{pictures[-1].param}: {what}; send them in several requests", param=pictures[-1].param)
                     part = {"type": "image"}
                 parts.append(part)
             message = {**message, "content": parts}

@@ -137,7 +137,7 @@ async def open_text(
 async def encode_turn(svc: Services, chat: ChatModel, turn: Turn) -> tuple[str, list[int], list[ImageSpan]]:
     """The prompt as text and as tokens, and the images among them."""
     reader = ImageReader(chat.base, svc.settings.images)
-    messages, pictures = await take_pictures(turn.messages, reader)
+    messages, pictures = await take_pictures(turn.messages, reader, svc.settings.api.max_body_bytes)
     tools, format = turn.offered, chat.format
     shown = [_shown(tool) for tool in tools] if tools and format.native else None
     injected = format.inject(messages, tools)
