@@ -13,6 +13,8 @@ from everlearn.types import SamplingParams
 
 # What may be added to a logit: far beyond any use, and float32 stays finite.
 MOST_ADDED = 1000
+# Experts' ids that one request may have recorded: 1 GiB of them.
+MOST_ROUTED = 2**28
 
 
 def admit(command: Sample, base: BaseModel, cache_tokens: int) -> int:
@@ -24,8 +26,6 @@ def admit(command: Sample, base: BaseModel, cache_tokens: int) -> int:
     for token in (int(prompt.min()), int(prompt.max())):
         if not 0 <= token < base.vocab_size:
             raise InvalidRequest(f"the prompt holds token {token}; tokens of {name} are 0 to {base.vocab_size - 1}", param="prompt")
-    if params.routing:
-        shape_of(base)
     check_images(base.vision, name, len(prompt), command.images, "prompt")
     if command.num_samples < 1:
         raise InvalidRequest(f"num_samples is {command.num_samples}; it must be at least 1", param="num_samples")
@@ -40,11 +40,23 @@ def admit(command: Sample, base: BaseModel, cache_tokens: int) -> int:
             "lower max_tokens or raise engine.kv_tokens",
             param="max_tokens",
         )
+    if params.routing:
+        _check_routing(command, base, len(prompt) + max_new)
     if any(params.stop_strings) and base.tokenizer is None:
         raise Unsupported(f"{name} has no tokenizer, so stop strings can't be found; send stop tokens", param="stop")
     _check_edits(params, base.vocab_size)
     _check_targets(command, len(prompt) - 1, base.vocab_size)
     return max_new
+
+
+def _check_routing(command: Sample, base: BaseModel, length: int) -> None:
+    shape = shape_of(base)
+    if (num := command.num_samples * length * shape.layers * shape.width) > MOST_ROUTED:
+        raise TooLarge(
+            f"routes of {command.num_samples} samples of up to {length} tokens are {num} numbers; a request records at most {MOST_ROUTED}: "
+            "ask for fewer samples or a lower max_tokens, or leave routing out",
+            param="routing",
+        )
 
 
 def _check_edits(params: SamplingParams, vocab: int) -> None:

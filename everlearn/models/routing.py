@@ -96,7 +96,8 @@ class Routing:
         logits_TE = logits_TE.reshape(-1, self.num_experts).float()
         if self.rule is None:
             self.rule = self._find_rule(logits_TE, ids_TK, weights_TK)
-        return chosen_TK, (self.rule(logits_TE, chosen_TK) * self.factor).to(weights_TK.dtype)
+        found_TK = (self.rule(logits_TE, chosen_TK) * self.factor).to(weights_TK.dtype)
+        return chosen_TK, torch.where(known_T1, found_TK, weights_TK)  # a neighbour in the row that replays nothing keeps its own bits
 
     @torch.no_grad()  # else the first pass would keep more than the same pass computed again
     def _find_rule(self, logits_TE: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> Rule:

@@ -13,7 +13,7 @@ from everlearn.config import EngineSettings, Settings
 from everlearn.engine.protocol import Completed, Sample
 from everlearn.engine.sampler import Sampler
 from everlearn.engine.trainer import Trainer
-from everlearn.errors import InvalidRequest, Unsupported
+from everlearn.errors import InvalidRequest, TooLarge, Unsupported
 from everlearn.models.bank import Bank
 from everlearn.models.catalog import read_info
 from everlearn.models.load import BaseModel, load_base
@@ -110,6 +110,23 @@ def test_tokens_without_a_route_are_silent_and_counted(base: BaseModel) -> None:
     assert mine.metrics["routing_masked_tokens:sum"] == 2 and mine.metrics["routing_replayed_tokens:sum"] == 10
     assert mine.metrics["loss:sum"] == pytest.approx(theirs.metrics["loss:sum"], rel=1e-6)
     torch.testing.assert_close(one.grad, two.grad)
+
+
+def test_a_token_without_a_route_keeps_its_bits(base: BaseModel) -> None:
+    """Whoever shares a row with routes, and replays none, gets the router's own weights."""
+    trainer, who = Trainer(base, 256), with_random_b(adapter(base, expert_lora="per_expert"), 4)
+    row = random_datums(7, [12])[0]
+    unknown = with_routes(row, np.full((12, len(base.expert_modules), TOP_K), UNKNOWN))
+    plain, replayed = (forward_backward(trainer, who, [one], forward_only=True).outputs[0]["logprobs"].numpy() for one in (row, unknown))
+    np.testing.assert_array_equal(replayed, plain)
+
+
+def test_too_many_routes_are_refused_before_they_are_recorded(base: BaseModel) -> None:
+    params = SamplingParams(max_tokens=40, seed=1, routing=True)
+    wanted = Sample("big", "tiny", "", "", "t", Array.of(np.array(PROMPT, np.int32)), 2**22, params)
+    with pytest.raises(TooLarge, match="routes of"):
+        new_sampler(base).add(wanted)
+    new_sampler(base).add(msgspec.structs.replace(wanted, num_samples=4))
 
 
 def test_metrics_of_balance(base: BaseModel) -> None:
