@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from everlearn.errors import Unsupported
+from everlearn.models import export_experts
 from everlearn.models.export import HEAD, PEFT_CONFIG, PEFT_WEIGHTS, Adapter
 from everlearn.models.tensorfile import TensorFile
 from everlearn.types import BaseModelInfo
@@ -129,11 +130,17 @@ def check_adapter(adapter: Adapter, base: BaseModelInfo, max_rank: int = RANKS[-
     names = [f"{path}.lora_{side}.weight" for path in adapter.paths for side in "AB"]
     if reasons := refusals({"r": adapter.rank}, names, base.architecture, base.vocab_size, max_rank):
         raise Unsupported(f"vLLM can't serve this adapter: {'; '.join(reasons)}", param="format")
+    notes = []
+    if any(export_experts.is_expert(path) for path in adapter.paths):
+        notes.append(
+            f"the adapter changes experts, in PEFT as parameters of up to rank {2 * adapter.rank} (target_parameters); whether vLLM "
+            "reads them is not known here: compare its answers, or use --format merged"
+        )
     if base.architecture not in WITH_HEAD | WITHOUT_HEAD:
-        return [
+        notes.append(
             f"whether vLLM takes adapters of {base.architecture} is not known here (rules of vLLM {VERSION}); try it before you rely on it"
-        ]
-    return []
+        )
+    return notes
 
 
 def rank_flag(rank: int) -> int:

@@ -12,6 +12,7 @@ from everlearn.errors import Unsupported
 from everlearn.models import export, vllm
 from everlearn.types import LoraSpec
 from tests.models.test_export import checkpoint, info_of
+from tests.moe import make_moe
 
 LLAMA, QWEN2 = "LlamaForCausalLM", "Qwen2ForCausalLM"
 LAYER = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -94,6 +95,13 @@ def test_what_is_exported_passes(tiny_model: Path, tmp_path: Path) -> None:
         vllm.check_adapter(adapter, base)
     [note] = vllm.check_adapter(adapter_without_head(tiny_model, tmp_path), msgspec.structs.replace(base, architecture="OddForCausalLM"))
     assert "not known" in note
+
+
+def test_adapters_on_experts_are_noted(tmp_path: Path) -> None:
+    base = make_moe(tmp_path / "moe", "qwen3_moe")
+    lora = LoraSpec(rank=4, alpha=8, seed=1, train_unembed=False, expert_lora="shared_outer")
+    notes = vllm.check_adapter(checkpoint(base, tmp_path / "experts", lora), info_of(base))
+    assert "of up to rank 8" in notes[0]
 
 
 def adapter_without_head(base: Path, folder: Path) -> export.Adapter:
