@@ -56,13 +56,18 @@ class Pairs:
 def product(x_SI: torch.Tensor, stack_EOI: torch.Tensor, pairs: Pairs) -> torch.Tensor:
     """[S, O]: x[s] times the transposed matrix of row s's expert."""
     if runs_fused(x_SI):
-        size_out = stack_EOI.shape[1]
-        x_SI, stack_EOI = _padded(x_SI, (1,)), _padded(stack_EOI, (1, 2))
-        return torch._grouped_mm(x_SI, stack_EOI.transpose(1, 2), offs=pairs.stops)[:, :size_out]
+        return fused_product(x_SI, stack_EOI, pairs.stops)
     y_SO = x_SI.new_empty(len(x_SI), stack_EOI.shape[1])
     for expert, start, stop in pairs.spans:
         linear_into(x_SI[start:stop], stack_EOI[expert], y_SO[start:stop])
     return y_SO
+
+
+def fused_product(x_SI: torch.Tensor, stack_EOI: torch.Tensor, stops_E: torch.Tensor) -> torch.Tensor:
+    """The same as one kernel; `stops_E` int32 is the row after each matrix's last."""
+    size_out = stack_EOI.shape[1]
+    x_SI, stack_EOI = _padded(x_SI, (1,)), _padded(stack_EOI, (1, 2))
+    return torch._grouped_mm(x_SI, stack_EOI.transpose(1, 2), offs=stops_E)[:, :size_out]
 
 
 def add_outer(into_EOI: torch.Tensor, left_SO: torch.Tensor, right_SI: torch.Tensor, pairs: Pairs, scale: float) -> None:

@@ -9,8 +9,10 @@ Axes: O output size, I input size, G groups of an input row, E experts.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +39,10 @@ class Int4Weight(PackedWeight):
 
     def dense(self, part: Part = None) -> torch.Tensor:
         packed, scale = (self.packed, self.scale) if part is None else (self.packed[part], self.scale[part])
+        if packed.is_cuda and has_triton():
+            from everlearn.models.quant_int4_gpu import unpack
+
+            return unpack(packed, scale, self.group, self.dtype)
         values = packed.new_empty((*packed.shape, 2), dtype=self.dtype)
         values[..., 0] = packed & 15
         values[..., 1] = packed >> 4
@@ -100,6 +106,11 @@ def read_scheme(config: Mapping[str, Any]) -> Int4Scheme:
             "multiple of 8, weights only, are; use such a folder or the unquantised model"
         )
     return Int4Scheme(size, f"INT4 in groups of {size}")
+
+
+@cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def pack(dense: torch.Tensor, group: int = 32, scale_dtype: torch.dtype = torch.bfloat16) -> Int4Weight:

@@ -11,6 +11,8 @@ from torch import nn
 from everlearn.models import grouped
 from everlearn.models.experts import LAYOUTS, LoraExperts, install_experts
 from everlearn.models.lora import AdapterWeights, Segment, active_segments
+from everlearn.models.quant_experts import PackedStack, runs
+from everlearn.models.quant_int4 import pack
 
 HIDDEN, INNER, EXPERTS, TOP_K, TOKENS = 16, 24, 6, 3, 19
 
@@ -169,3 +171,28 @@ def test_gpu_products_equal_the_loop_and_are_recorded(layout: str, monkeypatch: 
                 assert torch.equal(recorded, y.detach())
     for mine, theirs in zip(*found, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=2e-2 * float(theirs.abs().max()) + 1e-6)
+
+
+@pytest.mark.parametrize("tokens", [3, 60])
+def test_packed_experts_in_runs_equal_one_by_one(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU computes them, many experts in a run, some without rows between; the last run is shorter."""
+    num, generator = 21, torch.Generator().manual_seed(4)
+    weight = pack(torch.randn(num, 48, 64, generator=generator))
+    stack = PackedStack(weight, torch.randn(num, 48, generator=generator))
+    pairs = grouped.Pairs(torch.randint(0, num, (tokens, 2), generator=generator), num)
+    x, dy = torch.randn(2 * tokens, 64, generator=generator), torch.randn(2 * tokens, 48, generator=generator)
+    plain_y, plain_dx = stack.product(x, pairs), stack.back(dy, pairs)
+    monkeypatch.setattr(grouped, "runs_fused", lambda x: True)
+    assert sum(part.stop - part.start for part, _, _ in runs(pairs)) == len(pairs.spans)
+    torch.testing.assert_close(stack.product(x, pairs), plain_y, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(stack.back(dy, pairs), plain_dx, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_int4_is_unpacked_to_the_same_bits_on_a_gpu(dtype: torch.dtype) -> None:
+    here = pack(torch.randn(3, 50, 96, generator=torch.Generator().manual_seed(1)).to(dtype))
+    there = pack(torch.zeros(3, 50, 96, dtype=dtype)).to("cuda")
+    there.load_state_dict(here.state_dict())
+    for part in (None, 1, slice(1, 3)):
+        assert torch.equal(there.dense(part).cpu(), here.dense(part))
