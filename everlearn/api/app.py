@@ -36,6 +36,7 @@ from everlearn.api.tinker import places
 from everlearn.api.tinker.forms import CHECK_ADDRESS
 from everlearn.api.tinker.routes import ROUTERS
 from everlearn.config import Settings
+from everlearn.errors import EverlearnError
 from everlearn.models.catalog import Catalog
 from everlearn.store import garbage
 from everlearn.store.db import Database, open_database
@@ -82,7 +83,11 @@ def create_app(settings: Settings) -> FastAPI:
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     # Reads of the store share these threads with the checks of large folders; the default of six could all be busy with those.
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="blocking"))
-    svc = await asyncio.to_thread(open_services, app.state.settings)
+    try:
+        svc = await asyncio.to_thread(open_services, app.state.settings)
+    except EverlearnError as error:
+        app.state.failure = error
+        raise
     app.state.services = svc
     housekeeping = Housekeeping(svc)
     try:

@@ -91,7 +91,7 @@ async def authenticate(request: Request) -> None:
         key_id_var.set(request.state.caller.key_id)
         return
     if not local:
-        raise Unauthenticated("this server has no keys yet and answers its own machine only; make one with: everlearn key create")
+        raise Unauthenticated("this server has no keys yet and answers its own machine only; make one with: everlearn key create NAME")
     check_origin(request)
     request.state.caller = LOCAL
 
@@ -99,7 +99,7 @@ async def authenticate(request: Request) -> None:
 async def by_key(svc: Services, cache: KeyCache, request: Request) -> Caller:
     secret = secret_of(request)
     if not secret:
-        raise Unauthenticated("no key; send it as X-API-Key or as Authorization: Bearer (everlearn key create makes one)")
+        raise Unauthenticated("no key; send it as X-API-Key or as Authorization: Bearer (everlearn key create NAME makes one)")
     caller = await cache.find(svc, secret)
     if caller is None:
         raise Unauthenticated("this key is unknown or revoked; everlearn key list shows the keys of this server")
@@ -119,11 +119,11 @@ def check_origin(request: Request) -> None:
     origin = request.headers.get("origin")
     if origin and not is_loopback(host_of(origin)):
         raise Forbidden(
-            "a page from another origin may not use a server without keys; make a key with: everlearn key create", param="origin"
+            "a page from another origin may not use a server without keys; make a key with: everlearn key create NAME", param="origin"
         )
     host = host_of("//" + request.headers.get("host", "localhost"))
     if not is_loopback(host) and host != "testserver":
-        raise Forbidden("without keys this server answers to localhost only; make a key with: everlearn key create", param="host")
+        raise Forbidden("without keys this server answers to localhost only; make a key with: everlearn key create NAME", param="host")
 
 
 def host_of(url: str) -> str:

@@ -47,9 +47,12 @@ def run(settings: Settings) -> int:
         server.run(sockets=[listener])
     except KeyboardInterrupt:
         pass  # uvicorn raises the signal again once it has ended in order
+    except SystemExit:  # how it says that it couldn't start
+        if server.failure is None:
+            raise
     finally:
         listener.close()
-        server_file(settings.home).unlink(missing_ok=True)
+        remove_server_file(settings.home)
     if server.failure is not None:
         raise server.failure
     return 0 if server.started else 1
@@ -62,13 +65,19 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, settings: Settings, url: str):
         super().__init__(config)
         self.settings, self.url = settings, url
-        self.failure: EverlearnError | None = None
+        # uvicorn would tell of a failed start by a traceback; `run` raises what it was.
+        logging.getLogger("uvicorn.error").addFilter(lambda _: self.failure is None)
         self._drain: asyncio.Task[None] | None = None
         self._words: asyncio.Task[None] | None = None
 
     @property
     def services(self) -> Services:
         return self.config.app.state.services  # type: ignore[union-attr]
+
+    @property
+    def failure(self) -> EverlearnError | None:
+        """Why it couldn't start."""
+        return getattr(self.config.app.state, "failure", None)  # type: ignore[union-attr]
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()
@@ -137,7 +146,8 @@ def require_key(settings: Settings) -> None:
     try:
         if not db.read(keys.any_keys):
             raise InvalidRequest(
-                f"api.host {settings.api.host} is reachable from other machines, and there is no key; make one with: everlearn key create",
+                f"api.host {settings.api.host} is reachable from other machines, and there is no key; "
+                "make one with: everlearn key create NAME",
                 param="api.host",
             )
     finally:
@@ -176,3 +186,10 @@ def write_server_file(home: Path, url: str) -> None:
     temporary = home / f"server.json.tmp-{os.getpid()}"
     temporary.write_text(json.dumps({"pid": os.getpid(), "url": url, "version": everlearn.__version__, "started_at": time.time()}))
     temporary.replace(server_file(home))
+
+
+def remove_server_file(home: Path) -> None:
+    """If it is ours: a server that couldn't start has none, and another's must stay."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        if json.loads(server_file(home).read_text())["pid"] == os.getpid():
+            server_file(home).unlink()

@@ -67,7 +67,7 @@ def export_command(console: Console, path: str, form: str, out: Path, base: str 
         report: dict[str, Any] = {"folder": str(out), "format": form, "base": info.name, "rank": adapter.rank, "layers": len(adapter.paths)}
         report["bytes"] = sum(file.stat().st_size for file in out.iterdir())
         if form == "vllm":
-            report["serve"] = vllm.serve_command(str(info.path), out.absolute().name, out, adapter.rank)
+            report["serve"] = vllm.serve_command(str(info.path), out.absolute().name, out)
         if check:
             report |= prove(console, form, out, adapter, info)
         console.result(report if console.format == "json" else {name.replace("_", " "): value for name, value in report.items()})

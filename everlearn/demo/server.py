@@ -14,7 +14,7 @@ import httpx
 
 from everlearn.errors import Unavailable
 
-START_SECONDS = 180.0  # loading takes about ten on an idle machine; a busy one is slower
+START_SECONDS = 600.0  # loading takes about ten on an idle machine; a busy one is much slower
 STOP_SECONDS = 30.0
 
 OnWait = Callable[[float, str], None]  # (seconds so far, what the server says of itself)

@@ -221,7 +221,8 @@ def find_folder(given: str) -> Path:
     for snapshot in snapshots:
         if (snapshot / "config.json").is_file():
             return snapshot
-    raise NotFound(f"{given!r} is neither a folder nor in the cache {cache}; download it first: `hf download {given}`", param="base_model")
+    remedy = f"download it first: `hf download {given}`" if "/" in given else "`everlearn model list` shows the known names"
+    raise NotFound(f"{given!r} is neither a folder nor in the cache {cache}; {remedy}", param="base_model")
 
 
 def _hub_cache() -> Path:

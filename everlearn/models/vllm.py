@@ -148,7 +148,9 @@ def rank_flag(rank: int) -> int:
     return next(size for size in RANKS if size >= rank)
 
 
-def serve_command(base: str, name: str, folder: Path, rank: int) -> str:
+def serve_command(base: str, name: str, folder: Path) -> str:
     """The line that serves the exported folder under `name`, beside the base model."""
+    config = json.loads((folder / PEFT_CONFIG).read_text(encoding="utf-8"))
+    rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])  # experts are written with another rank than the adapter's
     modules = shlex.quote(f"{name}={folder.absolute()}")
     return f"vllm serve {shlex.quote(base)} --enable-lora --max-lora-rank {rank_flag(rank)} --lora-modules {modules}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from typing import Any
 
 import pytest
@@ -42,6 +43,16 @@ def test_runs_are_listed_and_shown(server, saved, capsys):
 def test_the_home_s_server_is_found_without_a_url(server, saved, capsys):
     assert run(["run", "list", "--home", str(server.home)]) == 0
     assert saved[0] in capsys.readouterr().out
+
+
+def test_a_second_server_on_the_same_home_says_so_and_leaves_the_first_alone(server):
+    where = (server.home / "server.json").read_bytes()
+    command = [*server.command[: server.command.index("--port")], "--port", "0"]
+    ended = subprocess.run(command, env=server.environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1, ended.stderr
+    lines = ended.stderr.strip().splitlines()
+    assert len(lines) <= 3 and any("another everlearn server uses" in line for line in lines), ended.stderr
+    assert (server.home / "server.json").read_bytes() == where
 
 
 def test_an_unknown_run_is_exit_code_4(server, capsys):

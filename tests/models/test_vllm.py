@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,14 @@ def test_the_rank_of_the_server() -> None:
     [reason] = vllm.refusals(PLAIN | {"r": 24}, [LAYER], LLAMA, max_rank=16)
     assert reason.endswith("serve with --max-lora-rank 32")
     assert [vllm.rank_flag(rank) for rank in (1, 2, 8, 9, 257, 512)] == [1, 8, 8, 16, 320, 512]
-    line = vllm.serve_command("my model", "support", Path("/x y/support"), 24)
-    assert line == "vllm serve 'my model' --enable-lora --max-lora-rank 32 --lora-modules 'support=/x y/support'"
+
+
+def test_the_line_that_serves_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "my support"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps({"r": 8, "rank_pattern": {"experts": 24}}))
+    line = vllm.serve_command("my model", "support", folder)
+    assert line == f"vllm serve 'my model' --enable-lora --max-lora-rank 32 --lora-modules 'support={folder}'"
 
 
 def test_what_is_exported_passes(tiny_model: Path, tmp_path: Path) -> None:
