@@ -52,7 +52,7 @@ def settings_page() -> str:
         "",
         "| variable | meaning |",
         "|---|---|",
-        "| `EVERLEARN_URL` | the server that `run`, `checkpoint` and `ps` talk to |",
+        "| `EVERLEARN_URL` | the server that commands talk to, unless `--url` says |",
         "| `EVERLEARN_API_KEY` | the key that they send |",
     ]
     return "\n".join(lines) + "\n"
