@@ -200,7 +200,7 @@ def decode(base: BaseModel, adapter: TrainingAdapter, size: tuple[int, int, int]
 
 
 def peer(tiny: bool) -> dict[str, Any]:
-    cases = [(BOUND, "float32", 1), (BOUND, "bfloat16", 4), (None, "float32", 4)]
+    cases = [(BOUND, "float32", 1), (BOUND, "bfloat16", 1), (BOUND, "bfloat16", 4), (None, "float32", 4)]
     out: dict[str, Any] = {"runs": []}
     torch.backends.cuda.enable_cudnn_sdp(True)  # torch's default, which everlearn switches off for itself
     for bound, adapters, num in cases:
