@@ -51,18 +51,18 @@ def step(trainer: Any) -> None:
 
 @pytest.fixture(scope="module")
 def name(trainer: Any, http: httpx.Client) -> str:
-    """`support`, which has eight versions, one of each training step, and means the seventh."""
+    """`helpdesk`, which has eight versions, one of each training step, and means the seventh."""
     for number in range(1, NUM_VERSIONS + 1):
         step(trainer)
-        path = trainer.save_weights_for_sampler(f"support-{number}").result().path
-        made = http.post("/v1/adapters", json={"name": "support", "path": path}).json()
+        path = trainer.save_weights_for_sampler(f"helpdesk-{number}").result().path
+        made = http.post("/v1/adapters", json={"name": "helpdesk", "path": path}).json()
         assert made["number"] == number
     move(http, 7)
-    return "support"
+    return "helpdesk"
 
 
 def move(http: httpx.Client, number: int) -> None:
-    assert http.post("/v1/adapters/support/move", json={"number": number}).json()["number"] == number
+    assert http.post("/v1/adapters/helpdesk/move", json={"number": number}).json()["number"] == number
 
 
 def drawn(http: httpx.Client, answer: dict[str, Any]) -> list[tuple[list[int], list[float]]]:
@@ -127,14 +127,14 @@ def test_a_seeded_request_is_the_same_alone_and_in_a_crowd(server: LiveServer, h
 def test_what_began_under_version_7_ends_under_version_7(http: httpx.Client, name: str, trainer: Any) -> None:
     """The name moves, and its run trains on, while the answer is drawn."""
     body = {"model": name, "messages": HI, "max_tokens": 300, "seed": 5, "ignore_eos": True}
-    alone = http.post("/v1/chat/completions", json={**body, "model": "support@7"}).json()
-    newer = http.post("/v1/chat/completions", json={**body, "model": "support@8"}).json()
+    alone = http.post("/v1/chat/completions", json={**body, "model": "helpdesk@7"}).json()
+    newer = http.post("/v1/chat/completions", json={**body, "model": "helpdesk@8"}).json()
     text, between = "", None
     with http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as reply:
-        assert reply.headers["x-everlearn-version"] == "support@7"
+        assert reply.headers["x-everlearn-version"] == "helpdesk@7"
         for number, line in enumerate(line for line in reply.iter_lines() if line.startswith("data: {")):
             chunk = json.loads(line[6:])
-            assert chunk["model"] == "support@7"
+            assert chunk["model"] == "helpdesk@7"
             text += chunk["choices"][0]["delta"].get("content") or ""
             if number == 5:
                 move(http, 8)
@@ -143,7 +143,7 @@ def test_what_began_under_version_7_ends_under_version_7(http: httpx.Client, nam
         assert chunk["choices"][0]["finish_reason"] == "length"
     move(http, 7)
     assert text == alone["choices"][0]["message"]["content"]
-    assert between is not None and between.headers["x-everlearn-version"] == between.json()["model"] == "support@8"
+    assert between is not None and between.headers["x-everlearn-version"] == between.json()["model"] == "helpdesk@8"
     assert between.json()["choices"] == newer["choices"] != alone["choices"]
     assert between.json()["system_fingerprint"] != alone["system_fingerprint"]
 
