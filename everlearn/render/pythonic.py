@@ -12,9 +12,8 @@ from typing import Any
 
 from everlearn.render.parameters import convert, kinds
 from everlearn.render.reader import BrokenError, Marks, Reader, Step
-from everlearn.render.reasoning import CLOSE, opened_by, thoughts
 from everlearn.render.replies import Writer
-from everlearn.render.syntaxes import NAME, attempt, commit, plain
+from everlearn.render.syntaxes import NAME, calls_by_line, commit
 
 PYTHON_START, PYTHON_END = "<|python_start|>", "<|python_end|>"
 MARKS = Marks(PYTHON_START, "\n[")
@@ -27,22 +26,7 @@ WORDS = {"True": "true", "False": "false", "None": "null"}
 
 
 def pythonic(reader: Reader, out: Writer, prompt: str) -> Step[None]:
-    if not out.calls:
-        return (yield from plain(reader, out, prompt))
-    mark = yield from thoughts(reader, out, opened_by(prompt), Marks(CLOSE, PYTHON_START))
-    if mark in ("", CLOSE):
-        reader.keep("")
-        yield from reader.space()
-        begins = yield from reader.comes("[")
-        before = reader.forget()
-        if begins:
-            mark = before
-        else:
-            out.content(before)
-            mark = yield from reader.until(MARKS, out.content)
-    while mark:
-        yield from attempt(reader, out, mark, calls)
-        mark = yield from reader.until(MARKS, out.content)
+    yield from calls_by_line(reader, out, prompt, PYTHON_START, "[", MARKS, calls)
 
 
 def calls(reader: Reader, out: Writer, mark: str) -> Step[None]:

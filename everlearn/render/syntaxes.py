@@ -76,6 +76,26 @@ def commit(reader: Reader, out: Writer, name: str, id: str = "") -> None:
     out.open_call(name, id)
 
 
+def calls_by_line(reader: Reader, out: Writer, prompt: str, start: str, bare: str, marks: Marks, call: Call) -> Step[None]:
+    """A thought, then content with calls: behind one of `marks` (`start` among them), or bare, from `bare` on, at the beginning."""
+    if not out.calls:
+        return (yield from plain(reader, out, prompt))
+    mark = yield from thoughts(reader, out, opened_by(prompt), Marks(CLOSE, start))
+    if mark in ("", CLOSE):
+        reader.keep("")
+        yield from reader.space()
+        begins = yield from reader.comes(bare)
+        before = reader.forget()
+        if begins:
+            mark = before
+        else:
+            out.content(before)
+            mark = yield from reader.until(marks, out.content)
+    while mark:
+        yield from attempt(reader, out, mark, call)
+        mark = yield from reader.until(marks, out.content)
+
+
 # ---- a call as one JSON object ----
 
 
@@ -213,22 +233,7 @@ BUILTIN = re.compile(r'\s*(\w+)\.call\(\s*(\w+)\s*=\s*("(?:[^"\\]|\\.)*")\s*\)\s
 
 def llama(reader: Reader, out: Writer, prompt: str) -> Step[None]:
     """A bare object at the beginning of the reply or of a line, objects or a built-in's call after `<|python_tag|>`, `<function=`."""
-    if not out.calls:
-        return (yield from plain(reader, out, prompt))
-    mark = yield from thoughts(reader, out, opened_by(prompt), Marks(CLOSE, PYTHON_TAG))
-    if mark in ("", CLOSE):
-        reader.keep("")
-        yield from reader.space()
-        begins = yield from reader.comes("{")
-        before = reader.forget()
-        if begins:
-            mark = before
-        else:
-            out.content(before)
-            mark = yield from reader.until(LLAMA_MARKS, out.content)
-    while mark:
-        yield from attempt(reader, out, mark, llama_call)
-        mark = yield from reader.until(LLAMA_MARKS, out.content)
+    yield from calls_by_line(reader, out, prompt, PYTHON_TAG, "{", LLAMA_MARKS, llama_call)
 
 
 def llama_call(reader: Reader, out: Writer, mark: str) -> Step[None]:
