@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import sys
 from typing import Literal
 
@@ -20,20 +19,11 @@ from agents import (
     function_tool,
     set_tracing_disabled,
 )
+from client_hosts import hosts
 from openai import AsyncOpenAI
 from pydantic import BaseModel
 
 URL, MODEL, KEY = sys.argv[1], sys.argv[2], "tml-test"
-hosts: set[str] = set()
-look_up = socket.getaddrinfo
-
-
-def noted(host, *rest, **more):
-    hosts.add(str(host))
-    return look_up(host, *rest, **more)
-
-
-socket.getaddrinfo = noted
 set_tracing_disabled(True)  # traces would go to another host
 called: list[str] = []
 

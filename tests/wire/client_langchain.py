@@ -7,26 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import sys
 from typing import Literal
 
+from client_hosts import hosts
 from langchain_core.messages import HumanMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
 from pydantic import BaseModel
 
 URL, MODEL, KEY = sys.argv[1], sys.argv[2], "tml-test"
-hosts: set[str] = set()
-look_up = socket.getaddrinfo
-
-
-def noted(host, *rest, **more):
-    hosts.add(str(host))
-    return look_up(host, *rest, **more)
-
-
-socket.getaddrinfo = noted
 
 
 @tool

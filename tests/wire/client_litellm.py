@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # the list of prices would be fetched from another host
 
 import litellm
+from client_hosts import hosts
 
 URL, MODEL, KEY = sys.argv[1], sys.argv[2], "tml-test"
 ROUTES = {
@@ -33,16 +33,6 @@ WEATHER = {
         "strict": True,
     },
 }
-hosts: set[str] = set()
-look_up = socket.getaddrinfo
-
-
-def noted(host, *rest, **more):
-    hosts.add(str(host))
-    return look_up(host, *rest, **more)
-
-
-socket.getaddrinfo = noted
 
 
 def get_weather(city: str) -> str:
