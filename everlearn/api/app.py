@@ -1,7 +1,7 @@
 """The application: every router, one dependency for keys, one body limit, one error envelope, one request id.
 
-A request's road: `Observe` gives it an id and a place in the metrics, `BodyLimit` reads and inflates its body, `authenticate`
-says whose it is, its route validates it and hands a command to the dispatcher (everlearn/api/dispatch.py).
+A request's road: `Observe` gives it an id and a place in the metrics, `authenticate` says whose it is, `BodyLimit` reads and inflates
+its body, its route validates it and hands a command to the dispatcher (everlearn/api/dispatch.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import everlearn
 from everlearn.api import adapters, capabilities, errors, ops, records, usage
 from everlearn.api.anthropic import messages as anthropic
-from everlearn.api.auth import KeyCache, authenticate, scope
+from everlearn.api.auth import KeyCache, admit, authenticate, scope
 from everlearn.api.chatmodels import ChatModels
 from everlearn.api.dispatch import Dispatcher
 from everlearn.api.housekeeping import Housekeeping
@@ -74,7 +74,7 @@ def create_app(settings: Settings) -> FastAPI:
     async def openapi() -> dict[str, object]:
         return app.openapi()
 
-    app.add_middleware(BodyLimit, max_bytes=settings.api.max_body_bytes, on_refusal=places.keep_of_refused)
+    app.add_middleware(BodyLimit, max_bytes=settings.api.max_body_bytes, admit=admit, on_refusal=places.keep_of_refused)
     app.add_middleware(Observe, app_state=app.state)
     return app
 

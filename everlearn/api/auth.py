@@ -7,9 +7,12 @@ Nothing here looks at `request.url`, which a Host header can forge.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import ipaddress
+import os
+import re
 import secrets
 import time
 from collections import OrderedDict
@@ -18,6 +21,7 @@ from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 from fastapi import Depends, Request, params
+from starlette.types import Scope as Scoped
 
 from everlearn.api.services import Services, services
 from everlearn.errors import Forbidden, Unauthenticated
@@ -30,6 +34,7 @@ SIGNED_PREFIX = "/api/v1/files/"
 ALL_SCOPES = frozenset(keys.SCOPES)
 CACHE_SECONDS = 1.0  # a revoked key works for this long at most
 CACHE_SIZE = 4096
+SECRET_BYTES = 32
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,10 @@ class KeyCache:
 
 
 async def authenticate(request: Request) -> None:
-    """The dependency of the whole app; sets `request.state.caller` or raises Unauthenticated."""
+    """The dependency of the whole app; sets `request.state.caller` or raises Unauthenticated. Where a body is to come, `admit` has
+    asked already."""
+    if "caller" in request.scope.get("state", {}):
+        return
     route = getattr(request.scope.get("route"), "path", "")
     svc = services(request)
     cache: KeyCache = request.app.state.key_cache
@@ -94,6 +102,13 @@ async def authenticate(request: Request) -> None:
         raise Unauthenticated("this server has no keys yet and answers its own machine only; make one with: everlearn key create NAME")
     check_origin(request)
     request.state.caller = LOCAL
+
+
+async def admit(scope: Scoped) -> str:
+    """Authenticates a request before its body is read; its tenant."""
+    request = Request(scope)
+    await authenticate(request)
+    return tenant(request)
 
 
 async def by_key(svc: Services, cache: KeyCache, request: Request) -> Caller:
@@ -185,9 +200,10 @@ def signed_url(svc: Services, path: str, tenant: str, ttl: float) -> str:
 
 def verify_signed(svc: Services, request: Request) -> Caller:
     query = request.query_params
-    expires = int(query["expires"]) if query.get("expires", "").isdigit() else 0
+    expires = int(query["expires"]) if re.fullmatch("[0-9]{1,12}", query.get("expires", "")) else 0
     expected = sign(svc, request.scope["path"], query.get("tenant", ""), expires)
-    if request.method not in ("GET", "HEAD") or expires < time.time() or not hmac.compare_digest(expected, query["signature"]):
+    same = hmac.compare_digest(expected.encode(), query["signature"].encode("utf-8", "surrogatepass"))
+    if request.method not in ("GET", "HEAD") or expires < time.time() or not same:
         raise Unauthenticated("this link has expired or was changed; ask for a new one")
     return Caller(query.get("tenant", ""), None, frozenset({"read"}))
 
@@ -198,11 +214,21 @@ def sign(svc: Services, path: str, tenant: str, expires: int) -> str:
 
 
 def signing_secret(home: Path) -> bytes:
+    """Made at first use. One that is too short was left by a full disk: it would sign for anybody, so it is made anew, and the
+    links that it signed are void."""
     path = home / "signing.secret"
+    with contextlib.suppress(FileNotFoundError):
+        if len(secret := path.read_bytes()) >= SECRET_BYTES:
+            return secret
+    home.mkdir(parents=True, exist_ok=True)
+    aside = home / f"signing.secret.tmp-{secrets.token_hex(8)}"
     try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        home.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o600)
-        path.write_bytes(secrets.token_bytes(32))
-        return path.read_bytes()
+        aside.touch(mode=0o600, exist_ok=False)
+        with aside.open("wb") as file:
+            file.write(secrets.token_bytes(SECRET_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return path.read_bytes()

@@ -53,7 +53,7 @@ class Dispatcher:
         self.settings, self.db, self.engine, self.metrics = settings, db, engine, metrics
         self.budget = PayloadBudget(UNSENT_BYTES)
         self.quarantine = Quarantine()
-        self.ledger = Ledger(db, metrics)
+        self.ledger = Ledger(db, metrics, settings.engine.queue_limit)
         self.feeds: dict[str, Feed] = {}
         self.samples = Samples(self)
         self.draining = False
@@ -149,10 +149,11 @@ class Dispatcher:
             raise Overloaded(
                 f"{self.ledger.per_tenant[tenant]} requests are unfinished (limit {limit}, api.max_pending_requests); wait for some of them"
             )
-        limit = self.settings.engine.queue_limit
-        if sequences and self.ledger.sequences and self.ledger.sequences + sequences > limit:
+        room = self.ledger.sequences
+        if sequences and not room.has(tenant, sequences):
             raise Overloaded(
-                f"{self.ledger.sequences} sequences are being sampled or wait (limit {limit}, engine.queue_limit); send this again later"
+                f"{room.total} sequences are being sampled or wait, {room.held[tenant]} of them yours (limit {room.limit}, "
+                "engine.queue_limit, in fair parts); send this again later"
             )
 
     async def _accept(self, entry: Entry, payload: bytes) -> Entry:
@@ -362,7 +363,7 @@ class Dispatcher:
         return {
             "training_requests_pending": len(self.ledger) - samples,
             "sample_requests_pending": samples,
-            "sample_sequences_pending": self.ledger.sequences,
+            "sample_sequences_pending": self.ledger.sequences.total,
             "commands_in_engine": len(self._sent),
             "runs_in_engine": sum(1 for feed in self.feeds.values() if feed.generation == self.engine.generation),
             "runs_rebuilding": sum(1 for feed in self.feeds.values() if feed.backlog),

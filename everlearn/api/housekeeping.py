@@ -6,6 +6,7 @@ Everything is idempotent and may be late; nothing here is needed for an answer t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine
@@ -48,12 +49,15 @@ class Housekeeping:
     # -- disk --------------------------------------------------------------------------------------------------------------
 
     async def _sweeps(self) -> None:
-        """Once a minute, and soon after a snapshot made an older one superfluous."""
+        """Once a minute, and soon after a snapshot made an older one superfluous. What has expired goes by the clock: a steady
+        stream of snapshots must not put it off."""
+        due = time.monotonic() + SWEEP_SECONDS
         while True:
-            try:
-                async with asyncio.timeout(SWEEP_SECONDS):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(due - time.monotonic()):
                     await self._sweep_now.wait()
-            except TimeoutError:
+            if time.monotonic() >= due:
+                due = time.monotonic() + SWEEP_SECONDS
                 await guarded(self._expire)
             self._sweep_now.clear()
             await guarded(self._remove_garbage)

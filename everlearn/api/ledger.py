@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import msgspec
 
+from everlearn.api.room import Room
 from everlearn.errors import EverlearnError, Expired, Unavailable
 from everlearn.store import log as request_log
 from everlearn.store.db import Database
@@ -78,10 +79,10 @@ class Pending:
 
 
 class Ledger:
-    def __init__(self, db: Database, metrics: Metrics):
+    def __init__(self, db: Database, metrics: Metrics, queue_limit: int):
         self.db, self.metrics = db, metrics
         self.per_tenant: Counter[str] = Counter()
-        self.sequences = 0
+        self.sequences = Room(queue_limit)  # that are sampled or wait
         self._pending: dict[str, Pending] = {}
         self._recent: OrderedDict[str, None] = OrderedDict()
         self._answers: OrderedDict[str, tuple[Done | Failed, float]] = OrderedDict()  # and until when
@@ -111,7 +112,7 @@ class Ledger:
         pending = Pending(entry, asyncio.get_running_loop().create_future(), sequences)
         self._pending[entry.request_id] = pending
         self.per_tenant[entry.tenant] += 1
-        self.sequences += sequences
+        self.sequences.take(entry.tenant, sequences)
         return pending
 
     def finished_event(self, sampler_id: str) -> asyncio.Event:
@@ -171,7 +172,7 @@ class Ledger:
         self.per_tenant[entry.tenant] -= 1
         if not self.per_tenant[entry.tenant]:
             del self.per_tenant[entry.tenant]
-        self.sequences -= pending.sequences
+        self.sequences.give(entry.tenant, pending.sequences)
         self._recent[request_id] = None
         if len(self._recent) > RECENT:
             self._recent.popitem(last=False)

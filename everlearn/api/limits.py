@@ -1,8 +1,9 @@
 """How much a request may bring: bodies are counted after decompression, while they are read, before anything parses them.
 
-The middleware reads the whole body (every route needs it whole), inflates zstd and gzip with a ceiling, and hands it on in one
-piece. A body over the limit is a 413 and never exists in memory as a whole. It knows nothing of routes: whom a refusal concerns
-besides its client is told what the body began and ended with.
+The middleware asks whose the request is before it takes a byte, reads the whole body (every route needs it whole), inflates zstd and
+gzip with a ceiling, and hands it on in one piece. A body over the limit is a 413 and never exists in memory as a whole; one that
+comes too slowly is given up; and all bodies in memory share a room, of which every tenant has its part. It knows nothing of routes:
+whom a refusal concerns besides its client is told what the body began and ended with.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import zstandard
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from everlearn.api.errors import error_response
-from everlearn.errors import EverlearnError, InvalidRequest, TooLarge, Unsupported
+from everlearn.api.errors import on_everlearn_error
+from everlearn.api.room import Room
+from everlearn.errors import EverlearnError, InvalidRequest, Overloaded, TooLarge, Unavailable, Unsupported
 
 PIECE = 1024
 # After a refusal the rest of a body is read and dropped up to here, because a client that is still writing would see a broken
@@ -25,6 +28,9 @@ PIECE = 1024
 DRAIN_BYTES = 256 << 20
 # A zstd frame gives out its first bytes when its first block is there, which may take 128 KiB.
 HEAD_BYTES, TAIL_BYTES = 192 << 10, 2 << 10
+# A body may take so many seconds, and one more for each so many bytes that came.
+PATIENCE, PACE = 30.0, 64 << 10
+HELD_BODIES = 4  # bodies of the largest size that may be in memory together
 
 
 @dataclass
@@ -42,20 +48,56 @@ class Ends:
 OnRefusal = Callable[[Scope, Ends, EverlearnError], Awaitable[None]]
 
 
+Admission = Callable[[Scope], Awaitable[str]]
+
+
+async def anybody(scope: Scope) -> str:
+    """All callers are one tenant."""
+    return ""
+
+
 async def nobody_else(scope: Scope, ends: Ends, error: EverlearnError) -> None:
     """The refusal concerns its client alone."""
 
 
+class Held:
+    """What one request's body has in memory: the pieces that came, or the whole that was made of them."""
+
+    def __init__(self, room: Room, tenant: str = ""):
+        self.room, self.tenant, self.size = room, tenant, 0
+        self.pieces: list[bytes] = []
+
+    def grow(self, size: int) -> None:
+        """To `size` bytes. Raises Overloaded where the tenant has its part of the room already."""
+        if size > self.size and not self.room.has(self.tenant, size - self.size):
+            raise Overloaded(
+                f"{self.room.total:,} bytes of request bodies are in memory, {self.room.held[self.tenant]:,} of them yours (limit "
+                f"{self.room.limit:,}: {HELD_BODIES} times api.max_body_bytes, in fair parts); send fewer at a time"
+            )
+        self.room.take(self.tenant, size - self.size)
+        self.size = size
+
+    def add(self, piece: bytes) -> None:
+        self.grow(self.size + len(piece))
+        self.pieces.append(piece)
+
+    def free(self) -> None:
+        self.pieces.clear()
+        self.grow(0)
+
+
 class BodyLimit:
-    def __init__(self, app: ASGIApp, max_bytes: int, on_refusal: OnRefusal = nobody_else):
-        self.app, self.max_bytes, self.on_refusal = app, max_bytes, on_refusal
+    """`admit` gives the request's tenant, or raises why its caller is refused."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int, admit: Admission = anybody, on_refusal: OnRefusal = nobody_else):
+        self.app, self.max_bytes, self.admit, self.on_refusal = app, max_bytes, admit, on_refusal
+        self.room = Room(HELD_BODIES * max_bytes)
+        self.inflating = asyncio.Semaphore(HELD_BODIES)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             return await self.app(scope, receive, send)
-        headers = dict(scope["headers"])
-        more = True  # whether the client may still be writing
-        pieces: list[bytes] = []
+        held, more = Held(self.room), True  # whether the client may still be writing
 
         async def counted() -> Message:
             nonlocal more
@@ -64,40 +106,61 @@ class BodyLimit:
             return message
 
         try:
-            body = await self.read(headers, counted, pieces)
-            if body is None:
-                return None  # the client has gone
-            if encoding := headers.get(b"content-encoding", b"").decode("latin-1").strip().lower():
-                body = await self.inflate(encoding, body)
-                scope["headers"] = [(k, v) for k, v in scope["headers"] if k not in (b"content-encoding", b"content-length")]
-        except EverlearnError as error:
-            ends = Ends()
-            for piece in pieces:
-                ends.add(piece)
-            if more:
-                await self.drain(receive, ends)
-            await self.on_refusal(scope, ends, error)
-            status = 413 if isinstance(error, TooLarge) else 400
-            told = error_response(status, error.code, error.message, error.param, {"connection": "close"}, path=scope["path"])
-            return await told(scope, receive, send)
-        await self.app(scope, replay(body, receive), send)
+            try:
+                held.tenant = await self.admit(scope)
+                body = await self.whole(scope, counted, held)
+            except EverlearnError as error:
+                ends = Ends()
+                for piece in held.pieces:
+                    ends.add(piece)
+                held.free()
+                if more:
+                    await self.drain(receive, ends)
+                await self.on_refusal(scope, ends, error)
+                told = on_everlearn_error(Request(scope), error)
+                told.headers["connection"] = "close"
+                return await told(scope, receive, send)
+            if body is not None:
+                await self.app(scope, replay(body, receive), send)
+        finally:
+            held.free()
         return None
 
-    async def read(self, headers: dict[bytes, bytes], receive: Receive, pieces: list[bytes]) -> bytes | None:
+    async def whole(self, scope: Scope, receive: Receive, held: Held) -> bytes | None:
+        """The body, inflated; None if the client has gone."""
+        headers = dict(scope["headers"])
+        body = await self.read(headers, receive, held)
+        if body is None:
+            return None
+        if encoding := headers.get(b"content-encoding", b"").decode("latin-1").strip().lower():
+            async with self.inflating:
+                body = await self.inflate(encoding, body)
+                held.grow(len(body))
+            scope["headers"] = [(k, v) for k, v in scope["headers"] if k not in (b"content-encoding", b"content-length")]
+        held.pieces.clear()
+        return body
+
+    async def read(self, headers: dict[bytes, bytes], receive: Receive, held: Held) -> bytes | None:
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.max_bytes:
             raise self.too_large(f"{int(length):,} bytes")
-        total = 0
+        began = asyncio.get_running_loop().time()
         while True:
-            message = await receive()
+            try:
+                async with asyncio.timeout_at(began + PATIENCE + held.size / PACE):
+                    message = await receive()
+            except TimeoutError as error:
+                raise Unavailable(
+                    f"the request body came too slowly ({held.size:,} bytes); send it at {PACE:,} bytes a second or faster"
+                ) from error
             if message["type"] == "http.disconnect":
                 return None
-            pieces.append(message.get("body", b""))
-            total += len(pieces[-1])
-            if total > self.max_bytes:
+            piece = message.get("body", b"")
+            if held.size + len(piece) > self.max_bytes:
                 raise self.too_large("more than that")
+            held.add(piece)
             if not message.get("more_body"):
-                return b"".join(pieces)
+                return b"".join(held.pieces)
 
     async def inflate(self, encoding: str, body: bytes) -> bytes:
         if encoding == "identity":

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from everlearn.api.room import Room
 from everlearn.engine import protocol
 from everlearn.engine.protocol import TokenPart
 from everlearn.errors import BY_CODE, EverlearnError, InternalError, Overloaded, Unavailable
@@ -180,7 +181,7 @@ class Serving:
     def __init__(self, settings: Settings, engine: EngineProcess, dispatcher: Dispatcher, metrics: ServingMetrics):
         self.settings, self.engine, self.dispatcher, self.metrics = settings, engine, dispatcher, metrics
         self.live: dict[str, Generation] = {}
-        self.sequences = 0  # of all live requests
+        self.sequences = Room(settings.engine.max_batch + settings.api.live_queue)  # of all live requests
         self._down_since = 0.0
         self._ended: deque[tuple[float, int]] = deque(maxlen=64)  # when a request ended, and how many sequences it had
         engine.listeners.append(self)
@@ -190,10 +191,10 @@ class Serving:
 
     async def generate(self, spec: GenerationSpec) -> Generation:
         """Sends the request to the engine. Raises Overloaded if the queue is full, Unavailable without an engine."""
-        self.check_room(spec.target, spec.n)
+        self.check_room(spec.tenant, spec.target, spec.n)
         generation = Generation(self, spec, f"live-{secrets.token_hex(12)}")
         self.live[generation.request_id] = generation
-        self.sequences += spec.n
+        self.sequences.take(spec.tenant, spec.n)
         loop = asyncio.get_running_loop()
         if spec.deadline:
             generation.overdue_at(loop.call_later(spec.deadline + OVERDUE_SECONDS, self._overdue, generation))
@@ -215,18 +216,20 @@ class Serving:
             self.metrics.cancelled.inc()
         self._end(generation, None, error or EverlearnError("the request was cancelled", code="cancelled"))
 
-    def check_room(self, target: Target, n: int = 1) -> None:
-        """Raises what `generate` would for `n` sequences now: a full queue refuses before the work of a prompt is done."""
+    def check_room(self, tenant: str, target: Target, n: int = 1) -> None:
+        """Raises what `generate` would for `n` sequences now: a full queue refuses before the work of a prompt is done. A tenant that
+        holds no more than its fair part of the queue is let in, however much others have queued."""
         if self.dispatcher.draining:
             raise Unavailable("the server is shutting down; send this again in a moment")
         if not self.engine.up and self.engine.state != "restarting":
             raise Unavailable(f"the engine isn't ready: {self.engine.reason}")
-        limit = self.settings.engine.max_batch + self.settings.api.live_queue
-        if self.sequences and self.sequences + n > limit:
+        room = self.sequences
+        if not room.has(tenant, n):
             self.metrics.queue_full(target.base.name)
             wait = self.retry_after()
             raise Overloaded(
-                f"{self.sequences} sequences decode or wait (limit {limit}: engine.max_batch and api.live_queue); try again in {wait} s",
+                f"{room.total} sequences decode or wait, {room.held[tenant]} of them yours (limit {room.limit}: engine.max_batch and "
+                f"api.live_queue, in fair parts); try again in {wait} s",
                 retry_after=wait,
             )
 
@@ -296,7 +299,7 @@ class Serving:
     def _end(self, generation: Generation, value: SampleResult | None, error: EverlearnError | None) -> None:
         if self.live.pop(generation.request_id, None) is None:
             return
-        self.sequences -= generation.spec.n
+        self.sequences.give(generation.spec.tenant, generation.spec.n)
         self._ended.append((time.monotonic(), generation.spec.n))
         generation.end(value, error)
         self.metrics.ended(generation)
@@ -329,7 +332,7 @@ class Serving:
         return len(left)
 
     def stats(self) -> dict[str, float]:
-        return {"live_requests": len(self.live), "live_sequences": self.sequences}
+        return {"live_requests": len(self.live), "live_sequences": self.sequences.total}
 
 
 def command_of(spec: GenerationSpec, request_id: str) -> protocol.Sample:

@@ -110,7 +110,7 @@ class Opened(msgspec.Struct, frozen=True):
 
 async def open_turn(svc: Services, tenant: str, target: Target, turn: Turn, draw: Draw, *, stream: bool) -> Opened:
     """Raises UserErrors for what this model can't do, or hasn't room for, and Overloaded where the queue is full."""
-    svc.serving.check_room(target)
+    svc.serving.check_room(tenant, target)
     chat = await svc.chat_models.get(target.base)
     text, prompt, images = await encode_turn(svc, chat, turn)
     extra = {chat.eos_id} if chat.eos_id is not None and not draw.ignore_eos else set()
@@ -123,7 +123,7 @@ async def open_text(
     svc: Services, tenant: str, target: Target, prompt: str | list[int], draw: Draw, *, grammar: Grammar | None, stream: bool
 ) -> Opened:
     """A bare prompt, as text or as token ids."""
-    svc.serving.check_room(target)
+    svc.serving.check_room(tenant, target)
     chat = await svc.chat_models.get(target.base)
     ids = prompt if isinstance(prompt, list) else await rendering.encode(chat, prompt, True)
     vocab = target.base.vocab_size

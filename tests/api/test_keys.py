@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,6 +81,30 @@ def test_a_signed_link_stands_for_its_tenant_until_it_expires(locked: tuple[Test
     assert client.get(late).status_code == 401
     assert client.get(good.replace("tenant=acme", "tenant=other")).status_code == 401
     assert client.get(good.replace("/one/", "/two/")).status_code == 401
+    for broken in ("signature=%C3%A9", "signature=%FF", f"expires={'9' * 4400}", "expires=%C2%B2", "expires=-1"):
+        name = broken.partition("=")[0]
+        assert client.get(re.sub(f"{name}=[^&]*", broken, good)).status_code == 401, broken
+
+
+def test_a_secret_that_was_cut_short_signs_nothing(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    secret = auth.signing_secret(home)
+    assert len(secret) == 32 and auth.signing_secret(home) == secret
+    path = home / "signing.secret"
+    assert path.stat().st_mode & 0o777 == 0o600 and list(home.iterdir()) == [path]
+    for left in (b"", secret[:31]):  # what a full disk leaves
+        path.write_bytes(left)
+        made = auth.signing_secret(home)
+        assert len(made) == 32 and not made.startswith(secret[:31]) and path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_body_is_not_read_for_a_wrong_key(locked: tuple[TestClient, str, str]) -> None:
+    client, secret, _ = locked
+    large = bytes(2**20)
+    for headers in ({}, {"x-api-key": "tml-wrong"}):
+        assert client.post("/api/v1/client/config", content=large, headers=headers).status_code == 401
+        assert client.post("/no/such/route", content=large, headers=headers).status_code == 401
+    assert client.post("/no/such/route", content=large, headers={"x-api-key": secret}).status_code == 404
 
 
 def test_a_revoked_key_ends_within_a_moment(locked: tuple[TestClient, str, str]) -> None:

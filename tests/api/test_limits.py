@@ -1,11 +1,13 @@
-"""Bodies: counted while they are read, after decompression; packed and broken ones."""
+"""Bodies: whose they are, how much and how fast they come; counted while they are read, after decompression; packed and broken ones."""
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import os
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import zstandard
@@ -14,8 +16,11 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
 
-from everlearn.api.limits import BodyLimit
+from everlearn.api import limits
+from everlearn.api.limits import HELD_BODIES, BodyLimit
+from everlearn.errors import Unauthenticated
 
 LIMIT = 100_000
 PACK = {"zstd": zstandard.ZstdCompressor().compress, "gzip": gzip.compress, "deflate": zlib.compress}
@@ -55,3 +60,86 @@ def test_plain_bodies_are_counted(client: TestClient) -> None:
     assert client.post("/", content=bytes(LIMIT + 1)).status_code == 413
     assert client.post("/", content=(bytes(LIMIT // 4) for _ in range(5))).status_code == 413
     assert client.post("/", content=b"x", headers={"content-encoding": "br"}).json()["error"]["code"] == "unsupported"
+
+
+class Line:
+    """A client that writes `pieces` with `wait` seconds before each, and hears what is answered."""
+
+    def __init__(self, pieces: list[bytes], tenant: str = "a", wait: float = 0.0):
+        self.pieces, self.wait, self.taken = pieces, wait, 0
+        self.scope = {"type": "http", "method": "POST", "path": "/", "headers": [(b"tenant", tenant.encode())], "query_string": b""}
+        self.heard: list[Message] = []
+
+    async def receive(self) -> Message:
+        await asyncio.sleep(self.wait)
+        self.taken += 1
+        return {"type": "http.request", "body": self.pieces[self.taken - 1], "more_body": self.taken < len(self.pieces)}
+
+    async def send(self, message: Message) -> None:
+        self.heard.append(message)
+
+    @property
+    def status(self) -> int:
+        return int(self.heard[0]["status"])
+
+
+async def admit(scope: Scope) -> str:
+    tenant = dict(scope["headers"])[b"tenant"].decode()
+    if not tenant:
+        raise Unauthenticated("no key")
+    return tenant
+
+
+async def ok(scope: Scope, receive: Receive, send: Send) -> None:
+    await receive()
+    await PlainTextResponse("ok")(scope, receive, send)
+
+
+def test_who_is_refused_has_no_byte_kept() -> None:
+    class Watched(BodyLimit):
+        async def read(self, *args: Any) -> bytes | None:
+            raise AssertionError("the body of nobody was read")
+
+    line = Line([bytes(1000)] * 5, tenant="")
+    limit = Watched(ok, LIMIT, admit)
+    asyncio.run(limit(line.scope, line.receive, line.send))
+    assert line.status == 401 and line.taken == 5  # read and dropped, so that the client hears the refusal
+    assert limit.room.total == 0
+
+
+def test_a_body_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "PATIENCE", 0.15)
+    line = Line([b"x"] * 100, wait=0.02)
+    limit = BodyLimit(ok, LIMIT, admit)
+    asyncio.run(limit(line.scope, line.receive, line.send))
+    assert line.status == 503 and line.taken >= 5 and not limit.room.total and not limit.room.held
+
+
+def test_bodies_in_memory_are_bounded_and_every_tenant_has_its_part() -> None:
+    async def go() -> None:
+        inside, leave = asyncio.Semaphore(0), asyncio.Event()
+
+        async def stays(scope: Scope, receive: Receive, send: Send) -> None:
+            await receive()
+            inside.release()
+            await leave.wait()
+            await PlainTextResponse("ok")(scope, receive, send)
+
+        limit = BodyLimit(stays, LIMIT, admit)
+        many = [Line([bytes(LIMIT)]) for _ in range(HELD_BODIES)]
+        tasks = [asyncio.create_task(limit(line.scope, line.receive, line.send)) for line in many]
+        for _ in many:
+            await inside.acquire()
+        assert limit.room.total == HELD_BODIES * LIMIT
+        more, other, others_second = Line([b"x"]), Line([bytes(LIMIT)], "b"), Line([bytes(LIMIT)], "b")
+        await limit(more.scope, more.receive, more.send)
+        assert more.status == 429
+        tasks += [asyncio.create_task(limit(line.scope, line.receive, line.send)) for line in (other, others_second)]
+        for _ in range(2):
+            await inside.acquire()
+        leave.set()
+        await asyncio.gather(*tasks)
+        assert [line.status for line in (*many, other, others_second)] == [200] * (HELD_BODIES + 2)
+        assert not limit.room.total and not limit.room.held
+
+    asyncio.run(go())

@@ -1,4 +1,4 @@
-"""The bound on checkpoints (store.checkpoint_max_bytes)."""
+"""What is bounded for all: the queue, in which tenants have fair parts, and checkpoints (store.checkpoint_max_bytes)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from everlearn.api.room import Room
 from everlearn.api.tinker.weights import check_room
 from everlearn.config import Settings
 from everlearn.errors import Forbidden
@@ -37,3 +40,26 @@ def test_saves_are_refused_when_checkpoints_fill_their_bound(tmp_path: Path) -> 
                     await check_room(services(limit), wanted)
 
     asyncio.run(go())
+
+
+def test_a_full_room_refuses_whoever_filled_it() -> None:
+    room = Room(8)
+    assert room.has("a", 8) and room.has("a", 9)  # who holds nothing is always let in
+    room.take("a", 8)
+    assert not room.has("a", 1) and room.has("b", 1) and room.share("b") == 4
+    room.take("b", 3)
+    assert room.has("b", 1) and not room.has("b", 2)
+    room.give("a", 8)
+    assert room.share("b") == 8 and room.has("b", 5) and not room.has("b", 6) and set(room.held) == {"b"}
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 4), st.booleans()), max_size=80))
+def test_a_room_overfills_by_no_more_than_it_says(acts: list[tuple[str, int, bool]]) -> None:
+    room, inside = Room(12), []
+    for tenant, size, leaves in acts:
+        if leaves and inside:
+            room.give(*inside.pop(0))
+        elif room.has(tenant, size):
+            room.take(tenant, size)
+            inside.append((tenant, size))
+        assert room.total == sum(size for _, size in inside) <= 12 * (1 + 1 / 2 + 1 / 3 + 1 / 4) + 4 * 4
