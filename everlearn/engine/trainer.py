@@ -28,7 +28,9 @@ from everlearn.engine.sight import Placed, of_datums, row_positions
 from everlearn.errors import EverlearnError, InvalidRequest
 from everlearn.faultpoints import around
 from everlearn.losses.metrics import request_metrics
+from everlearn.losses.spec import Config
 from everlearn.losses.table import LOSSES, Loss, pack_inputs
+from everlearn.losses.terms import active
 from everlearn.models.attention import PackedBatch, running
 from everlearn.models.load import BaseModel
 from everlearn.models.lora import AdapterWeights, Segment
@@ -44,7 +46,7 @@ class Job:
     command: ForwardBackward
     adapter: TrainingAdapter
     loss: Loss
-    config: dict[str, float]
+    config: Config
     plan: list[Piece]
     grad: torch.Tensor | None
     pieces: deque[Piece] = field(default_factory=deque)
@@ -87,6 +89,10 @@ class Part:
     targets: torch.Tensor  # [t, K]
     flat_targets: bool
     spans: list[tuple[int, int]]  # each datum's [start, stop) within the piece
+
+    @property
+    def per_token(self) -> bool:
+        return self.job.loss.spec.per_token_with(self.job.config)
 
     def shaped(self, logprobs_TK: torch.Tensor) -> torch.Tensor:
         return logprobs_TK[:, 0] if self.flat_targets else logprobs_TK
@@ -190,9 +196,9 @@ class Trainer:
             hidden = self.base.hidden(tokens, positions, batch, self._visual(parts, batch.segments))
         detached = hidden.detach()
         whole: dict[int, torch.Tensor] = {}  # gradients of parts whose loss looks at whole sequences
-        if any(not p.job.loss.per_token for p in parts):
+        if any(not p.per_token for p in parts):
             first = self.base.head.logprobs(detached, targets, batch.segments)
-            whole = {p.start: _loss_gradient(p, first[p.start : p.stop]) for p in parts if not p.job.loss.per_token}
+            whole = {p.start: _loss_gradient(p, first[p.start : p.stop]) for p in parts if not p.per_token}
         starts = [p.start for p in parts]
 
         def gradient_of(logprobs_tK: torch.Tensor, index_t: torch.Tensor) -> torch.Tensor:
@@ -201,8 +207,8 @@ class Trainer:
                 return whole[part.start][index_t - part.start]
             return _loss_gradient(part, logprobs_tK, index_t - part.start)
 
-        active = torch.cat([_active(p) for p in parts])
-        logprobs, dhidden = self.base.head.backward(detached, targets, batch.segments, active, gradient_of)
+        trains = torch.cat([_active(p) for p in parts])
+        logprobs, dhidden = self.base.head.backward(detached, targets, batch.segments, trains, gradient_of)
         with running(batch):  # layers that are computed again look for their batch
             torch.autograd.backward(hidden, dhidden)
         return logprobs
@@ -295,12 +301,15 @@ class Trainer:
 
 
 def _active(part: Part) -> torch.Tensor:
-    """Tokens that can have a gradient: where the loss declares an input that multiplies it, that input's non-zero places."""
+    """Tokens that can have a gradient: where the loss declares an input that multiplies it, that input's non-zero places, and those of
+    the terms that are added to it."""
     name = routes.ZERO_WITHOUT.get(part.job.loss.name)
     if name is None or name not in part.inputs:
         return torch.ones(part.stop - part.start, dtype=torch.bool, device=part.targets.device)
     values = part.inputs[name] != 0
-    return values if values.ndim == 1 else values.any(dim=1)
+    values = values if values.ndim == 1 else values.any(dim=1)
+    others = active(part.inputs, part.job.config)
+    return values if others is None else values | others
 
 
 def _loss_gradient(part: Part, logprobs_tK: torch.Tensor, index_t: torch.Tensor | None = None) -> torch.Tensor:
