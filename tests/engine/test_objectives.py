@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from everlearn.engine import protocol
 from everlearn.engine.adapter import TrainingAdapter
+from everlearn.engine.protocol import ForwardBackward
 from everlearn.engine.trainer import Trainer
+from everlearn.losses.spec import SPECS
 from everlearn.losses.table import LOSSES
 from everlearn.models.attention import PackedBatch
 from everlearn.models.load import BaseModel
@@ -129,3 +132,14 @@ def test_a_reference_pulls_tokens_without_advantage_that_the_mask_marks(base: Ba
     assert not who.grad.any()
     result = forward_backward(trainer, who, data, "ppo", config={"kl_coeff": 0.1})
     assert who.grad.any() and result.metrics["kl_reference_k3:mean"] > 0
+
+
+def test_choices_pass_between_api_and_engine_and_old_entries_keep_their_bits(base: BaseModel) -> None:
+    """A request of before the choices were there has a configuration without them, in the log too."""
+    chosen = ForwardBackward("r", "m", 1, [episode(1, 9, set())], "ppo", {"importance_weight": "icepop", "ratio_low": 0.25})
+    assert protocol.decode_command(protocol.encode(chosen)) == chosen
+    one, two = with_random_b(adapter(base)), with_random_b(adapter(base))
+    bounds = {"clip_low_threshold": 0.7, "clip_high_threshold": 1.3}
+    for who, config in ((one, bounds), (two, {**SPECS["ppo"].defaults, **bounds})):
+        forward_backward(Trainer(base, 64), who, chosen.data, "ppo", config=config)
+    assert torch.equal(one.grad, two.grad) and one.grad.any()
