@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from everlearn.errors import InvalidRequest
-from everlearn.losses.spec import Choice, ConfigKey, LossSpec, spec_of
+from everlearn.losses.spec import VALUE_TARGETS, Choice, ConfigKey, LossSpec, spec_of
 from everlearn.types import Array, Datum
 
 # Pairs of keys of which the first must not exceed the second.
@@ -88,6 +88,13 @@ def check_request(loss_fn: str, config: Mapping[str, float | str], data: Sequenc
             f"({spec.inputs['reference_logprobs'].about}); send it on every datum, or leave kl_coeff out",
             param="data[0].loss_fn_inputs.reference_logprobs",
         )
+    for name in ("value_coeff", "value_trunk"):
+        if name in spec.config and config[name] != spec.config[name].default and VALUE_TARGETS not in data[0].inputs:
+            raise InvalidRequest(
+                f"loss_fn_config.{name} has no effect: data[0].loss_fn_inputs lacks {VALUE_TARGETS!r} "
+                f"({spec.inputs[VALUE_TARGETS].about}); send it on every datum, or leave {name} out",
+                param=f"loss_fn_config.{name}",
+            )
     weight = config.get("importance_weight")
     if spec.own_weight and weight in ("tis_token", "tis_sequence") and "old_logprobs" not in data[0].inputs:
         raise InvalidRequest(

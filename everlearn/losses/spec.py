@@ -21,6 +21,7 @@ SAMPLING_LOGPROBS = "sampling_logprobs"
 SAMPLED_MASK = "sampled_mask"
 # What the engine adds where a token's route through experts isn't known (engine/routes.py): not 0 on tokens without a part in the loss.
 SILENCED = "silenced"
+VALUE_TARGETS = "value_targets"
 
 NEVER = 1e9  # above every ratio, since log-ratios are capped at 20
 
@@ -121,6 +122,7 @@ _CORRECTION_INPUTS = {
 _TERM_INPUTS = {
     "reference_logprobs": Input("float", "log-probability of each target under the policy that the KL term pulls to", required=False),
     "weights": Input("float", "weight of each target in a cross-entropy that is added to the loss", required=False, fill=0.0),
+    VALUE_TARGETS: Input("float", "what the value head is to say at each token", required=False),
 }
 _EXTRA_INPUTS = {"sequence_ratio_mask": _SEQUENCE_MASK, **_CORRECTION_INPUTS, **_TERM_INPUTS}
 
@@ -143,6 +145,8 @@ _CORRECTION_KEYS: dict[str, ConfigKey | Choice] = {
 _TERM_KEYS: dict[str, ConfigKey | Choice] = {
     "kl_coeff": ConfigKey(0.0, 0.0, 1e6, "weight of the KL to the reference policy"),
     "entropy_coeff": ConfigKey(0.0, 0.0, 1e6, "weight of the entropy, estimated from the sampled tokens"),
+    "value_coeff": ConfigKey(0.5, 0.0, 1e6, "weight of the value head's loss"),
+    "value_trunk": ConfigKey(1.0, 0.0, 1.0, "share of the value head's gradient that reaches the adapter"),
 }
 _EXTRA_KEYS = {**_CORRECTION_KEYS, **_TERM_KEYS}
 

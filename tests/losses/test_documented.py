@@ -9,6 +9,7 @@ import torch
 from everlearn.losses.metrics import policy_metrics
 from everlearn.losses.spec import SPECS, Choice
 from everlearn.losses.table import LOSSES
+from everlearn.losses.value import value_metrics
 
 PAGE = (Path(__file__).parents[2] / "docs/reference/losses.md").read_text()
 
@@ -50,5 +51,7 @@ def test_every_shared_key_stands_in_a_table_with_its_default_and_choices() -> No
 def test_every_metric_of_the_losses_is_explained() -> None:
     inputs = {name: torch.full((2,), -1.0) for name in SPECS["ppo"].inputs if not name.startswith("clip")}
     config = {"importance_weight": "tis_token", "kl_coeff": 1.0, "entropy_coeff": 1.0, "product_ratio_high": 2.0}
-    for name in policy_metrics(LOSSES["ppo"], torch.full((2,), -1.0), inputs, config, [(0, 2)]):
+    inputs["value_targets"] = torch.tensor([0.0, 1.0])
+    found = policy_metrics(LOSSES["ppo"], torch.full((2,), -1.0), inputs, config, [(0, 2)])
+    for name in found | value_metrics(torch.zeros(2), inputs, {"value_coeff": 0.5}):
         assert f"`{name.removeprefix('old_')}`" in PAGE, name

@@ -152,6 +152,7 @@ def extra(**inputs: Array) -> Datum:
 
 REFUSED_TOGETHER: dict[str, tuple[str, dict[str, float | str], list[Datum], list[str]]] = {
     "kl without a reference": ("ppo", {"kl_coeff": 0.1}, [rl(), rl()], ["kl_coeff", "0.1", "data[0]", "'reference_logprobs'"]),
+    "a value's weight without targets": ("ppo", {"value_coeff": 1.0}, [rl()], ["value_coeff", "no effect", "'value_targets'"]),
     "old log-probabilities on some": ("ppo", {}, [extra(), without(extra(), "old_logprobs")], ["data[1]", "'old_logprobs'", "data[0] has"]),
     "a mask on some": ("ppo", {}, [rl(), rl(sequence_ratio_mask=array([0, 1, 1]))], ["data[0]", "'sequence_ratio_mask'", "data[1] has"]),
     "truncating cispo's own weight": (
