@@ -337,7 +337,7 @@ def _active(part: Part) -> torch.Tensor:
         return torch.ones(part.stop - part.start, dtype=torch.bool, device=part.targets.device)
     values = part.inputs[name] != 0
     values = values if values.ndim == 1 else values.any(dim=1)
-    others = active(part.inputs, part.job.config)
+    others = active(part.inputs, part.job.config) if part.job.loss.spec.adds_terms else None
     return values if others is None else values | others
 
 

@@ -82,14 +82,14 @@ def check_request(loss_fn: str, config: Mapping[str, float | str], data: Sequenc
             f"({entry.about})",
             param=f"data[{lacking}].loss_fn_inputs.{name}",
         )
-    if config.get("kl_coeff") and "reference_logprobs" in spec.inputs and "reference_logprobs" not in data[0].inputs:
+    if spec.adds_terms and config["kl_coeff"] and "reference_logprobs" not in data[0].inputs:
         raise InvalidRequest(
             f"loss_fn_config.kl_coeff is {config['kl_coeff']:g}, but data[0].loss_fn_inputs lacks 'reference_logprobs' "
             f"({spec.inputs['reference_logprobs'].about}); send it on every datum, or leave kl_coeff out",
             param="data[0].loss_fn_inputs.reference_logprobs",
         )
-    for name in ("value_coeff", "value_trunk"):
-        if name in spec.config and config[name] != spec.config[name].default and VALUE_TARGETS not in data[0].inputs:
+    for name in ("value_coeff", "value_trunk") if spec.adds_terms else ():
+        if config[name] != spec.config[name].default and VALUE_TARGETS not in data[0].inputs:
             raise InvalidRequest(
                 f"loss_fn_config.{name} has no effect: data[0].loss_fn_inputs lacks {VALUE_TARGETS!r} "
                 f"({spec.inputs[VALUE_TARGETS].about}); send it on every datum, or leave {name} out",

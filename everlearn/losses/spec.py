@@ -95,6 +95,11 @@ class LossSpec:
         """Whether losses/correction.py weighs its tokens."""
         return "importance_weight" in self.config
 
+    @property
+    def adds_terms(self) -> bool:
+        """Whether losses/terms.py may add to it."""
+        return "entropy_coeff" in self.config
+
     def per_token_with(self, config: Config) -> bool:
         return self.per_token and not any(self._looks_at_sequences(name, value) for name, value in config.items())
 

@@ -38,7 +38,7 @@ class Loss:
         loss_T = self.surrogate(logprobs, anchored(inputs), config, segments)
         if self.corrected(inputs, config):
             loss_T = correction(logprobs, inputs, config, segments).factor_T * loss_T
-        added_T = terms(logprobs, inputs, config) if "reference_logprobs" in self.spec.inputs else None
+        added_T = terms(logprobs, inputs, config) if self.spec.adds_terms else None
         return loss_T if added_T is None else loss_T + added_T
 
     def corrected(self, inputs: Mapping[str, Tensor], config: Config) -> bool:

@@ -68,6 +68,6 @@ def active(inputs: Inputs, config: Config) -> Tensor | None:
     marks = []
     if config.get("kl_coeff") or config.get("entropy_coeff"):
         marks.append(counted(inputs, torch.float32) != 0)
-    if "weights" in inputs and "advantages" in inputs:
+    if "weights" in inputs:
         marks.append(inputs["weights"] != 0)
     return torch.stack(marks).any(0) if marks else None

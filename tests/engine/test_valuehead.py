@@ -15,9 +15,10 @@ from everlearn.engine.valuehead import ValueHead
 from everlearn.errors import InvalidRequest
 from everlearn.losses.value import value_gradient, value_loss
 from everlearn.models.attention import PackedBatch, running
-from everlearn.models.load import BaseModel
+from everlearn.models.catalog import read_info
+from everlearn.models.load import BaseModel, load_base
 from everlearn.models.lora import Segment
-from everlearn.types import AdamParams, Datum
+from everlearn.types import AdamParams, Datum, LoraSpec
 from tests.engine.harness import adapter, datum, forward_backward, load_tiny
 
 ADAM = AdamParams(learning_rate=1e-2, weight_decay=0.01, grad_clip_norm=1.0)
@@ -174,3 +175,24 @@ def test_an_adapter_that_never_trained_one_has_no_file_and_loses_it_on_loading_s
     forward_backward(trainer, who, [episode(1, 9)], "ppo")
     restore(who, tmp_path / "before", optimizer=True)
     assert who.value is None and not who.has_grad
+
+
+PLACES = [("cpu", torch.bfloat16), ("cuda", torch.float32), ("cuda", torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("place", "dtype"), PLACES, ids=str)
+def test_on_a_gpu_and_in_half_precision_values_and_gradients_are_the_same(
+    base: BaseModel, tiny_model: Path, place: str, dtype: torch.dtype
+) -> None:
+    if place == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    other = load_base(read_info("tiny", tiny_model, []), torch.device(place), dtype)
+    spec, found, start = LoraSpec(rank=4, seed=7), [], 0.1 * torch.randn(base.hidden_size + 1, generator=torch.Generator().manual_seed(1))
+    for model in (base, other):
+        who = TrainingAdapter("run", "default", "tiny", spec, model.adapter_shapes(spec), model.device, model.dtype)
+        who.value = ValueHead(model.hidden_size, model.device)
+        who.value.params.copy_(start)
+        result = forward_backward(Trainer(model, 64), who, [episode(1, 14, 0.0)], "ppo")
+        found.append((who.value.grad.cpu(), who.grad.cpu(), torch.tensor(result.outputs[0]["values"].numpy())))
+    for name, mine, theirs in zip(("head", "adapter", "values"), *found, strict=True):
+        assert torch.nn.functional.cosine_similarity(mine, theirs, dim=0) > 0.995, name

@@ -20,7 +20,7 @@ ADAM = types.AdamParams(learning_rate=1e-2, grad_clip_norm=1.0)
 
 @pytest.fixture(scope="module")
 def own_server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    live = start_server(tmp_path_factory.mktemp("values"), tiny_model)
+    live = start_server(tmp_path_factory.mktemp("values"), tiny_model, {"engine.snapshot_min_steps": 2, "engine.snapshot_overhead": 1e6})
     yield live
     live.stop()
 
