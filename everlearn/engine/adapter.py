@@ -12,6 +12,7 @@ import math
 import torch
 
 from everlearn.engine.faults import whole
+from everlearn.engine.valuehead import ValueHead
 from everlearn.errors import InternalError
 from everlearn.faultpoints import around
 from everlearn.models.lora import AdapterWeights, Pair, PairShape, expert_scale
@@ -46,6 +47,7 @@ class TrainingAdapter:
         self.grad = torch.zeros(size, device=device)
         self.has_grad = False
         self.optimizer: torch.optim.AdamW | None = None
+        self.value: ValueHead | None = None  # from the first request on that trains one
         self.step = 0
         self.seq = 0
         self.scale = lora.alpha / lora.rank
@@ -81,9 +83,12 @@ class TrainingAdapter:
     # --- optimizer ---
 
     def optim_step(self, adam: AdamParams) -> dict[str, float]:
-        """One AdamW step on the accumulated gradient, which is then cleared. Clipping is by the adapter's global norm.
+        """One AdamW step on the accumulated gradient, which is then cleared. Clipping is by the adapter's global norm,
+        its value head included.
         It happens wholly, or not at all (an error), or the process ends."""
         norm = float(torch.linalg.vector_norm(self.grad))
+        if self.value is not None:
+            norm = math.hypot(norm, float(torch.linalg.vector_norm(self.value.grad)))
         if not math.isfinite(norm):  # one such step would leave moments that never recover
             raise InternalError(f"the norm of the accumulated gradient is {norm}, though only finite ones are added; nothing was changed")
         if self.moments() is None:  # now, where a lack of memory still changes nothing
@@ -93,8 +98,11 @@ class TrainingAdapter:
             lr=adam.learning_rate, betas=(adam.beta1, adam.beta2), eps=adam.eps, weight_decay=adam.weight_decay
         )
         with whole(), around("optimizer.apply"):
-            if adam.grad_clip_norm > 0 and norm > adam.grad_clip_norm:
+            clips = adam.grad_clip_norm > 0 and norm > adam.grad_clip_norm
+            if clips:
                 self.grad.mul_(adam.grad_clip_norm / norm)
+            if self.value is not None:
+                self.value.optim_step(adam, adam.grad_clip_norm / norm if clips else 1.0)
             self.params.grad = self.grad
             optimizer.step()
             self.params.grad = None
@@ -105,6 +113,8 @@ class TrainingAdapter:
 
     def clear_gradient(self) -> None:
         self.grad.zero_()
+        if self.value is not None:
+            self.value.grad.zero_()
         self.has_grad = False
 
     def moments(self) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -3,8 +3,8 @@
 The device thread hands over copies (a version's bytes never change under the writer); one writer thread turns them into folders
 that are whole or absent (store/folders.py), and reports each when it is durable. Layout of a folder: `adapter.safetensors`
 (float32, `<path>.lora_A` [rank, in], `<path>.lora_B` [out, rank]; on experts either may have an axis in front),
-`optimizer.safetensors` (`.exp_avg_A` ... and `.grad_A` ... where a gradient was pending), and manifest.json, which also holds what the
-adapter is.
+`optimizer.safetensors` (`.exp_avg_A` ... and `.grad_A` ... where a gradient was pending), `value_head.safetensors` where the adapter has
+one (params, moments, step, pending gradient), and manifest.json, which also holds what the adapter is.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ import torch
 from safetensors.torch import load_file, save
 
 from everlearn.engine.adapter import TrainingAdapter, split
+from everlearn.engine.valuehead import ValueHead
 from everlearn.errors import InvalidRequest, NotFound
 from everlearn.models.bank import WEIGHTS_FILE
 from everlearn.store.folders import read_manifest, write_folder
 from everlearn.types import LoraSpec
 
 OPTIMIZER_FILE = "optimizer.safetensors"
+VALUE_FILE = "value_head.safetensors"
 FORMAT = "everlearn-adapter-1"
 WAITING = 8  # copies of adapters that may wait for the disk
 Report = Callable[[int, str, float, Exception | None], None]  # bytes, sha256, seconds, error
@@ -44,6 +46,7 @@ class State:
                 self.extra |= _named(split(flat.to("cpu", copy=True), shapes), name)
         if gradient and adapter.has_grad:
             self.extra |= _named(split(adapter.grad.to("cpu", copy=True), shapes), "grad")
+        self.value = adapter.value.state(optimizer, gradient and adapter.has_grad) if adapter.value is not None else None
         lora = adapter.lora
         self.manifest: dict[str, Any] = {
             "format": FORMAT,
@@ -67,6 +70,8 @@ class State:
         files: dict[str, bytes | Callable[..., None] | Path] = {WEIGHTS_FILE: save(self.weights)}
         if self.manifest["optimizer"]:
             files[OPTIMIZER_FILE] = save(self.extra or {"empty": torch.zeros(0)})
+        if self.value is not None:
+            files[VALUE_FILE] = save(self.value)
         return write_folder(folder, files, self.manifest)
 
 
@@ -84,6 +89,7 @@ class Found(NamedTuple):
     moments: tuple[torch.Tensor, torch.Tensor] | None
     grad: torch.Tensor | None
     step: int
+    value: ValueHead | None = None
 
 
 def find(adapter: TrainingAdapter, folder: Path, optimizer: bool) -> Found:
@@ -102,13 +108,15 @@ def find(adapter: TrainingAdapter, folder: Path, optimizer: bool) -> Found:
         kind: _filled(adapter, _fitting(adapter, extra, kind, folder), kind) for kind in ("exp_avg", "exp_avg_sq", "grad") if kind in kinds
     }
     moments = (state["exp_avg"], state["exp_avg_sq"]) if "exp_avg" in state else None
-    return Found(_filled(adapter, weights, "lora"), moments, state.get("grad"), int(manifest["step"]) if extra else 0)
+    value = ValueHead.of(load_file(folder / VALUE_FILE), optimizer, adapter.device) if (folder / VALUE_FILE).exists() else None
+    return Found(_filled(adapter, weights, "lora"), moments, state.get("grad"), int(manifest["step"]) if extra else 0, value)
 
 
 def put(adapter: TrainingAdapter, found: Found) -> None:
     """The adapter becomes what was found."""
     adapter.params.copy_(found.params)
     adapter.clear_gradient()
+    adapter.value = found.value
     adapter.reset_moments()
     adapter.step = found.step
     if found.moments is not None:

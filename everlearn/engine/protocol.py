@@ -47,7 +47,7 @@ class ForwardBackward(Command, tag="forward_backward"):
     seq: int
     data: list[Datum]
     loss_fn: str
-    config: dict[str, float]
+    config: dict[str, float | str]
     forward_only: bool = False
 
 

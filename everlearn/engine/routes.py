@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from everlearn.errors import InvalidRequest, Unsupported
+from everlearn.losses.spec import SILENCED
 from everlearn.models.load import BaseModel
 from everlearn.models.routing import UNKNOWN, Watch, balance
 from everlearn.types import Array, Datum
@@ -23,7 +24,7 @@ from everlearn.types import Array, Datum
 if TYPE_CHECKING:
     from everlearn.engine.paged import Chunk
 
-# The input that multiplies a token's whole loss: where it is 0 the token has no gradient.
+# The input that multiplies a token's whole loss: where it is 0 the token has no gradient, but for terms (losses/terms.py).
 ZERO_WITHOUT = {
     "cross_entropy": "weights",
     "importance_sampling": "advantages",
@@ -31,6 +32,7 @@ ZERO_WITHOUT = {
     "cispo": "advantages",
     "gspo": "advantages",
     "stable_reinforce": "sampled_mask",
+    "mirror_descent": "sequence_ratio_mask",
 }
 
 
@@ -146,7 +148,10 @@ def silence(loss_fn: str, inputs: MutableMapping[str, torch.Tensor], data: Seque
     values = inputs[name]
     counts = (values if values.ndim == 1 else values.abs().sum(dim=1)).cpu() != 0
     silent = asked & ~known
-    inputs[name] = torch.where((~silent).to(values.device).view(-1, *[1] * (values.ndim - 1)), values, 0.0)
+    for gate in {name, "weights"} & set(inputs):
+        open_ = (~silent).to(values.device).view(-1, *[1] * (inputs[gate].ndim - 1))
+        inputs[gate] = torch.where(open_, inputs[gate], 0.0)
+    inputs[SILENCED] = silent.to(values.device, torch.float32)
     return int((counts & asked & known).sum()), int((counts & silent).sum())
 
 

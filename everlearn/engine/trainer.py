@@ -25,10 +25,14 @@ from everlearn.engine.faults import as_error, whole
 from everlearn.engine.packing import Piece, choose, cut
 from everlearn.engine.protocol import ForwardBackward
 from everlearn.engine.sight import Placed, of_datums, row_positions
+from everlearn.engine.valuehead import ValueHead
 from everlearn.errors import EverlearnError, InvalidRequest
 from everlearn.faultpoints import around
 from everlearn.losses.metrics import request_metrics
+from everlearn.losses.spec import VALUE_TARGETS, Config
 from everlearn.losses.table import LOSSES, Loss, pack_inputs
+from everlearn.losses.terms import active
+from everlearn.losses.value import value_gradient, value_loss, value_metrics
 from everlearn.models.attention import PackedBatch, running
 from everlearn.models.load import BaseModel
 from everlearn.models.lora import AdapterWeights, Segment
@@ -44,12 +48,15 @@ class Job:
     command: ForwardBackward
     adapter: TrainingAdapter
     loss: Loss
-    config: dict[str, float]
+    config: Config
     plan: list[Piece]
     grad: torch.Tensor | None
     pieces: deque[Piece] = field(default_factory=deque)
     logprobs: list[torch.Tensor | None] = field(default_factory=list)
     loss_sums: list[float] = field(default_factory=list)
+    head: ValueHead | None = None  # of requests with value_targets: the adapter's, or one that it gets if the request succeeds
+    value_grad: torch.Tensor | None = None
+    values: list[torch.Tensor | None] = field(default_factory=list)
     routed: routes.Routed = field(default_factory=routes.Routed)
     alone: bool = False  # shares no row any more
     started: float = field(default_factory=time.monotonic)
@@ -62,8 +69,10 @@ class Job:
         self.pieces, self.loss_sums = deque(self.plan), []
         self.logprobs = [None] * len(self.command.data)
         self.routed = routes.Routed()
-        if self.grad is not None:
-            self.grad.zero_()
+        self.values = [None] * len(self.command.data)
+        for buffer in (self.grad, self.value_grad):
+            if buffer is not None:
+                buffer.zero_()
         return self
 
     @property
@@ -87,6 +96,11 @@ class Part:
     targets: torch.Tensor  # [t, K]
     flat_targets: bool
     spans: list[tuple[int, int]]  # each datum's [start, stop) within the piece
+    values: torch.Tensor | None = None  # [t], where the request has value_targets
+
+    @property
+    def per_token(self) -> bool:
+        return self.job.loss.spec.per_token_with(self.job.config)
 
     def shaped(self, logprobs_TK: torch.Tensor) -> torch.Tensor:
         return logprobs_TK[:, 0] if self.flat_targets else logprobs_TK
@@ -119,6 +133,9 @@ class Trainer:
         if not command.forward_only:
             grad = torch.zeros_like(adapter.grad) if adapter.has_grad else adapter.grad
         job = Job(command, adapter, loss, {**loss.spec.defaults, **command.config}, cut(lengths, widths, self.budget), grad)
+        if VALUE_TARGETS in command.data[0].inputs:
+            job.head = adapter.value or ValueHead(self.base.hidden_size, self.base.device)
+            job.value_grad = None if command.forward_only else torch.zeros_like(job.head.params)
         self.jobs.append(job.begin())
         return job
 
@@ -151,6 +168,11 @@ class Trainer:
         outputs = [{"logprobs": Array.of(own.numpy().reshape(shape))} for own, shape in zip(logprobs, shapes, strict=True)]
         metrics = {"loss:sum": float(np.sum(np.asarray(job.loss_sums, dtype=np.float64)))}
         metrics |= job.routed.metrics()
+        if job.head is not None:
+            values = [own.cpu() for own in job.values if own is not None]
+            for output, own in zip(outputs, values, strict=True):
+                output["values"] = Array.of(own.numpy())
+            metrics |= value_metrics(torch.cat(values), pack_inputs(job.loss, job.command.data, job.config)[0], job.config)
         return ForwardBackwardResult(outputs, metrics | request_metrics(job.loss, job.command.data, logprobs, job.config))
 
     # --- one row ---
@@ -176,6 +198,7 @@ class Trainer:
         if forward_only:
             with torch.no_grad():
                 hidden = self.base.hidden(tokens, positions, batch, self._visual(parts, segments))
+            _look(parts, hidden)
             logprobs = self.base.head.logprobs(hidden, targets, segments)
         else:
             logprobs = self._backward(parts, tokens, positions, targets, batch)
@@ -189,10 +212,11 @@ class Trainer:
         with torch.enable_grad():
             hidden = self.base.hidden(tokens, positions, batch, self._visual(parts, batch.segments))
         detached = hidden.detach()
+        _look(parts, detached)
         whole: dict[int, torch.Tensor] = {}  # gradients of parts whose loss looks at whole sequences
-        if any(not p.job.loss.per_token for p in parts):
+        if any(not p.per_token for p in parts):
             first = self.base.head.logprobs(detached, targets, batch.segments)
-            whole = {p.start: _loss_gradient(p, first[p.start : p.stop]) for p in parts if not p.job.loss.per_token}
+            whole = {p.start: _loss_gradient(p, first[p.start : p.stop]) for p in parts if not p.per_token}
         starts = [p.start for p in parts]
 
         def gradient_of(logprobs_tK: torch.Tensor, index_t: torch.Tensor) -> torch.Tensor:
@@ -201,8 +225,10 @@ class Trainer:
                 return whole[part.start][index_t - part.start]
             return _loss_gradient(part, logprobs_tK, index_t - part.start)
 
-        active = torch.cat([_active(p) for p in parts])
-        logprobs, dhidden = self.base.head.backward(detached, targets, batch.segments, active, gradient_of)
+        trains = torch.cat([_active(p) for p in parts])
+        logprobs, dhidden = self.base.head.backward(detached, targets, batch.segments, trains, gradient_of)
+        for part in parts:
+            _add_value_gradient(part, detached, dhidden)
         with running(batch):  # layers that are computed again look for their batch
             torch.autograd.backward(hidden, dhidden)
         return logprobs
@@ -254,8 +280,11 @@ class Trainer:
         for part in parts:
             own = part.shaped(logprobs[part.start : part.stop])
             losses = part.job.loss.fn(own, part.inputs, part.job.config, part.spans)
+            if part.values is not None:
+                losses = losses + value_loss(part.values, part.inputs, part.job.config)
             for i, (begin, stop) in zip(part.piece.datums, part.spans, strict=True):
                 part.job.logprobs[i] = own[begin:stop]
+                part.job.values[i] = None if part.values is None else part.values[begin:stop]
             value = float(losses.double().sum())
             part.job.loss_sums.append(value)
             if not np.isfinite(value):
@@ -273,7 +302,10 @@ class Trainer:
             # The sum, and its norm: finite gradients can overflow together, and an optimizer step on that could only fail.
             if job.grad is not adapter.grad:
                 job.grad.add_(adapter.grad)
-            if not bool(torch.linalg.vector_norm(job.grad).isfinite()):
+            if job.value_grad is not None and adapter.value is not None:
+                job.value_grad.add_(adapter.value.grad)
+            norms = [torch.linalg.vector_norm(buffer) for buffer in (job.grad, job.value_grad) if buffer is not None]
+            if not all(bool(norm.isfinite()) for norm in norms):
                 job.error = InvalidRequest(
                     "the gradient, with what was accumulated before, is not finite or its norm isn't; nothing was added to the adapter's "
                     "gradient. Use smaller weights and advantages, or fewer forward_backward calls between optimizer steps",
@@ -292,15 +324,38 @@ class Trainer:
             return
         with whole(), around("gradient.join"):
             adapter.grad, adapter.has_grad = job.grad, True
+            if job.head is not None and job.value_grad is not None:
+                adapter.value = job.head
+                adapter.value.grad = job.value_grad
 
 
 def _active(part: Part) -> torch.Tensor:
-    """Tokens that can have a gradient: where the loss declares an input that multiplies it, that input's non-zero places."""
+    """Tokens that can have a gradient: where the loss declares an input that multiplies it, that input's non-zero places, and those of
+    the terms that are added to it."""
     name = routes.ZERO_WITHOUT.get(part.job.loss.name)
     if name is None or name not in part.inputs:
         return torch.ones(part.stop - part.start, dtype=torch.bool, device=part.targets.device)
     values = part.inputs[name] != 0
-    return values if values.ndim == 1 else values.any(dim=1)
+    values = values if values.ndim == 1 else values.any(dim=1)
+    others = active(part.inputs, part.job.config) if part.job.loss.spec.adds_terms else None
+    return values if others is None else values | others
+
+
+def _look(parts: list[Part], hidden_TD: torch.Tensor) -> None:
+    """What the value heads say of the row, where a request asks."""
+    for part in parts:
+        if part.job.head is not None:
+            part.values = part.job.head.values(hidden_TD[part.start : part.stop])
+
+
+def _add_value_gradient(part: Part, hidden_TD: torch.Tensor, dhidden_TD: torch.Tensor) -> None:
+    """Of the value head's loss: into the head's own gradient, and into the row's."""
+    if part.job.head is None or part.values is None or part.job.value_grad is None:
+        return
+    rows = slice(part.start, part.stop)
+    dvalues_t = value_gradient(part.values, part.inputs, part.job.config)
+    part.job.head.add_gradient(part.job.value_grad, dvalues_t, hidden_TD[rows])
+    dhidden_TD[rows] += (part.job.config["value_trunk"] * part.job.head.hidden_gradient(dvalues_t)).to(dhidden_TD.dtype)
 
 
 def _loss_gradient(part: Part, logprobs_tK: torch.Tensor, index_t: torch.Tensor | None = None) -> torch.Tensor:

@@ -12,13 +12,15 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from everlearn.losses.spec import Config
+
 Segments = Sequence[tuple[int, int]]
 
 # exp(20) is 5e8: no honest ratio is near it, and it keeps inf * 0 = NaN out of tokens that don't count.
 MAX_LOG_RATIO = 20.0
 
 
-def cross_entropy(logprobs_TK: Tensor, inputs: Mapping[str, Tensor], config: Mapping[str, float], segments: Segments) -> Tensor:
+def cross_entropy(logprobs_TK: Tensor, inputs: Mapping[str, Tensor], config: Config, segments: Segments) -> Tensor:
     """loss_t = - sum_k weights[t, k] * logp[t, k]; targets and weights are [T] or [T, K]. Negative weights are as good as others:
     a custom loss that the client computes arrives here as weights = -dL/dlogp."""
     loss_TK = -logprobs_TK * inputs["weights"]

@@ -1,7 +1,8 @@
 """Policy-gradient losses, as pure functions of log-probabilities.
 
 Axes: T tokens of a packed row. Throughout, logp is the trained policy's log-probability of a target (the only thing with a
-gradient), q the sampling policy's (`logprobs`), A the advantage, r = exp(logp - q), and sg stops the gradient.
+gradient), q the sampling policy's (`logprobs`; where a request brings `old_logprobs`, those come in here instead), A the advantage,
+r = exp(logp - q), and sg stops the gradient. What else may multiply or join a loss is in losses/correction.py and losses/terms.py.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor
 
 from everlearn.losses.logprobs import MAX_LOG_RATIO, Segments, ratio, segment_ids, segment_sums
+from everlearn.losses.spec import Config
 
 Inputs = Mapping[str, Tensor]
-Config = Mapping[str, float]
 
 
 def clip_bounds(inputs: Inputs, config: Config) -> tuple[Tensor | float, Tensor | float]:
@@ -70,7 +71,7 @@ def gspo(logprobs_T: Tensor, inputs: Inputs, config: Config, segments: Segments)
     """
     mask_T = (inputs["sequence_ratio_mask"] != 0).to(logprobs_T.dtype)
     log_ratio_T = logprobs_T.detach() - inputs["logprobs"]
-    mean_D = segment_sums(log_ratio_T * mask_T, segments) / segment_sums(mask_T, segments)
+    mean_D = segment_sums(log_ratio_T * mask_T, segments) / segment_sums(mask_T, segments).clamp(min=1)
     sequence_T = mean_D.clamp(max=MAX_LOG_RATIO)[segment_ids(segments, logprobs_T.device)]
     ratio_T = torch.exp(sequence_T + logprobs_T - logprobs_T.detach())
     low, high = clip_bounds(inputs, config)

@@ -15,16 +15,16 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from everlearn.losses.logprobs import MAX_LOG_RATIO, Segments, ratio
-from everlearn.losses.spec import SAMPLED_MASK, SAMPLING_LOGPROBS
+from everlearn.losses.spec import SAMPLED_MASK, SAMPLING_LOGPROBS, Config
 
 
-def band_mask(ratio_T: Tensor, config: Mapping[str, float]) -> Tensor:
+def band_mask(ratio_T: Tensor, config: Config) -> Tensor:
     """m_t, without gradient: 1 where the ratio lies in the band [ratio_low, ratio_high]."""
     ratio_T = ratio_T.detach()
     return ((ratio_T >= config["ratio_low"]) & (ratio_T <= config["ratio_high"])).to(ratio_T.dtype)
 
 
-def stable_reinforce(logprobs_T: Tensor, inputs: Mapping[str, Tensor], config: Mapping[str, float], segments: Segments) -> Tensor:
+def stable_reinforce(logprobs_T: Tensor, inputs: Mapping[str, Tensor], config: Config, segments: Segments) -> Tensor:
     """A token whose ratio left the band says little about the trained policy (it is stale, or the two policies' numerics disagree)
     and gets no policy gradient; the KL term, whose gradient is kl_coeff (logp - q) dlogp, still draws it back."""
     ratio_T = ratio(logprobs_T, inputs[SAMPLING_LOGPROBS])

@@ -112,6 +112,30 @@ def test_tokens_without_a_route_are_silent_and_counted(base: BaseModel) -> None:
     torch.testing.assert_close(one.grad, two.grad)
 
 
+@pytest.mark.parametrize("loss_fn", ["ppo", "gspo", "mirror_descent"])
+def test_terms_are_silent_on_tokens_without_a_route_too(base: BaseModel, loss_fn: str) -> None:
+    """KL, entropy, values and text: nothing is learned from such a token."""
+    trainer, rng, silent = Trainer(base, 256), np.random.default_rng(1), [2, 5]
+    row = random_datums(7, [12])[0]
+    given = {name: rng.normal(-6, 0.3, 12) for name in ("logprobs", "reference_logprobs")}
+    given |= {name: rng.normal(size=12) for name in ("advantages", "weights", "value_targets")} | {"sequence_ratio_mask": np.ones(12)}
+    routes = np.tile(np.arange(TOP_K), (12, len(base.expert_modules), 1))
+    routes[silent] = UNKNOWN
+    config, grads = {"kl_coeff": 0.5, "entropy_coeff": 0.5}, []
+    for change in (0.0, 3.0):  # what stands at silent tokens doesn't matter
+        inputs = {name: values.copy() for name, values in given.items()}
+        for name in ("advantages", "weights", "value_targets", "reference_logprobs"):
+            if not (loss_fn == "mirror_descent" and name == "advantages"):
+                inputs[name][silent] += change
+        own = datum(row.tokens.numpy().tolist(), row.inputs["target_tokens"].numpy().tolist(), **inputs)
+        who = with_random_b(adapter(base, expert_lora="rank_split"), 4)
+        result = forward_backward(trainer, who, [with_routes(own, routes)], loss_fn, config=config)
+        assert result.metrics["routing_masked_tokens:sum"] == 2
+        grads.append((who.grad.clone(), who.value.grad.clone()))
+    assert torch.equal(grads[0][0], grads[1][0]) and torch.equal(grads[0][1], grads[1][1])
+    assert grads[0][0].any() and grads[0][1].any()
+
+
 def test_a_token_without_a_route_keeps_its_bits(base: BaseModel) -> None:
     """Whoever shares a row with routes, and replays none, gets the router's own weights."""
     trainer, who = Trainer(base, 256), with_random_b(adapter(base, expert_lora="per_expert"), 4)

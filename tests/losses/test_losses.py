@@ -13,75 +13,7 @@ from hypothesis import strategies as st
 
 from everlearn.losses.spec import SAMPLED_MASK, SAMPLING_LOGPROBS, SPECS
 from everlearn.losses.table import LOSSES, loss_and_grad
-
-SEGMENTS = [(0, 4), (4, 5), (5, 12)]
-LENGTH = 12
-OVERRIDES: dict[str, dict[str, float]] = {
-    "gspo": {"clip_low_threshold": 0.9, "clip_high_threshold": 1.15},
-    "stable_reinforce": {"kl_coeff": 0.3, "ratio_low": 0.7, "ratio_high": 1.4},
-    "cispo": {"clip_low_threshold": 0.6, "clip_high_threshold": 1.3},
-    "dro": {"beta": 0.7},
-}
-POLICY = ["importance_sampling", "ppo", "cispo", "dro", "gspo", "stable_reinforce"]
-
-
-def config_of(name: str, **changes: float) -> dict[str, float]:
-    return {**SPECS[name].defaults, **OVERRIDES.get(name, {}), **changes}
-
-
-def example(seed: int = 0, length: int = LENGTH, spread: float = 0.4) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Log-probabilities of the trained policy, and inputs of every policy loss at once; the first token of each third is a prompt's."""
-    rng = np.random.default_rng(seed)
-    behaviour = -rng.exponential(1.0, length)
-    logprobs = behaviour + spread * rng.standard_normal(length)
-    sampled = (np.arange(length) % 3 > 0).astype(np.float64)
-    sampled[[0, 4, 5]] = [0, 1, 0]
-    inputs = {
-        "logprobs": behaviour,
-        SAMPLING_LOGPROBS: behaviour * sampled,
-        "advantages": rng.standard_normal(length) * sampled,
-        SAMPLED_MASK: sampled,
-        "sequence_ratio_mask": sampled,
-    }
-    return logprobs, inputs
-
-
-def torch_inputs(inputs: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-    return {name: torch.tensor(value) for name, value in inputs.items()}
-
-
-def run(name: str, logprobs: np.ndarray, inputs: dict[str, np.ndarray], config: dict[str, float], segments=SEGMENTS):
-    loss_D, grad = loss_and_grad(LOSSES[name], torch.tensor(logprobs), torch_inputs(inputs), config, segments)
-    return loss_D.numpy(), grad.numpy()
-
-
-# --- references: one token at a time, in Python floats, from the formulas
-
-
-def bounded(x: float, low: float, high: float) -> float:
-    return low if x < low else high if x > high else x
-
-
-def reference_token(name: str, t: int, logp: np.ndarray, inputs: dict[str, np.ndarray], config: dict[str, float], segment) -> float:
-    p, q, a = float(logp[t]), float(inputs["logprobs"][t]), float(inputs["advantages"][t])
-    r = math.exp(p) / math.exp(q)
-    if name == "importance_sampling":
-        return -r * a
-    if name == "ppo":
-        return -min(r * a, bounded(r, config["clip_low_threshold"], config["clip_high_threshold"]) * a)
-    if name == "cispo":
-        return -bounded(r, config["clip_low_threshold"], config["clip_high_threshold"]) * p * a
-    if name == "dro":
-        return -(p * a - config["beta"] / 2 * (p - q) ** 2)
-    if name == "gspo":
-        marked = [i for i in range(*segment) if inputs["sequence_ratio_mask"][i]]
-        s = math.prod(math.exp(logp[i]) / math.exp(inputs["logprobs"][i]) for i in marked) ** (1 / len(marked))
-        return -min(s * a, bounded(s, config["clip_low_threshold"], config["clip_high_threshold"]) * a)
-    assert name == "stable_reinforce"
-    if not inputs[SAMPLED_MASK][t]:
-        return 0.0
-    policy = -r * a if config["ratio_low"] <= r <= config["ratio_high"] else 0.0
-    return policy + config["kl_coeff"] / 2 * (p - q) ** 2
+from tests.losses.reference import LENGTH, POLICY, SEGMENTS, config_of, example, frozen_loss, reference_token, run, torch_inputs
 
 
 @pytest.mark.parametrize("name", POLICY)
@@ -92,28 +24,6 @@ def test_value_is_the_formula_summed_per_datum(name: str, seed: int) -> None:
     loss_D, _ = run(name, logprobs, inputs, config)
     expected = [sum(reference_token(name, t, logprobs, inputs, config, (a, b)) for t in range(a, b)) for a, b in SEGMENTS]
     np.testing.assert_allclose(loss_D, expected, rtol=1e-12, atol=1e-12)
-
-
-def frozen_loss(name: str, inputs: dict[str, np.ndarray], config: dict[str, float], anchor: np.ndarray):
-    """The scalar function whose ordinary gradient the loss must have: stopped gradients are evaluated at `anchor`."""
-
-    def value(logp: np.ndarray) -> float:
-        total = 0.0
-        for segment in SEGMENTS:
-            for t in range(*segment):
-                a = float(inputs["advantages"][t])
-                if name == "cispo":
-                    r = bounded(math.exp(anchor[t] - inputs["logprobs"][t]), config["clip_low_threshold"], config["clip_high_threshold"])
-                    total -= r * a * logp[t]
-                elif name == "gspo":
-                    marked = [i for i in range(*segment) if inputs["sequence_ratio_mask"][i]]
-                    s = math.exp(sum(anchor[i] - inputs["logprobs"][i] for i in marked) / len(marked)) * math.exp(logp[t] - anchor[t])
-                    total -= min(s * a, bounded(s, config["clip_low_threshold"], config["clip_high_threshold"]) * a)
-                else:
-                    total += reference_token(name, t, logp, inputs, config, segment)
-        return total
-
-    return value
 
 
 @pytest.mark.parametrize("name", POLICY)
@@ -178,7 +88,8 @@ def test_on_policy_every_policy_loss_has_the_gradient_of_reinforce(rows: list[np
     behaviour, _, advantages = rows
     for name in POLICY:
         _, grad = run(name, behaviour, inputs_of(behaviour, advantages), config_of(name), [(0, len(behaviour))])
-        np.testing.assert_allclose(grad, -advantages, rtol=1e-12, atol=1e-12)
+        expected = -advantages if name != "mirror_descent" else -2 * config_of(name)["tau"] * np.full_like(advantages, advantages.mean())
+        np.testing.assert_allclose(grad, expected, rtol=1e-12, atol=1e-12)
 
 
 @budget(max_examples=40, deadline=None)

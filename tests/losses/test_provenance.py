@@ -7,8 +7,8 @@ import pytest
 from msgspec.structs import replace
 
 from everlearn.errors import InvalidRequest
+from everlearn.losses.checks import check_datum
 from everlearn.losses.provenance import RecordedSequence, attach, resolve, sequence_ids
-from everlearn.losses.spec import check_datum
 from everlearn.types import Array, Datum, ProvenanceSpan
 
 

@@ -53,7 +53,7 @@ def test_bounds_that_only_some_datums_bring_are_filled_with_the_configured_ones(
 
 def metrics_of(name: str, trained: list[float], **inputs: list[float]) -> dict[str, float]:
     tensors = {key: torch.tensor(value) for key, value in inputs.items()}
-    return policy_metrics(SPECS[name], torch.tensor(trained), tensors, SPECS[name].defaults, [(0, len(trained))])
+    return policy_metrics(LOSSES[name], torch.tensor(trained), tensors, SPECS[name].defaults, [(0, len(trained))])
 
 
 def test_metrics_count_only_tokens_that_are_trained() -> None:
@@ -91,6 +91,47 @@ def test_keys_name_a_reduction_and_nothing_is_reported_where_nothing_is_known() 
     assert all(key.count(":") == 1 and key.split(":")[1] in ("sum", "mean", "max", "min") for key in got)
     assert metrics_of("ppo", [-1.0], logprobs=[-1.0], advantages=[0.0]) == {"trained_tokens:sum": 0.0}
     assert metrics_of("cross_entropy", [-1.0], weights=[1.0]) == {}
+
+
+def test_metrics_of_what_else_a_request_asks_for() -> None:
+    inputs = {
+        "logprobs": torch.tensor([0.0, -1.0, -2.0, -1.0]),
+        "old_logprobs": torch.tensor([0.0, -1.0, -1.0, -3.0]),
+        "reference_logprobs": torch.tensor([0.0, -1.0, -1.5, -3.0]),
+        "advantages": torch.tensor([0.0, 1.0, -1.0, 1.0]),
+        "weights": torch.tensor([0.5, 0.0, 0.0, 0.0]),
+    }
+    trained, spans = torch.tensor([-4.0, -1.0, -1.0, -3.0]), [(0, 4)]
+    got = policy_metrics(LOSSES["ppo"], trained, inputs, {"entropy_coeff": 0.1}, spans)
+    assert got["cross_entropy:sum"] == 2.0
+    assert got["clip_fraction:mean"] == 0.0, "the clip bounds the ratio to the old policy"
+    for prefix in ("", "old_"):  # the trained policy is still the old one
+        assert got[prefix + "logprob_diff_abs:mean"] == pytest.approx(1.0)
+        assert got[prefix + "ratio:max"] == pytest.approx(math.e)
+        assert got[prefix + "kl_k3:mean"] == pytest.approx((math.e - 2 + math.exp(-2) + 1) / 3)
+        assert 0 < got[prefix + "effective_sample_fraction:mean"] < 1
+    assert got["kl_reference_k3:mean"] == pytest.approx((math.exp(-0.5) - 1 + 0.5) / 3)
+    assert got["entropy_sampled:mean"] == pytest.approx(5 / 3)
+    assert "mask_fraction:mean" not in got and "truncated_fraction:mean" not in got
+    band = policy_metrics(LOSSES["ppo"], trained, inputs, {"importance_weight": "icepop", "ratio_low": 0.5}, spans)
+    assert band["mask_fraction:mean"] == pytest.approx(1 / 3)
+    cut = policy_metrics(LOSSES["ppo"], trained, inputs, {"importance_weight": "tis_token", "tis_threshold": 2.0}, spans)
+    assert cut["truncated_fraction:mean"] == pytest.approx(1 / 3) and "mask_fraction:mean" not in cut
+    out = policy_metrics(LOSSES["ppo"], trained, inputs, {"product_ratio_low": 0.9}, spans)
+    assert out["mask_fraction:mean"] == 1.0
+
+
+def test_metrics_of_text_alone_count_no_token_and_its_loss() -> None:
+    inputs = {"logprobs": torch.zeros(2), "advantages": torch.zeros(2), "weights": torch.tensor([1.0, 0.5])}
+    got = policy_metrics(LOSSES["ppo"], torch.tensor([-1.0, -2.0]), inputs, {}, [(0, 2)])
+    assert got == {"trained_tokens:sum": 0.0, "cross_entropy:sum": 2.0}
+
+
+def test_weights_that_only_some_datums_bring_are_zero_on_the_others() -> None:
+    common = {"logprobs": [-1, -1], "advantages": [1, 1]}
+    inputs, _ = pack_inputs(LOSSES["ppo"], [datum(2, **common), datum(2, **common, weights=[1, 2])], SPECS["ppo"].defaults)
+    assert inputs["weights"].tolist() == [0, 0, 1, 2]
+    assert "weights" not in pack_inputs(LOSSES["ppo"], [datum(2, **common)], SPECS["ppo"].defaults)[0]
 
 
 def test_metrics_of_a_request_are_those_of_its_datums_together() -> None:

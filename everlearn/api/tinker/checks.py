@@ -15,7 +15,7 @@ from everlearn.api.tinker import codec_json, forms, tensors
 from everlearn.api.tinker.codec import ForwardBackwardCall, Row
 from everlearn.config import Settings
 from everlearn.errors import InvalidRequest, TooLarge, Unsupported
-from everlearn.losses import spec
+from everlearn.losses.checks import check_config, check_datum, check_request
 from everlearn.types import AdamParams, Array, BaseModelInfo, LoraSpec, SamplingParams
 
 MIN_TTL, MAX_TTL = 3600, 10 * 366 * 86_400
@@ -116,9 +116,9 @@ def adam(form: forms.OptimStep) -> AdamParams:
     return AdamParams(**msgspec.structs.asdict(values))
 
 
-def data(call: ForwardBackwardCall, info: BaseModelInfo) -> dict[str, float]:
+def data(call: ForwardBackwardCall, info: BaseModelInfo) -> dict[str, float | str]:
     """Every datum against the loss and the model; the loss's complete configuration."""
-    config = spec.check_config(call.loss_fn, call.config)
+    config = check_config(call.loss_fn, call.config)
     if not call.data:
         raise InvalidRequest("the request has no data; send at least one datum", param="data")
     for i, datum in enumerate(call.data):
@@ -131,7 +131,8 @@ def data(call: ForwardBackwardCall, info: BaseModelInfo) -> dict[str, float]:
                 f"data[{i}].model_input has {length} tokens; {info.name} reads at most {info.max_context}: cut it",
                 param=f"data[{i}].model_input",
             )
-        spec.check_datum(call.loss_fn, i, datum, info.vocab_size)
+        check_datum(call.loss_fn, i, datum, info.vocab_size)
+    check_request(call.loss_fn, config, call.data)
     return config
 
 

@@ -132,7 +132,7 @@ async def submit_batch(
         run = await ticket.run()
         info = ticket.svc.catalog.resolve(run.base_model)
 
-        def checked() -> tuple[ForwardBackwardCall, dict[str, float]]:
+        def checked() -> tuple[ForwardBackwardCall, dict[str, float | str]]:
             call = decode(ImageReader(info, ticket.svc.settings.images))
             return call, checks.data(call, info)
 
