@@ -17,7 +17,7 @@ from everlearn.errors import InvalidRequest, TooLarge, Unsupported
 from everlearn.models.bank import Bank
 from everlearn.models.catalog import read_info
 from everlearn.models.load import BaseModel, load_base
-from everlearn.models.routing import UNKNOWN, balance
+from everlearn.models.routing import RULES, UNKNOWN, Routing, balance
 from everlearn.types import Array, Datum, SampledSequence, SamplingParams
 from tests.engine.harness import CPU, FLOAT32, adapter, datum, forward_backward, load_tiny, random_datums
 from tests.engine.test_trainer import with_random_b
@@ -119,6 +119,23 @@ def test_a_token_without_a_route_keeps_its_bits(base: BaseModel) -> None:
     unknown = with_routes(row, np.full((12, len(base.expert_modules), TOP_K), UNKNOWN))
     plain, replayed = (forward_backward(trainer, who, [one], forward_only=True).outputs[0]["logprobs"].numpy() for one in (row, unknown))
     np.testing.assert_array_equal(replayed, plain)
+
+
+def test_a_rule_is_settled_on_by_tokens_that_tell_it_from_others() -> None:
+    """Weights of a sure router are those of several rules; what its next tokens weigh is that of one."""
+    normalised = RULES["softmax of the chosen"]
+    routing = Routing(0, 16, None, 1.0)
+    batches = [torch.randn(tokens, 16, generator=torch.Generator().manual_seed(tokens)) for tokens in (2, 4)]
+    batches[0][:, 3] += 9
+    batches[0][:, 5] += 8
+    for logits, count in zip(batches, (2, 1), strict=True):
+        ids = logits.topk(2).indices
+        own = normalised(logits, ids).bfloat16()
+        routing.logits = logits
+        chosen, weights = routing._replay(ids, own, ids)
+        assert torch.equal(chosen, ids) and len(routing.rules) == count
+        torch.testing.assert_close(weights, own, rtol=0, atol=1e-2)
+    assert routing.rules == [normalised]
 
 
 def test_too_many_routes_are_refused_before_they_are_recorded(base: BaseModel) -> None:
