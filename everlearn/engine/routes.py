@@ -32,6 +32,7 @@ ZERO_WITHOUT = {
     "gspo": "advantages",
     "stable_reinforce": "sampled_mask",
 }
+SHARED = {"gspo": "sequence_ratio_mask"}  # the input by which a token's ratio takes part in its sequence's
 
 
 class Shape(NamedTuple):
@@ -146,7 +147,8 @@ def silence(loss_fn: str, inputs: MutableMapping[str, torch.Tensor], data: Seque
     values = inputs[name]
     counts = (values if values.ndim == 1 else values.abs().sum(dim=1)).cpu() != 0
     silent = asked & ~known
-    inputs[name] = torch.where((~silent).to(values.device).view(-1, *[1] * (values.ndim - 1)), values, 0.0)
+    for each in (name, SHARED.get(loss_fn, name)):
+        inputs[each] = torch.where((~silent).to(values.device).view(-1, *[1] * (inputs[each].ndim - 1)), inputs[each], 0.0)
     return int((counts & asked & known).sum()), int((counts & silent).sum())
 
 

@@ -112,6 +112,28 @@ def test_tokens_without_a_route_are_silent_and_counted(base: BaseModel) -> None:
     torch.testing.assert_close(one.grad, two.grad)
 
 
+def test_a_silent_token_has_no_part_in_the_ratio_of_its_sequence(base: BaseModel) -> None:
+    """gspo's loss of a token depends on all of its sequence; a sequence without a known route has none, and leaves no NaN behind."""
+    trainer, layers = Trainer(base, 256), len(base.expert_modules)
+    rows = random_datums(8, [12, 6])
+    routes = [np.tile(np.arange(TOP_K), (len(row.tokens.numpy()), layers, 1)) for row in rows]
+    routes[0][[2, 5]], routes[1][:] = UNKNOWN, UNKNOWN
+
+    def losses(sampled: float) -> tuple[float, torch.Tensor]:
+        data = []
+        for row, route in zip(rows, routes, strict=True):
+            ones, logprobs = np.ones(len(route)), np.full(len(route), -6.0)
+            logprobs[(route == UNKNOWN).all(axis=(1, 2))] = sampled
+            more = {"advantages": ones, "sequence_ratio_mask": ones, "logprobs": logprobs}
+            data.append(with_routes(datum(row.tokens.numpy().tolist(), row.inputs["target_tokens"].numpy().tolist(), **more), route))
+        who = with_random_b(adapter(base, expert_lora="per_expert"), 4)
+        wide = {"clip_low_threshold": 0.0, "clip_high_threshold": 100.0}
+        return forward_backward(trainer, who, data, "gspo", config=wide).metrics["loss:sum"], who.grad
+
+    (one, one_grad), (two, two_grad) = losses(-1.0), losses(-9.0)
+    assert one == two != 0 and torch.equal(one_grad, two_grad) and bool(torch.isfinite(one_grad).all()) and bool((one_grad != 0).any())
+
+
 def test_a_token_without_a_route_keeps_its_bits(base: BaseModel) -> None:
     """Whoever shares a row with routes, and replays none, gets the router's own weights."""
     trainer, who = Trainer(base, 256), with_random_b(adapter(base, expert_lora="per_expert"), 4)
