@@ -49,11 +49,11 @@ class Fp8Weight(PackedWeight):
             values, scale = values[part], scale[part]
         elif part is not None:
             of_row, values = of_row[part], values[part]
-        scale = scale.to(self.dtype).index_select(-2, of_row.reshape(-1))
+        scale = scale.float().index_select(-2, of_row.reshape(-1))
         if values.dim() == 1:  # one row of a matrix
             scale = scale[0]
         scale = scale.repeat_interleave(self.block[1], dim=-1)[..., : self.shape[-1]]
-        return values.to(self.dtype).mul_(scale)
+        return values.to(self.dtype).mul_(scale)  # an exact value times float32, rounded once
 
 
 class Fp8Scheme(NamedTuple):
