@@ -274,15 +274,30 @@ def dtype_code(dtype: str) -> str:
 def weight_files(base: Path) -> dict[str, TensorFile]:
     """Every tensor of a base folder and the (memory-mapped) file that holds it."""
     files = [TensorFile(path) for path in sorted(base.glob("*.safetensors"))]
-    index = base / "model.safetensors.index.json"
-    if index.is_file():  # consolidated copies of the same weights may lie beside the shards that count
-        listed = set(json.loads(index.read_text())["weight_map"].values())
+    index = read_index(base)
+    if index is not None:  # consolidated copies of the same weights may lie beside the shards that count
+        listed = set(index.values())
         files = [file for file in files if file.path.name in listed]
     elif len(files) > 1:
         files = [file for file in files if file.path.name == "model.safetensors"] or files
     if not files:
         raise NotFound(f"{base} holds no .safetensors file; convert its weights to safetensors first", param="base")
     return {name: file for file in files for name in file.names()}
+
+
+def read_index(base: Path) -> dict[str, str] | None:
+    """The shard that each tensor lies in, as model.safetensors.index.json has it; None where there is no such file."""
+    path = base / "model.safetensors.index.json"
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(f"{path} can't be read as JSON ({error}); download or convert the folder again", param="base") from None
+    names = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+        raise InvalidRequest(f"{path} holds no weight_map from tensors to files; download or convert the folder again", param="base")
+    return names
 
 
 def linear_shapes(base: Path) -> dict[str, tuple[int, int]]:

@@ -5,7 +5,6 @@ What needs no conversion goes from the file into place; the rest passes through 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 
 from everlearn.errors import InvalidRequest, Unsupported
-from everlearn.models.export import weight_files
+from everlearn.models.export import read_index, weight_files
 from everlearn.models.quant import Piece
 from everlearn.models.tensorfile import TensorFile
 
@@ -30,11 +29,13 @@ class Folder:
 
     def __init__(self, path: Path):
         try:
+            listed = read_index(path) or {}
+        except InvalidRequest as error:
+            raise Unsupported(error.message) from error
+        try:
             self.files: dict[str, TensorFile] = weight_files(path)
         except (InvalidRequest, OSError, ValueError, KeyError) as error:
             raise Unsupported(f"{path} can't be loaded: {error}; download or convert the folder again") from error
-        index = path / "model.safetensors.index.json"
-        listed = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
         if lost := sorted(set(listed) - set(self.files)):
             raise Unsupported(
                 f"{path} lacks {len(lost)} of the tensors that its index lists (the first: {lost[0]} in {listed[lost[0]]}); "
