@@ -73,6 +73,13 @@ def test_a_folder_without_all_of_its_tensors_is_refused(tmp_path: Path) -> None:
     save_file({name: tensor for name, tensor in tensors.items() if name != gone}, file, {"format": "pt"})
     with pytest.raises(Unsupported, match=rf"lacks 1 of its tensors \(the first: {gone}\)"):
         load(folder)
+    save_file(tensors | {"model.layers.1.mlp.more.weight": torch.zeros(2)}, file, {"format": "pt"})
+    with pytest.raises(Unsupported, match=r"holds 1 tensors .*no place for \(the first: model\.layers\.1\.mlp\.more\.weight\)"):
+        load(folder)
+    renamed = {name + ("x" if name == gone else ""): tensor for name, tensor in tensors.items()}
+    save_file(renamed, file, {"format": "pt"})
+    with pytest.raises(Unsupported, match=rf"lacks 1 of its tensors \(the first: {gone}\), and holds 1 .*: {gone}x\)"):
+        load(folder)
     save_file({name: tensor[:3].contiguous() if name == gone else tensor for name, tensor in tensors.items()}, file, {"format": "pt"})
     with pytest.raises(Unsupported, match="can't be loaded"):
         load(folder)
