@@ -175,7 +175,7 @@ def import_peft(folder: Path, out: Path, base_name: str, base: Path, seed: int =
     and B = 0: the function stays the same and they can be trained.
     """
     from everlearn.models import import_experts  # imports torch
-    from everlearn.models.lora import kind_of
+    from everlearn.models.lora import ROUTERS, kind_of
 
     config = _read_peft_config(folder)
     given = TensorFile(folder / PEFT_WEIGHTS)
@@ -192,6 +192,8 @@ def import_peft(folder: Path, out: Path, base_name: str, base: Path, seed: int =
         if import_experts.has_pattern(config, path):
             raise Unsupported(f"{folder}: rank_pattern or alpha_pattern speaks of {path!r}; a checkpoint has one rank and one alpha")
         shape, wanted = given.shape(name), shapes.get(path)
+        if path.rsplit(".", 1)[-1] in ROUTERS:
+            raise Unsupported(f"{folder}: {path!r} chooses experts, and routers stay frozen here; train an adapter that leaves it out")
         if wanted is None or (path != HEAD and kind_of(path) is None):
             raise Unsupported(f"{folder}: {path!r} isn't a linear layer of attention, MLP or head of {base_name!r}; it can't be imported")
         if shape != ((rank, wanted[1]) if side == "A" else (wanted[0], rank)):

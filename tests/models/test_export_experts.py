@@ -100,3 +100,17 @@ def test_experts_that_the_base_lacks_are_named(tmp_path: Path, tiny_model: Path)
     save_file(moved, tmp_path / "peft" / "adapter_model.safetensors")
     with pytest.raises(Unsupported, match=r"layers\.7\.mlp\.experts.* belongs to none of the base's experts"):
         export.import_peft(tmp_path / "peft", tmp_path / "other", "other", other)
+
+
+def test_a_router_stays_as_it_is(moe: Path, tmp_path: Path) -> None:
+    (tmp_path / "peft").mkdir()
+    router = "router" if moe.name == "gpt_oss" else "gate"
+    at = f"base_model.model.model.layers.1.mlp.{router}"
+    save_file(
+        {f"{at}.lora_A.weight": np.ones((2, 32), np.float32), f"{at}.lora_B.weight": np.ones((8, 2), np.float32)},
+        tmp_path / "peft" / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "target_parameters": [f"mlp.{router}.weight"]}
+    export.write_json(tmp_path / "peft" / "adapter_config.json", config)
+    with pytest.raises(Unsupported, match=rf"mlp\.{router}' chooses experts, and routers stay frozen"):
+        export.import_peft(tmp_path / "peft", tmp_path / "back", moe.name, moe)
