@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -224,25 +226,45 @@ def versus(name: str, ours: list[float], peer: list[float], unit: str = "tok/s")
     return row
 
 
-def write_result(args: argparse.Namespace, name: str, results: dict[str, Any]) -> None:
-    """The raw numbers with command, commit and hardware, as JSON."""
+def origin(name: str, commit: str = "") -> dict[str, Any]:
+    """Where numbers come from: command, time, commit, hardware, what else the machine did, versions. `commit` is for machines that have
+    no git or no history beside the code."""
     import torch
     import transformers
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     named = (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
-    cpu = next(named, platform.processor())
-    record = {
+    hardware: dict[str, Any] = {"cpu": next(named, platform.processor()), "cores": os.cpu_count()}
+    hardware["memory_gib"] = round(os.sysconf("SC_PHYS_PAGES") * PAGE / 2**30)
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0)
+        hardware |= {"gpu": gpu.name, "gpus": torch.cuda.device_count(), "gpu_memory_gib": round(gpu.total_memory / 2**30, 1)}
+        versions["cuda"] = str(torch.version.cuda)
+    if importlib.util.find_spec("peft") is not None:
+        versions["peft"] = importlib.metadata.version("peft")
+    return {
         "benchmark": name,
         "command": "python " + " ".join(["benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]]),
         "when": time.strftime("%F %T"),
-        "commit": commit,
-        "hardware": {"cpu": cpu, "cores": os.cpu_count(), "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * PAGE / 2**30)},
+        "commit": commit or commit_of_the_code(),
+        "hardware": hardware,
         "load_average": os.getloadavg(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
-        "results": results,
+        "versions": versions,
     }
+
+
+def commit_of_the_code() -> str:
+    """An empty text where the code is no git checkout, or there is no git."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return found.stdout.strip()
+
+
+def write_result(args: argparse.Namespace, name: str, results: dict[str, Any]) -> None:
+    """The raw numbers with their origin, as JSON."""
     out = args.out or ROOT / "benchmarks" / "results" / f"{time.strftime('%F')}-{name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n")
+    out.write_text(json.dumps(origin(name) | {"results": results}, indent=1) + "\n")
     print(f"written to {out}")

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -29,6 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.common import origin
 from everlearn.config import EngineSettings, Settings
 from everlearn.engine.adapter import TrainingAdapter
 from everlearn.engine.protocol import Completed, ForwardBackward, Sample
@@ -267,36 +267,31 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("gpu_engine.json"))
     parser.add_argument("--shape", default="qwen3-8b", choices=list(SHAPES))
     parser.add_argument("--check-only", action="store_true")
+    parser.add_argument("--commit", default="", help="the code's commit, where it isn't measured in a git checkout")
     parser.add_argument("--train", default="8x2048", help="sequences x length")
     parser.add_argument("--decode", default="64x256x128", help="sequences x prompt x new tokens")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    results: dict[str, Any] = {
-        "command": " ".join(sys.argv),
-        "when": time.strftime("%F %T"),
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
-        "shape": args.shape,
-        "checks": {},
-    }
+    results: dict[str, Any] = {"shape": args.shape, "checks": {}}
+    record = origin("gpu-engine", args.commit) | {"results": results}
     torch.backends.cuda.matmul.allow_tf32 = False
     for dtype in [torch.float32] + ([torch.bfloat16] if device.type == "cuda" else []):
         results["checks"][str(dtype)] = check(device, dtype)
         print(f"check {dtype} on {device} against float32 on the CPU: {results['checks'][str(dtype)]}", flush=True)
-        args.out.write_text(json.dumps(results, indent=1))
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
     if not args.check_only and device.type == "cuda":
         lengths, decode = tuple(map(int, args.train.split("x"))), tuple(map(int, args.decode.split("x")))
         results["ceilings"] = ceilings(device)
         print(results["ceilings"], flush=True)
         results["everlearn"] = bench_everlearn(random_model(args.shape, device, torch.bfloat16), device, lengths, decode)
-        args.out.write_text(json.dumps(results, indent=1))
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
         torch.cuda.empty_cache()
         try:
             results["peer"] = bench_peer(random_model(args.shape, device, torch.bfloat16), device, lengths, decode)
         except ImportError as error:
             print(f"no peer: {error}")
         report(results)
-    args.out.write_text(json.dumps(results, indent=1))
+    args.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.common import origin
 from benchmarks.gpu_common import DEVICE, DTYPE, GPU, memory, new_adapter, profile, published, random_model, served, start_memory, timed
 from benchmarks.gpu_engine import ceilings, make_data, sample_all, settings, train_once
 from benchmarks.gpu_experts_check import check
@@ -276,11 +277,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("gpu_experts.json"))
     parser.add_argument("--parts", default="check,kimi,qwen,peer")
+    parser.add_argument("--commit", default="", help="the code's commit, where it isn't measured in a git checkout")
     parser.add_argument("--tiny", action="store_true", help="small shapes: to try the script without a GPU")
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
-    results: dict[str, Any] = {"command": " ".join(sys.argv), "when": time.strftime("%F %T"), "torch": torch.__version__}
-    results["device"] = torch.cuda.get_device_name(DEVICE) if GPU else "cpu"
+    results: dict[str, Any] = {}
+    record = origin("gpu-experts", args.commit) | {"results": results}
     if GPU:
         results["ceilings"] = ceilings(DEVICE)
     for name in args.parts.split(","):
@@ -292,7 +294,7 @@ def main() -> None:
             results[name] = {"error": f"{type(error).__name__}: {error}"}
         results.setdefault("part_seconds", {})[name] = round(time.perf_counter() - started, 1)
         report(results)
-        args.out.write_text(json.dumps(results, indent=1))
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
         print(name, json.dumps(results[name], indent=1)[:6000], flush=True)
 
 

@@ -72,14 +72,23 @@ def launch(command: list[str], environment: dict[str, str], log: Path) -> subpro
 
 
 def start_server(
-    home: Path, model: Path, settings: Mapping[str, object] | None = None, name: str = "tiny", variables: Mapping[str, str] | None = None
+    home: Path,
+    model: Path,
+    settings: Mapping[str, object] | None = None,
+    name: str = "tiny",
+    variables: Mapping[str, str] | None = None,
+    others: Mapping[str, Path] | None = None,
 ) -> LiveServer:
-    """Starts `everlearn serve` on a free port, with `variables` in its environment, and waits until it is ready."""
+    """Starts `everlearn serve` on a free port, with `variables` in its environment and `others` as further base models, and waits until
+    it is ready."""
     home.mkdir(parents=True, exist_ok=True)
     port = free_port()
     given = {"engine.threads": 1, "engine.kv_tokens": 8192, **(settings or {})}
     lines = [f'models.default = "{name}"', *(f"{key} = {json.dumps(value)}" for key, value in given.items())]
-    text = "\n".join([*lines, "[[models.base]]", f'name = "{name}"', f'path = "{model}"', 'aliases = ["Qwen/Qwen3-8B"]', ""])
+    lines += ["[[models.base]]", f'name = "{name}"', f'path = "{model}"', 'aliases = ["Qwen/Qwen3-8B"]']
+    for other, path in (others or {}).items():
+        lines += ["[[models.base]]", f'name = "{other}"', f'path = "{path}"']
+    text = "\n".join([*lines, ""])
     tomllib.loads(text)
     config = home / "everlearn.toml"
     config.write_text(text)

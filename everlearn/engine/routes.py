@@ -34,6 +34,7 @@ ZERO_WITHOUT = {
     "stable_reinforce": "sampled_mask",
     "mirror_descent": "sequence_ratio_mask",
 }
+ALSO_ZERO = {"weights", "sequence_ratio_mask"}  # text to imitate, and a token's part in the ratio of its sequence
 
 
 class Shape(NamedTuple):
@@ -148,7 +149,7 @@ def silence(loss_fn: str, inputs: MutableMapping[str, torch.Tensor], data: Seque
     values = inputs[name]
     counts = (values if values.ndim == 1 else values.abs().sum(dim=1)).cpu() != 0
     silent = asked & ~known
-    for gate in {name, "weights"} & set(inputs):
+    for gate in {name, *ALSO_ZERO} & set(inputs):
         open_ = (~silent).to(values.device).view(-1, *[1] * (inputs[gate].ndim - 1))
         inputs[gate] = torch.where(open_, inputs[gate], 0.0)
     inputs[SILENCED] = silent.to(values.device, torch.float32)

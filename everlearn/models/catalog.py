@@ -275,8 +275,8 @@ def count_parameters(folder: Path) -> int:
     """From the safetensors headers (no weights are read); 0 where there are none."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        total = (_json(index).get("metadata") or {}).get("total_parameters")
-        if isinstance(total, int):
+        metadata = _json(index).get("metadata")
+        if isinstance(metadata, dict) and isinstance(total := metadata.get("total_parameters"), int):
             return total
     count = 0
     for path in sorted(folder.glob("*.safetensors")):
@@ -285,7 +285,7 @@ def count_parameters(folder: Path) -> int:
                 length = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(length)) if length < 100 * 2**20 else {}
             count += sum(math.prod(entry["shape"]) for key, entry in header.items() if key != "__metadata__")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidRequest(f"{path} is no safetensors file ({error}); fetch it again", param="base_model") from None
     return count
 

@@ -175,7 +175,7 @@ def import_peft(folder: Path, out: Path, base_name: str, base: Path, seed: int =
     and B = 0: the function stays the same and they can be trained.
     """
     from everlearn.models import import_experts  # imports torch
-    from everlearn.models.lora import kind_of
+    from everlearn.models.lora import ROUTERS, kind_of
 
     config = _read_peft_config(folder)
     given = TensorFile(folder / PEFT_WEIGHTS)
@@ -192,6 +192,8 @@ def import_peft(folder: Path, out: Path, base_name: str, base: Path, seed: int =
         if import_experts.has_pattern(config, path):
             raise Unsupported(f"{folder}: rank_pattern or alpha_pattern speaks of {path!r}; a checkpoint has one rank and one alpha")
         shape, wanted = given.shape(name), shapes.get(path)
+        if path.rsplit(".", 1)[-1] in ROUTERS:
+            raise Unsupported(f"{folder}: {path!r} chooses experts, and routers stay frozen here; train an adapter that leaves it out")
         if wanted is None or (path != HEAD and kind_of(path) is None):
             raise Unsupported(f"{folder}: {path!r} isn't a linear layer of attention, MLP or head of {base_name!r}; it can't be imported")
         if shape != ((rank, wanted[1]) if side == "A" else (wanted[0], rank)):
@@ -274,15 +276,30 @@ def dtype_code(dtype: str) -> str:
 def weight_files(base: Path) -> dict[str, TensorFile]:
     """Every tensor of a base folder and the (memory-mapped) file that holds it."""
     files = [TensorFile(path) for path in sorted(base.glob("*.safetensors"))]
-    index = base / "model.safetensors.index.json"
-    if index.is_file():  # consolidated copies of the same weights may lie beside the shards that count
-        listed = set(json.loads(index.read_text())["weight_map"].values())
+    index = read_index(base)
+    if index is not None:  # consolidated copies of the same weights may lie beside the shards that count
+        listed = set(index.values())
         files = [file for file in files if file.path.name in listed]
     elif len(files) > 1:
         files = [file for file in files if file.path.name == "model.safetensors"] or files
     if not files:
         raise NotFound(f"{base} holds no .safetensors file; convert its weights to safetensors first", param="base")
     return {name: file for file in files for name in file.names()}
+
+
+def read_index(base: Path) -> dict[str, str] | None:
+    """The shard that each tensor lies in, as model.safetensors.index.json has it; None where there is no such file."""
+    path = base / "model.safetensors.index.json"
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(f"{path} can't be read as JSON ({error}); download or convert the folder again", param="base") from None
+    names = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+        raise InvalidRequest(f"{path} holds no weight_map from tensors to files; download or convert the folder again", param="base")
+    return names
 
 
 def linear_shapes(base: Path) -> dict[str, tuple[int, int]]:

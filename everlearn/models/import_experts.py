@@ -50,10 +50,17 @@ def from_peft(folder: Path, given: TensorFile, config: Mapping[str, Any], base: 
     if not any(".experts." in name for name in given.names()):
         return None
     layers = expert_layers(base)
+    if not layers:
+        first = next(name for name in given.names() if ".experts." in name)
+        raise InvalidRequest(f"{folder} adapts experts ({first}), and the base in {base} has none; name the adapter's own base model")
     stacks, names = _stacks(folder, given, config, layers, prefix)
     pairs: dict[str, Pair] = {}
     for module, found in stacks.items():
         pairs |= {f"{module}.{name}": pair for name, pair in _projections(folder, layers[module], found).items()}
+    if not pairs:
+        known = f"{next(iter(layers))} and {len(layers) - 1} more" if len(layers) > 1 else next(iter(layers))
+        first = next(name for name in given.names() if ".experts." in name)
+        raise Unsupported(f"{folder}: {first} belongs to none of the base's experts ({known}); name the adapter's own base model")
     ranks = {a.shape[1] for a, _ in pairs.values()}
     if len(ranks) != 1:
         raise Unsupported(f"{folder}: experts have matrices of ranks {sorted(ranks)}; a checkpoint keeps one rank for all of them")

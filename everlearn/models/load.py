@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import nn
 
@@ -166,41 +165,7 @@ def load_base(info: BaseModelInfo, device: torch.device, dtype: torch.dtype, wei
     if warning := families.warning_of(info.name, info.architecture):
         log.warning("%s", warning)
     model = load_weights(info.name, folder, build, scheme, device, dtype, PACKING.get(weights))
-    return wrap(info, converted(info, auto, config, settings).to(device) if model is None else model, device, dtype)
-
-
-def converted(info: BaseModelInfo, auto: Any, config: Any, settings: dict[str, Any]) -> nn.Module:
-    """The model as transformers loads it, with its conversions of older or other layouts."""
-    try:
-        model, report = auto.from_pretrained(
-            info.path,
-            config=config,
-            trust_remote_code=False,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            **settings,
-        )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise Unsupported(f"base model {info.name!r} can't be loaded from {info.path}: {error}") from error
-    refuse_missing_weights(info, report)
-    loaded: nn.Module = model
-    return loaded
-
-
-def refuse_missing_weights(info: BaseModelInfo, report: dict[str, Any]) -> None:
-    """transformers fills in random numbers for what a folder lacks, and warns; a model that is part noise is no model."""
-    missing, extra = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
-    if extra:
-        raise Unsupported(
-            f"base model {info.name!r}: {info.path} holds {len(extra)} tensors that the model has no place for (the first: {extra[0]}); "
-            "its config.json belongs to another model, or to another version of transformers"
-        )
-    if missing:
-        raise Unsupported(
-            f"base model {info.name!r}: {info.path} lacks {len(missing)} of its tensors (the first: {missing[0]}); "
-            "download or convert the folder again, and check that every *.safetensors file is there"
-        )
+    return wrap(info, model, device, dtype)
 
 
 def wrap(info: BaseModelInfo, model: nn.Module, device: torch.device, dtype: torch.dtype) -> BaseModel:

@@ -49,11 +49,14 @@ class Fp8Weight(PackedWeight):
             values, scale = values[part], scale[part]
         elif part is not None:
             of_row, values = of_row[part], values[part]
-        scale = scale.to(self.dtype).index_select(-2, of_row.reshape(-1))
+        scale = scale.float().index_select(-2, of_row.reshape(-1))
         if values.dim() == 1:  # one row of a matrix
             scale = scale[0]
-        scale = scale.repeat_interleave(self.block[1], dim=-1)[..., : self.shape[-1]]
-        return values.to(self.dtype).mul_(scale)
+        dense, block = values.to(self.dtype), self.block[1]  # exact; times float32 it is rounded once
+        whole = dense.shape[-1] // block
+        dense[..., : whole * block].unflatten(-1, (whole, block)).mul_(scale[..., :whole, None])
+        dense[..., whole * block :].mul_(scale[..., whole:])
+        return dense
 
 
 class Fp8Scheme(NamedTuple):

@@ -61,11 +61,10 @@ class Nf4Weight(PackedWeight):
         return rows if isinstance(part, slice) else rows[0]
 
     def _unpack(self, packed: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
-        codes = self.codes.to(self.dtype)
         values = packed.new_empty((*packed.shape, 2), dtype=self.dtype)
-        values[..., 0] = codes[(packed >> 4).int()]
-        values[..., 1] = codes[(packed & 15).int()]
-        values.view(*absmax.shape, BLOCK).mul_(absmax.to(self.dtype).unsqueeze(-1))
+        blocks, pairs = values.view(*absmax.shape, BLOCK // 2, 2), packed.view(*absmax.shape, BLOCK // 2)
+        for place, shift in enumerate((4, 0)):  # code and scale are float32: their product is rounded once
+            blocks[..., place] = self.codes[((pairs >> shift) & 15).int()].mul_(absmax.unsqueeze(-1))
         return values.view(*packed.shape[:-1], packed.shape[-1] * 2)
 
 

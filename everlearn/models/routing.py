@@ -5,7 +5,8 @@ more than any rounding. So the sampler may record the experts' ids, and the trai
 the choice is taken over; the weights are computed from the present logits at those ids, and gradients flow through them as ever.
 
 How a family turns logits into weights is found, not listed: of a few rules, the one that gives the router's own weights for its own
-choice. A router that follows none of them can be watched, not replayed.
+choice. While a layer has only met tokens for which several do (a router that is sure of itself, few tokens), the closest is taken and
+none is settled on. A router that follows none of them can be watched, not replayed.
 
 Axes: T tokens of a packed row, L layers with experts, K experts of a token, E experts.
 """
@@ -65,7 +66,7 @@ class Routing:
 
     def __init__(self, layer: int, num_experts: int, router: nn.Module | None, factor: float):
         self.layer, self.num_experts, self.factor = layer, num_experts, factor
-        self.rule: Rule | None = None
+        self.rules = list(RULES.values())  # those that fitted all tokens so far
         self.logits: torch.Tensor | None = None
         if router is not None:
             router.register_forward_hook(self._keep_logits)
@@ -94,19 +95,23 @@ class Routing:
         if logits_TE is None:
             raise self._unknown()
         logits_TE = logits_TE.reshape(-1, self.num_experts).float()
-        if self.rule is None:
-            self.rule = self._find_rule(logits_TE, ids_TK, weights_TK)
-        found_TK = (self.rule(logits_TE, chosen_TK) * self.factor).to(weights_TK.dtype)
+        if len(self.rules) > 1:
+            self.rules = self._fitting(logits_TE, ids_TK, weights_TK)
+        found_TK = (self.rules[0](logits_TE, chosen_TK) * self.factor).to(weights_TK.dtype)
         return chosen_TK, torch.where(known_T1, found_TK, weights_TK)  # a neighbour in the row that replays nothing keeps its own bits
 
     @torch.no_grad()  # else the first pass would keep more than the same pass computed again
-    def _find_rule(self, logits_TE: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> Rule:
+    def _fitting(self, logits_TE: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> list[Rule]:
+        """The rules that give the router's weights for its choice, the closest first."""
         tolerance = 1e-5 if weights_TK.dtype == torch.float32 else 2e-2
-        for rule in RULES.values():
-            found_TK = rule(logits_TE, ids_TK) * self.factor
-            if bool(((found_TK - weights_TK).abs() <= tolerance * weights_TK.abs().amax()).all()):
-                return rule
-        raise self._unknown()
+        fitting = []
+        for rule in self.rules:
+            errors_TK = rule(logits_TE, ids_TK) * self.factor - weights_TK
+            if bool((errors_TK.abs() <= tolerance * weights_TK.abs().amax()).all()):
+                fitting.append((float(errors_TK.norm()), rule))
+        if not fitting:
+            raise self._unknown()
+        return [rule for _, rule in sorted(fitting, key=lambda pair: pair[0])]
 
     def _unknown(self) -> Unsupported:
         rules = ", ".join(RULES)

@@ -69,16 +69,23 @@ class TensorFile:
             length = int.from_bytes(file.read(8), "little")
             if size < 10 or length > min(size - 8, MAX_HEADER):
                 raise InvalidRequest(f"{path} is no safetensors file: its header of {length} bytes doesn't fit into {size} bytes")
-            header: dict[str, Any] = json.loads(file.read(length))
+            header = file.read(length)
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.metadata: dict[str, str] = header.pop("__metadata__", {})
         self._start = 8 + length
         self._entries: dict[str, tuple[str, tuple[int, ...], int]] = {}
+        try:
+            self._read_header(json.loads(header), size - self._start)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InvalidRequest(f"{path} is no safetensors file: its header can't be read ({error!r})") from None
+
+    def _read_header(self, header: dict[str, Any], size: int) -> None:
+        self.metadata: dict[str, str] = header.pop("__metadata__", {})
         for name, entry in header.items():
             begin, end = entry["data_offsets"]
             probe = Tensor(name, entry["dtype"], tuple(entry["shape"]), lambda: np.empty(0))
-            if probe.dtype not in NUMPY or end - begin != probe.nbytes or not 0 <= begin <= end <= size - self._start:
-                raise InvalidRequest(f"{path}: tensor {name} ({probe.dtype}, {list(probe.shape)}) doesn't match its bytes [{begin}, {end})")
+            if probe.dtype not in NUMPY or end - begin != probe.nbytes or not 0 <= begin <= end <= size:
+                what = f"tensor {name} ({probe.dtype}, {list(probe.shape)})"
+                raise InvalidRequest(f"{self.path}: {what} doesn't match its bytes [{begin}, {end})")
             self._entries[name] = (probe.dtype, probe.shape, begin)
 
     def __contains__(self, name: str) -> bool:

@@ -1,10 +1,10 @@
 """A folder's weights, read straight into place.
 
 First a plan is made from the model's shapes and the headers of the safetensors files: which tensor on disk fills which part of which
-weight (fused experts are assembled from one tensor for each expert and projection). What is missing, too much, of another shape
-or quantised in a way that isn't read is refused here, by name, before memory is taken. Then memory is taken, once, and the files
-are read in their own order. What needs no conversion goes from the file into the weight; the rest passes through one small buffer.
-Nothing is mapped into memory. This module knows nothing of adapters, and of formats only what quant.py says.
+weight (fused experts are assembled from one tensor for each expert and projection; other names and forms are conversion.py's). What is
+missing, too much, of another shape or quantised in a way that isn't read is refused here, by name, before memory is taken. Then memory
+is taken, once, and the files are read in their own order. What needs no conversion goes from the file into the weight; the rest passes
+through one small buffer. Nothing is mapped into memory. This module knows nothing of adapters, and of formats only what quant.py says.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import nn
 
 from everlearn.errors import Unsupported
 from everlearn.models import quant_fp8, quant_int4, quant_nf4
+from everlearn.models.conversion import Conversion, conversions_of, new_names
 from everlearn.models.lora import kind_of
 from everlearn.models.quant import PackedLinear, PackedWeight, Piece, Scheme, pack_into
 from everlearn.models.reading import TORCH, Folder, Reader
@@ -80,7 +81,7 @@ class Layer(NamedTuple):
 
 @dataclass
 class Target:
-    """One weight of the model and what fills it: the tensor `source` as it is, or `layers`."""
+    """One weight of the model and what fills it: the tensor `source` as it is, or `layers`, or, where it has neither, a conversion."""
 
     names: list[str]  # more than one where weights are tied
     shape: tuple[int, ...]
@@ -95,12 +96,14 @@ class Target:
 
 @dataclass
 class Plan:
-    """`targets` with their sources; `missing` weights of the model and `extra` tensors of the folder that nothing explains."""
+    """`targets` with their sources, those of `conversions` among them; `missing` weights of the model and `extra` tensors of the folder
+    that nothing explains."""
 
     targets: list[Target]
-    missing: list[str]
+    missing: dict[str, Target]
     extra: list[str]
     problems: list[str]
+    conversions: list[Conversion] = field(default_factory=list)
 
 
 def load_weights(
@@ -111,24 +114,34 @@ def load_weights(
     device: torch.device,
     dtype: torch.dtype,
     packing: Scheme | None = None,
-) -> nn.Module | None:
+) -> nn.Module:
     """The model that `build` makes, with the folder's weights in it, those of linear layers and experts packed by `packing`. Raises
-    Unsupported where the folder doesn't hold exactly what the
-    model needs; None where tensors of an unquantised folder have names that only transformers' own conversions may explain."""
+    Unsupported where the folder doesn't hold exactly what the model needs."""
     folder = Folder(path)
     with without_memory():
         model = build()
     plan = make_plan(model, folder, scheme, dtype, packing)
+    if plan.missing and plan.extra:  # its makers may have names of their own
+        folder.rename(new_names(model, folder.files))
+        plan = make_plan(model, folder, scheme, dtype, packing)
+        _add_conversions(plan, model, folder, packing)
     if plan.problems:
         more = f" (and {len(plan.problems) - 1} more)" if len(plan.problems) > 1 else ""
         raise Unsupported(
             f"base model {name!r} can't be loaded from {path}: {plan.problems[0]}{more}; download or convert the folder again"
         )
-    if plan.missing and plan.extra and scheme is None and packing is None:
-        return None
+    _refuse_rest(name, path, plan)
+    if packing is not None and not any(target.packed or target.packing for target in plan.targets):
+        raise Unsupported(f"base model {name!r} has no layers that {packing.name} fits; set engine.weights to 'stored'")
+    fill(model, plan, folder, scheme, device, dtype)
+    return model
+
+
+def _refuse_rest(name: str, path: Path, plan: Plan) -> None:
+    beside = f", and holds {len(plan.extra)} that it has no place for (the first: {plan.extra[0]})" if plan.extra else ""
     if plan.missing:
         raise Unsupported(
-            f"base model {name!r}: {path} lacks {len(plan.missing)} of its tensors (the first: {plan.missing[0]}); "
+            f"base model {name!r}: {path} lacks {len(plan.missing)} of its tensors (the first: {min(plan.missing)}){beside}; "
             "download or convert the folder again, and check that every *.safetensors file is there"
         )
     if plan.extra:
@@ -136,21 +149,18 @@ def load_weights(
             f"base model {name!r}: {path} holds {len(plan.extra)} tensors that the model has no place for (the first: {plan.extra[0]}); "
             "its config.json belongs to another model, or to another version of transformers"
         )
-    if packing is not None and not any(target.packed or target.packing for target in plan.targets):
-        raise Unsupported(f"base model {name!r} has no layers that {packing.name} fits; set engine.weights to 'stored'")
-    fill(model, plan, folder, scheme, device, dtype)
-    return model
 
 
 def make_plan(model: nn.Module, folder: Folder, scheme: Scheme | None, dtype: torch.dtype, packing: Scheme | None = None) -> Plan:
     """Which tensors of `folder` fill which weights of `model` (whose parameters have no memory yet)."""
     marker = scheme.marker if scheme else None
-    targets, missing, problems = [], [], []
+    targets, problems = [], []
+    missing: dict[str, Target] = {}
     used: set[str] = set()
     for target in _targets(model, dtype):
         _find(target, folder, marker)
         if not target.source and not target.layers:
-            missing.append(target.names[0])
+            missing[target.names[0]] = target
             continue
         if packing is not None and not target.packed and _can_be_packed(model, target, packing):
             target.packing = packing
@@ -162,7 +172,30 @@ def make_plan(model: nn.Module, folder: Folder, scheme: Scheme | None, dtype: to
             problems.append(error.message)
     ignored = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq$", _beyond(model)]
     extra = [name for name in folder.files if name not in used and not any(re.search(pattern, name) for pattern in ignored)]
-    return Plan(targets, sorted(missing), sorted(extra), problems)
+    return Plan(targets, missing, sorted(extra), problems)
+
+
+def _add_conversions(plan: Plan, model: nn.Module, folder: Folder, packing: Scheme | None) -> None:
+    """Explains what is missing by what is too much, where transformers knows how the one becomes the other."""
+    for conversion in conversions_of(model, plan.extra):
+        try:
+            made = conversion.run(model, lambda name: torch.empty(folder.shape(name), device="meta"))
+        except Unsupported as error:
+            plan.problems.append(error.message)
+            continue
+        if not set(made) <= set(plan.missing):
+            continue
+        for name, tensor in made.items():
+            target = plan.missing.pop(name)
+            if tuple(tensor.shape) != target.shape:
+                what = f"{name}, made from {conversion.sources[0][0]},"
+                plan.problems.append(f"{what} would have the shape {list(tensor.shape)}, the model's is {list(target.shape)}")
+            if packing is not None and _can_be_packed(model, target, packing):
+                target.packing = packing
+            plan.targets.append(target)
+        plan.conversions.append(conversion)
+        sources = {name for name, _ in conversion.sources}
+        plan.extra = [name for name in plan.extra if name not in sources]
 
 
 def _beyond(model: nn.Module) -> str:
@@ -257,17 +290,26 @@ def _fits(folder: Folder, name: str, shape: tuple[int, ...], types: tuple[str, .
 def fill(model: nn.Module, plan: Plan, folder: Folder, scheme: Scheme | None, device: torch.device, dtype: torch.dtype) -> None:
     """Takes the memory of every weight on `device` and reads the folder into it."""
     reads: list[tuple[str, Piece]] = []
+    made: dict[str, Piece] = {}
     for target in plan.targets:
         if target.packing is not None:
-            reads += _place_and_pack(model, target, target.packing, device, dtype)
+            found = _place_and_pack(model, target, target.packing, device, dtype)
         elif target.packed:
             assert scheme is not None
-            reads += _place_packed(model, target, folder, scheme, device, dtype)
+            found = _place_packed(model, target, folder, scheme, device, dtype)
         else:
-            reads += _place(model, target, device)
+            found = _place(model, target, device)
+        if target.source or target.layers:
+            reads += found
+        else:
+            made[target.names[0]] = found[0][1]
     with closing(Reader(folder, device)) as reader:
-        for name, piece in sorted(reads, key=lambda read: (str(folder.files[read[0]].path), folder.files[read[0]].offset(read[0]))):
+        for name, piece in sorted(reads, key=lambda read: folder.place(read[0])):
             reader.read(name, piece)
+        for conversion in plan.conversions:
+            for name, tensor in conversion.run(model, reader.whole).items():
+                store = made[name].store or made[name].into.copy_
+                store(tensor)
     for module in model.modules():  # what was not on disk: tables that modules compute for themselves
         for key, buffer in module._buffers.items():
             if buffer is not None:
@@ -279,7 +321,7 @@ def _place(model: nn.Module, target: Target, device: torch.device) -> list[tuple
     value = tensor if target.buffer is not None else nn.Parameter(tensor, requires_grad=False)
     for name in target.names:
         _assign(model, name, value)
-    if target.source:
+    if not target.layers:
         return [(target.source, Piece("", tensor.transpose(1, 2) if target.transposed else tensor))]
     reads = []
     for layer in target.layers:

@@ -27,10 +27,14 @@ from everlearn.errors import InvalidRequest, TooLarge, Unavailable, Unsupported
 
 if TYPE_CHECKING:
     import httpcore
+    from PIL.Image import Image as Pillow
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 MAX_REDIRECTS = 3
-ORIENTATION = 0x0112  # an EXIF tag; from SIDEWAYS on the sides change places
+ORIENTATION = 0x0112  # an EXIF tag, and Pillow's name for what undoes each of its values; from SIDEWAYS on the sides change places
+TURNS = {
+    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90",
+}  # fmt: skip
 SIDEWAYS = 5
 DATA_URL = re.compile(r"data:([\w.+/-]{0,64})(;[\w.=+-]{1,64}){0,4};base64,", re.ASCII)
 # Prefixes whose addresses hold an IPv4 address that the packet ends up at.
@@ -69,13 +73,13 @@ def data_of(data_url: str, settings: ImageSettings, param: str = "messages") -> 
 
 def inspect(data: bytes, settings: ImageSettings, param: str = "messages") -> Image:
     """Checks format, bytes and pixels, then decodes once to see that the image is whole. CPU work: call it in a thread."""
-    from PIL import Image as Pillow
+    from PIL import Image as Files
     from PIL import UnidentifiedImageError
 
     if len(data) > settings.max_bytes:
         raise TooLarge(f"{param} has {len(data)} bytes; {settings.max_bytes} is the limit (images.max_bytes)", param=param)
     try:
-        with Pillow.open(BytesIO(data), formats=FORMATS) as image:
+        with Files.open(BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
             if width * height > settings.max_pixels:
                 raise TooLarge(
@@ -84,15 +88,29 @@ def inspect(data: bytes, settings: ImageSettings, param: str = "messages") -> Im
             with _decoding:
                 image.load()
                 animated = bool(getattr(image, "is_animated", False))
-                if image.getexif().get(ORIENTATION, 1) >= SIDEWAYS:
+                if turn_of(image) >= SIDEWAYS:
                     width, height = height, width
             return Image(str(image.format), width, height, data, animated)
     except UnidentifiedImageError:
         raise InvalidRequest(f"{param} is no image of a known format; {', '.join(FORMATS)} are", param=param) from None
-    except (Pillow.DecompressionBombError, Pillow.DecompressionBombWarning):
+    except (Files.DecompressionBombError, Files.DecompressionBombWarning):
         raise TooLarge(f"{param} has more than {settings.max_pixels} pixels (images.max_pixels)", param=param) from None
     except (OSError, ValueError, SyntaxError, EOFError, struct.error) as error:
         raise InvalidRequest(f"{param} is a broken image: {error}", param=param) from None
+
+
+def turn_of(image: Pillow) -> int:
+    """How its EXIF says that it lies, 1 to 8. A file may say anything there: what is none of these numbers is 1, as it is."""
+    found = image.getexif().get(ORIENTATION)
+    return int(found) if found in TURNS else 1
+
+
+def upright(image: Pillow) -> Pillow:
+    """The image as it is looked at. Pillow's own exif_transpose also writes the EXIF anew, and fails where that holds odd values."""
+    from PIL.Image import Transpose
+
+    turn = turn_of(image)
+    return image.transpose(Transpose[TURNS[turn]]) if turn in TURNS else image
 
 
 # ---- other hosts ----

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from everlearn.errors import InvalidRequest
-from everlearn.render.images import FORMATS
+from everlearn.render.images import FORMATS, upright
 from everlearn.types import ImageSpan, VisionInfo
 
 # Families whose images are read: bounds of pixels, mean and deviation where a folder has no preprocessor_config.json.
@@ -107,11 +107,10 @@ def _tables(mean: tuple[float, ...], std: tuple[float, ...]) -> list[np.ndarray]
 def _resized(data: bytes, width: int, height: int) -> np.ndarray:
     """uint8 [h, w, 3]: turned as its EXIF says, transparency laid on white, resized (bicubic)."""
     from PIL import Image as Pillow
-    from PIL import ImageOps
 
     try:
         with Pillow.open(BytesIO(data), formats=FORMATS) as opened:
-            image = ImageOps.exif_transpose(opened)
+            image = upright(opened)
             if "A" in image.getbands() or image.info.get("transparency") is not None:
                 image = image.convert("RGBA")
                 image = Pillow.alpha_composite(Pillow.new("RGBA", image.size, (255, 255, 255, 255)), image)

@@ -17,7 +17,7 @@ from everlearn.errors import InvalidRequest, TooLarge, Unsupported
 from everlearn.models.bank import Bank
 from everlearn.models.catalog import read_info
 from everlearn.models.load import BaseModel, load_base
-from everlearn.models.routing import UNKNOWN, balance
+from everlearn.models.routing import RULES, UNKNOWN, Routing, balance
 from everlearn.types import Array, Datum, SampledSequence, SamplingParams
 from tests.engine.harness import CPU, FLOAT32, adapter, datum, forward_backward, load_tiny, random_datums
 from tests.engine.test_trainer import with_random_b
@@ -136,6 +136,28 @@ def test_terms_are_silent_on_tokens_without_a_route_too(base: BaseModel, loss_fn
     assert grads[0][0].any() and grads[0][1].any()
 
 
+def test_a_silent_token_has_no_part_in_the_ratio_of_its_sequence(base: BaseModel) -> None:
+    """gspo's loss of a token depends on all of its sequence; a sequence without a known route has none, and leaves no NaN behind."""
+    trainer, layers = Trainer(base, 256), len(base.expert_modules)
+    rows = random_datums(8, [12, 6])
+    routes = [np.tile(np.arange(TOP_K), (len(row.tokens.numpy()), layers, 1)) for row in rows]
+    routes[0][[2, 5]], routes[1][:] = UNKNOWN, UNKNOWN
+
+    def losses(sampled: float) -> tuple[float, torch.Tensor]:
+        data = []
+        for row, route in zip(rows, routes, strict=True):
+            ones, logprobs = np.ones(len(route)), np.full(len(route), -6.0)
+            logprobs[(route == UNKNOWN).all(axis=(1, 2))] = sampled
+            more = {"advantages": ones, "sequence_ratio_mask": ones, "logprobs": logprobs}
+            data.append(with_routes(datum(row.tokens.numpy().tolist(), row.inputs["target_tokens"].numpy().tolist(), **more), route))
+        who = with_random_b(adapter(base, expert_lora="per_expert"), 4)
+        wide = {"clip_low_threshold": 0.0, "clip_high_threshold": 100.0}
+        return forward_backward(trainer, who, data, "gspo", config=wide).metrics["loss:sum"], who.grad
+
+    (one, one_grad), (two, two_grad) = losses(-1.0), losses(-9.0)
+    assert one == two != 0 and torch.equal(one_grad, two_grad) and bool(torch.isfinite(one_grad).all()) and bool((one_grad != 0).any())
+
+
 def test_a_token_without_a_route_keeps_its_bits(base: BaseModel) -> None:
     """Whoever shares a row with routes, and replays none, gets the router's own weights."""
     trainer, who = Trainer(base, 256), with_random_b(adapter(base, expert_lora="per_expert"), 4)
@@ -143,6 +165,23 @@ def test_a_token_without_a_route_keeps_its_bits(base: BaseModel) -> None:
     unknown = with_routes(row, np.full((12, len(base.expert_modules), TOP_K), UNKNOWN))
     plain, replayed = (forward_backward(trainer, who, [one], forward_only=True).outputs[0]["logprobs"].numpy() for one in (row, unknown))
     np.testing.assert_array_equal(replayed, plain)
+
+
+def test_a_rule_is_settled_on_by_tokens_that_tell_it_from_others() -> None:
+    """Weights of a sure router are those of several rules; what its next tokens weigh is that of one."""
+    normalised = RULES["softmax of the chosen"]
+    routing = Routing(0, 16, None, 1.0)
+    batches = [torch.randn(tokens, 16, generator=torch.Generator().manual_seed(tokens)) for tokens in (2, 4)]
+    batches[0][:, 3] += 9
+    batches[0][:, 5] += 8
+    for logits, count in zip(batches, (2, 1), strict=True):
+        ids = logits.topk(2).indices
+        own = normalised(logits, ids).bfloat16()
+        routing.logits = logits
+        chosen, weights = routing._replay(ids, own, ids)
+        assert torch.equal(chosen, ids) and len(routing.rules) == count
+        torch.testing.assert_close(weights, own, rtol=0, atol=1e-2)
+    assert routing.rules == [normalised]
 
 
 def test_too_many_routes_are_refused_before_they_are_recorded(base: BaseModel) -> None:

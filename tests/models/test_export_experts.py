@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from everlearn.engine.persist import lora_of, restore
+from everlearn.errors import InvalidRequest, Unsupported
 from everlearn.models import export, merge, parity
 from everlearn.models.export import Adapter
 from everlearn.types import LoraSpec
@@ -85,3 +87,30 @@ def test_import_of_modules_named_by_expert(moe: Path, tmp_path: Path) -> None:
     assert np.array_equal(a[5], tensors[f"{prefix}.lora_A.weight"]) and np.array_equal(b[5], tensors[f"{prefix}.lora_B.weight"])
     assert not b[1].any()
     restore(fresh(moe, lora_of(tmp_path / "back")), tmp_path / "back", optimizer=False)
+
+
+def test_experts_that_the_base_lacks_are_named(tmp_path: Path, tiny_model: Path) -> None:
+    moe, other = (make_moe(tmp_path / kind, kind) for kind in ("qwen3_moe", "deepseek_v3"))
+    adapter = checkpoint(moe, tmp_path / "checkpoint", LoraSpec(rank=4, seed=1, train_unembed=False, expert_lora="per_expert"))
+    export.export_peft(adapter, tmp_path / "peft", moe)
+    with pytest.raises(InvalidRequest, match=r"adapts experts \(base_model.*\), and the base in .* has none"):
+        export.import_peft(tmp_path / "peft", tmp_path / "dense", "dense", tiny_model)
+    tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    moved = {name.replace("layers.1.", "layers.7."): tensor for name, tensor in tensors.items() if "layers.1.mlp.experts" in name}
+    save_file(moved, tmp_path / "peft" / "adapter_model.safetensors")
+    with pytest.raises(Unsupported, match=r"layers\.7\.mlp\.experts.* belongs to none of the base's experts"):
+        export.import_peft(tmp_path / "peft", tmp_path / "other", "other", other)
+
+
+def test_a_router_stays_as_it_is(moe: Path, tmp_path: Path) -> None:
+    (tmp_path / "peft").mkdir()
+    router = "router" if moe.name == "gpt_oss" else "gate"
+    at = f"base_model.model.model.layers.1.mlp.{router}"
+    save_file(
+        {f"{at}.lora_A.weight": np.ones((2, 32), np.float32), f"{at}.lora_B.weight": np.ones((8, 2), np.float32)},
+        tmp_path / "peft" / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "target_parameters": [f"mlp.{router}.weight"]}
+    export.write_json(tmp_path / "peft" / "adapter_config.json", config)
+    with pytest.raises(Unsupported, match=rf"mlp\.{router}' chooses experts, and routers stay frozen"):
+        export.import_peft(tmp_path / "peft", tmp_path / "back", moe.name, moe)

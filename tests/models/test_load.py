@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GraniteConfig, MistralConfig, Qwen3Config
 
-from everlearn.errors import Unsupported
+from everlearn.errors import InvalidRequest, Unsupported
+from everlearn.models.catalog import count_parameters
+from everlearn.models.export import linear_shapes
 from everlearn.models.hooks import refuse_what_the_hooks_miss
 from everlearn.models.load import load_base
 from everlearn.types import BaseModelInfo
@@ -71,6 +73,13 @@ def test_a_folder_without_all_of_its_tensors_is_refused(tmp_path: Path) -> None:
     save_file({name: tensor for name, tensor in tensors.items() if name != gone}, file, {"format": "pt"})
     with pytest.raises(Unsupported, match=rf"lacks 1 of its tensors \(the first: {gone}\)"):
         load(folder)
+    save_file(tensors | {"model.layers.1.mlp.more.weight": torch.zeros(2)}, file, {"format": "pt"})
+    with pytest.raises(Unsupported, match=r"holds 1 tensors .*no place for \(the first: model\.layers\.1\.mlp\.more\.weight\)"):
+        load(folder)
+    renamed = {name + ("x" if name == gone else ""): tensor for name, tensor in tensors.items()}
+    save_file(renamed, file, {"format": "pt"})
+    with pytest.raises(Unsupported, match=rf"lacks 1 of its tensors \(the first: {gone}\), and holds 1 .*: {gone}x\)"):
+        load(folder)
     save_file({name: tensor[:3].contiguous() if name == gone else tensor for name, tensor in tensors.items()}, file, {"format": "pt"})
     with pytest.raises(Unsupported, match="can't be loaded"):
         load(folder)
@@ -79,6 +88,25 @@ def test_a_folder_without_all_of_its_tensors_is_refused(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(Unsupported, match="can't be loaded"):
         load(folder)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": null}', '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}'])
+def test_a_broken_index_is_refused_by_name(text: str, tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path / "m")
+    (folder / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(Unsupported, match=r"model\.safetensors\.index\.json .*download or convert the folder again$"):
+        load(folder)
+    with pytest.raises(InvalidRequest, match=r"model\.safetensors\.index\.json"):
+        linear_shapes(folder)
+
+
+@pytest.mark.parametrize("header", ["[]", "{", '{"a": 1}', '{"a": {"dtype": "F32", "shape": null, "data_offsets": [0, 4]}}'])
+def test_a_broken_header_is_refused_by_name(header: str, tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path / "m")
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(8))
+    for act in (load, linear_shapes, count_parameters):
+        with pytest.raises((Unsupported, InvalidRequest), match=r"model\.safetensors is no safetensors file"):
+            act(folder)
 
 
 def test_a_tied_head_is_not_missing(tmp_path: Path) -> None:

@@ -154,6 +154,16 @@ def test_parts_of_a_packed_weight(format: Any) -> None:
     assert matrix.nbytes < matrix.numel() * (1.3 if format is quant_fp8 else 0.65) and not list(matrix.parameters())
 
 
+@pytest.mark.parametrize("format", [quant_int4, quant_fp8, quant_nf4])
+def test_values_in_bfloat16_are_rounded_once(format: Any) -> None:
+    """Neither codes nor scales are rounded before they meet."""
+    weight = format.pack(torch.randn(160, 192, generator=torch.Generator().manual_seed(2)))
+    exact = weight.dense()
+    weight.dtype = torch.bfloat16
+    for part in (None, 7, slice(3, 150)):
+        assert torch.equal(weight.dense(part), (exact if part is None else exact[part]).bfloat16())
+
+
 @pytest.mark.parametrize("weights", ["int4", "fp8", "nf4"])
 @pytest.mark.parametrize("family", ["qwen3_moe", "llama"])
 def test_a_plain_folder_is_packed_while_it_is_read(plain: dict[str, Path], tmp_path: Path, family: str, weights: str) -> None:

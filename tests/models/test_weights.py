@@ -17,6 +17,7 @@ CHILD = """
 import json, sys
 from pathlib import Path
 import torch
+from everlearn.errors import Unsupported
 from everlearn.models import load
 from everlearn.types import BaseModelInfo
 
@@ -27,7 +28,10 @@ def memory(key):
 def measured(folder):
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = memory("VmRSS")
-    base = load.load_base(BaseModelInfo("m", folder, [], "", 1024, 256, []), torch.device("cpu"), torch.float32)
+    try:
+        base = load.load_base(BaseModelInfo("m", folder, [], "", 1024, 256, []), torch.device("cpu"), torch.float32)
+    except Unsupported as error:
+        return {"refused": str(error), "peak": memory("VmHWM") - before}
     share = sum(t.nbytes for t in [*base.model.parameters(), *base.model.buffers()])
     return {"share": share, "peak": memory("VmHWM") - before, "kept": memory("VmRSS") - before}
 
@@ -49,15 +53,21 @@ def model(folder: Path, layers: int, experts: int) -> Path:
 
 
 def test_loading_takes_the_models_share_and_little_more(tmp_path: Path) -> None:
-    """Converted from bfloat16 to float32 on the way, and packed as it is on disk."""
+    """Converted from bfloat16 to float32 on the way, and packed as it is on disk. A folder that is refused takes nothing, even where a
+    tensor that is missing might be one that is too much."""
     plain = model(tmp_path / "plain", layers=3, experts=20)
     packed, _ = quantise(plain, tmp_path, "int4", lambda path: ".experts." in path, shards=4)
     write_shards(plain, load_file(plain / "model.safetensors"), 6)
     (plain / "model.safetensors").unlink()
     small = model(tmp_path / "small", layers=1, experts=2)
-    arguments = [sys.executable, "-c", CHILD, str(small), str(plain), str(packed)]
+    odd, gone = model(tmp_path / "odd", layers=2, experts=20), "model.layers.1.self_attn.o_proj.weight"
+    tensors = load_file(odd / "model.safetensors")
+    write_shards(odd, {name.replace(gone, "model.layers.1.other"): tensor for name, tensor in tensors.items()}, 1)
+    arguments = [sys.executable, "-c", CHILD, *map(str, (small, plain, packed, odd))]
     answer = subprocess.run(arguments, capture_output=True, text=True, timeout=280, check=True)
-    for folder, found in zip((plain, packed), json.loads(answer.stdout.splitlines()[-1]), strict=True):
+    *loaded, refused = json.loads(answer.stdout.splitlines()[-1])
+    assert gone in refused["refused"] and refused["peak"] < 0.1 * (odd / "model.safetensors").stat().st_size, refused
+    for folder, found in zip((plain, packed), loaded, strict=True):
         largest = max(file.stat().st_size for file in folder.glob("*.safetensors"))
         assert found["share"] > 2 * largest  # the files are smaller than the model, or nothing would be shown
         assert found["peak"] <= found["share"] + 1.2 * largest, found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from io import BytesIO
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
+from everlearn.config import ImageSettings
 from everlearn.errors import InvalidRequest
+from everlearn.render.images import inspect
 from everlearn.render.patches import grid_of, patches_of, read_vision
 from everlearn.types import ImageSpan, VisionInfo
 
@@ -75,6 +78,42 @@ def test_an_image_is_turned_as_its_exif_says():
     plain.rotate(90, expand=True).save(lying, "PNG", exif=exif)
     np.testing.assert_array_equal(
         patches_of(ImageSpan(0, 4, 6, lying.getvalue()), OTHER), patches_of(ImageSpan(0, 4, 6, saved(2, 96, 64)), OTHER)
+    )
+
+
+def entry(kind: int, count: int, value: bytes, tag: int = 0x0112) -> bytes:
+    return struct.pack("<HHI", tag, kind, count) + value.ljust(4, b"\0")
+
+
+SIX = struct.pack("<H", 6)
+EXIF = {
+    **{f"{n}": (entry(3, 1, struct.pack("<H", n)), n if n <= 8 else 1) for n in range(1, 10)},
+    "65535": (entry(3, 1, struct.pack("<H", 65535)), 1),
+    "text": (entry(2, 2, b"6\0"), 1),
+    "bytes": (entry(7, 3, b"abc"), 1),
+    "two numbers": (entry(3, 2, SIX + SIX), 6),
+    "no number": (entry(3, 0, b""), 1),
+    "a fraction": (entry(5, 1, struct.pack("<I", 8)), 1),
+    "a float": (entry(11, 1, struct.pack("<f", 6.0)), 6),
+    "6 beside what Pillow can't write": (entry(3, 1, SIX) + entry(4, 1, b"\0", 0x0201) + entry(12, 1, b"\xff" * 4, 0xC000), 6),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow speaks of what it can't read
+@pytest.mark.parametrize("name", EXIF)
+def test_grid_and_pixels_are_turned_alike_whatever_the_exif_holds(name: str):
+    entries, turn = EXIF[name]
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(entries) // 12) + entries + bytes(4)
+    data = saved(5, 96, 64, exif=exif)
+    found = inspect(data, ImageSettings())
+    assert (found.width, found.height) == ((64, 96) if turn >= 5 else (96, 64))
+    rows, columns = grid_of(found.width, found.height, OTHER, "image")
+    clean = Image.Exif()
+    clean[0x0112] = turn
+    expected = BytesIO()
+    ImageOps.exif_transpose(Image.open(BytesIO(saved(5, 96, 64, exif=clean)))).save(expected, "PNG")
+    np.testing.assert_array_equal(
+        patches_of(ImageSpan(0, rows, columns, data), OTHER), patches_of(ImageSpan(0, rows, columns, expected.getvalue()), OTHER)
     )
 
 

@@ -182,6 +182,7 @@ BAD_MODELS: dict[str, tuple[dict[str, Any], int, str]] = {
     "all weights": ({"lora_config": None}, 400, "lora"),
     "another optimizer": ({"optimizer_config": {"type": "dimuon", "version": 1}}, 400, "dimuon"),
     "unknown wish": ({"lora_config": {"rank": 2, "use_dora": True}}, 400, "use_dora"),
+    "routers": ({"lora_config": {"rank": 2, "train_router": True}}, 400, "train_router"),
     "unknown session": ({"session_id": "sess-nobody"}, 404, "sess-nobody"),
     "negative number": ({"model_seq_id": -1}, 400, "model_seq_id"),
 }

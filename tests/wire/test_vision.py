@@ -106,7 +106,7 @@ def test_pairs_of_image_and_answer_are_learnt_to_exact_match(taught: str, servic
 
 def test_a_chat_gets_the_same_answers(taught: str, seeing: LiveServer):
     client = openai.OpenAI(base_url=seeing.url + "/v1", api_key=KEY, max_retries=0)
-    for image, answer in PAIRS[::4]:
+    for image, answer in PAIRS:
         content = [{"type": "image_url", "image_url": {"url": data_url(image)}}, {"type": "text", "text": QUESTION}]
         messages = [{"role": "user", "content": content}]
         reply = client.chat.completions.create(model=taught, messages=messages, temperature=0.0, max_tokens=8)
