@@ -101,7 +101,7 @@ def create_session(
         same = (tables.sessions.c.tenant == tenant) & (tables.sessions.c.idempotency_key == idempotency_key)
         row = conn.execute(sa.select(tables.sessions).where(same)).first()
         if row is not None:
-            return _session(row)
+            return session_of(row)
     now = time.time()
     session = Session(
         f"sess-{secrets.token_hex(12)}",
@@ -126,7 +126,7 @@ def get_session(conn: Connection, tenant: str, session_id: str) -> Session:
     row = conn.execute(sa.select(tables.sessions).where(where)).first()
     if row is None:
         raise NotFound(f"no session {session_id!r}; create one with create_session", param="session_id")
-    return _session(row)
+    return session_of(row)
 
 
 def heartbeat(conn: Connection, tenant: str, session_id: str) -> Session:
@@ -149,7 +149,7 @@ def set_project(conn: Connection, tenant: str, session_id: str, project_id: str 
 def list_sessions(conn: Connection, tenant: str, limit: int = 20, offset: int = 0) -> tuple[list[Session], int]:
     """Newest first, and how many there are in all."""
     rows, total = _page(conn, tables.sessions, tables.sessions.c.tenant == tenant, limit, offset)
-    return [_session(row) for row in rows], total
+    return [session_of(row) for row in rows], total
 
 
 def session_children(conn: Connection, tenant: str, session_id: str) -> tuple[list[str], list[str]]:
@@ -297,7 +297,7 @@ def _change_session(conn: Connection, tenant: str, session_id: str, **values: An
     return get_session(conn, tenant, session_id)
 
 
-def _session(row: Any) -> Session:
+def session_of(row: Any) -> Session:
     return Session(**{name: value for name, value in row._mapping.items() if name != "idempotency_key"})
 
 
