@@ -42,7 +42,10 @@ class ApiSettings(Section):
     )
     log_format: Literal["text", "json"] = Field("text", description="how log lines are written")
     shutdown_grace_seconds: float = Field(20.0, ge=0, description="time that requests in flight get after SIGTERM")
-    telemetry: bool = Field(True, description="keep what clients send to /telemetry (it never leaves this machine)")
+    telemetry: bool = Field(
+        True,
+        description="keep what clients send to /telemetry (it never leaves this machine): of a tenant the newest 10,000, 64 MiB together",
+    )
 
 
 class EngineSettings(Section):
@@ -94,6 +97,9 @@ class StoreSettings(Section):
     result_retention_seconds: float = Field(86_400, gt=0, description="how long a finished result can still be fetched")
     log_max_bytes: int = Field(
         4 * 2**30, gt=0, description="upper bound of the request log; beyond it the oldest adapters are snapshotted and their log dropped"
+    )
+    session_retention_seconds: float = Field(
+        7 * 86_400, gt=0, description="how long a session without training runs is kept after its client, and all its samplers, fell silent"
     )
     record_retention_seconds: float = Field(30 * 86_400, gt=0, description="how long the record of an answer is kept")
     record_max_bytes: int = Field(4 * 2**30, gt=0, description="upper bound of the records' content; beyond it the oldest records go")

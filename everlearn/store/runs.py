@@ -20,6 +20,7 @@ from everlearn.store import tables
 from everlearn.types import LoraSpec
 
 LIVE_STATES = ("creating", "live")
+TELEMETRY_SWEEP = 100  # small reports between two looks at how many there are
 SAMPLER = sa.select(tables.samplers).where(tables.samplers.c.sampler_id == sa.bindparam("id"))
 
 
@@ -274,16 +275,24 @@ def join_sampler(conn: Connection, tenant: str, sampler_id: str) -> int:
     return get_sampler(conn, tenant, sampler_id).client_counter
 
 
-def add_telemetry(conn: Connection, tenant: str, session_id: str, body: dict[str, Any], keep: int = 10_000) -> None:
-    """Stores what a client reported, and forgets all but about the newest `keep` reports of that tenant."""
+def add_telemetry(
+    conn: Connection, tenant: str, session_id: str, body: dict[str, Any], keep: int = 10_000, keep_bytes: int = 64 * 2**20
+) -> None:
+    """Stores what a client reported, and forgets all but about the newest `keep` reports of that tenant, `keep_bytes` together."""
+    table, size = tables.telemetry, len(msgspec.json.encode(body))
     key = conn.execute(
-        tables.telemetry.insert().values(tenant=tenant, session_id=session_id, body=body, created_at=time.time())
+        table.insert().values(tenant=tenant, session_id=session_id, body=body, bytes=size, created_at=time.time())
     ).inserted_primary_key
     number = int(key[0]) if key else 0
-    if number % 100 == 0:
-        mine = tables.telemetry.c.tenant == tenant
-        oldest = sa.select(tables.telemetry.c.id).where(mine).order_by(tables.telemetry.c.id.desc()).limit(1).offset(keep).scalar_subquery()
-        conn.execute(tables.telemetry.delete().where(mine & (tables.telemetry.c.id <= oldest)))
+    if number % TELEMETRY_SWEEP and size <= keep_bytes // TELEMETRY_SWEEP:
+        return
+    mine = table.c.tenant == tenant
+    newest_first = table.c.id.desc()
+    newer = sa.func.sum(table.c.bytes).over(order_by=newest_first).label("newer")
+    place = sa.func.row_number().over(order_by=newest_first).label("place")
+    counted = sa.select(table.c.id, newer, place).where(mine).subquery()
+    beyond = sa.select(sa.func.max(counted.c.id)).where((counted.c.newer > keep_bytes) | (counted.c.place > keep))
+    conn.execute(table.delete().where(mine & (table.c.id <= beyond.scalar_subquery())))
 
 
 def run_of(row: Any) -> Run:

@@ -1,4 +1,5 @@
-"""Sessions of a tenant by what they carry: a search that reads no more rows than it shows, whatever a tenant has."""
+"""Sessions of a tenant by what they carry: a search that reads no more rows than it shows, whatever a tenant has; and the end of
+those that nothing refers to."""
 
 from __future__ import annotations
 
@@ -50,6 +51,27 @@ def search(conn: Connection, tenant: str, wanted: Wanted, limit: int, after: Pla
             break
         after = rows[-1].created_at, rows[-1].session_id
     return found[:limit]
+
+
+def expire(conn: Connection, before: float, limit: int = PIECE) -> int:
+    """Forgets the oldest sessions, with their samplers, that were silent since `before` and that nothing refers to: no training run,
+    no sampler that drew since then, no sample whose answer is kept. At most `limit`; how many."""
+    held, samplers, requests = tables.runs, tables.samplers, tables.requests
+    of_session = samplers.c.session_id == table.c.session_id
+    ids = conn.execute(
+        sa.select(table.c.session_id)
+        .where((table.c.last_heartbeat < before) & (table.c.created_at < before))
+        .where(~sa.exists().where(held.c.session_id == table.c.session_id))
+        .where(~sa.exists().where(of_session & (samplers.c.last_used >= before)))
+        .where(~sa.exists().where(of_session & (requests.c.model_id == samplers.c.sampler_id) & requests.c.is_sample))
+        .order_by(table.c.last_heartbeat)
+        .limit(limit)
+    ).scalars()
+    gone = list(ids)
+    for piece in _pieces(gone):
+        conn.execute(samplers.delete().where(samplers.c.session_id.in_(piece)))
+        conn.execute(table.delete().where(table.c.session_id.in_(piece)))
+    return len(gone)
 
 
 def saved_of(conn: Connection, tenant: str, session_ids: Iterable[str], now: float) -> dict[str, tuple[int, int]]:

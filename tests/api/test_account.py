@@ -10,7 +10,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from everlearn.api.app import create_app
-from everlearn.store import keys
+from everlearn.store import keys, runs
 from everlearn.store.db import open_database
 from tests.api.test_keys import settings
 
@@ -71,3 +71,42 @@ def test_whose_sessions_are_shown(keyed: tuple[TestClient, dict[str, str]], owne
 def test_what_a_search_does_not_take_is_named(keyed: tuple[TestClient, dict[str, str]], body: Any, param: str) -> None:
     reply = search(keyed, **body)
     assert (reply.status_code, reply.json()["error"]["param"]) == (400, param), reply.text
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"tags": ["x" * 2**20] * 48}, "tags[0]"),
+        ({"tags": ["x"] * 65}, "tags"),
+        ({"sdk_version": "x" * 513}, "sdk_version"),
+        ({"project_id": "x" * 513}, "project_id"),
+        ({"display_name": "x" * 2**20}, "display_name"),
+        ({"user_metadata": {"k": "x" * 2**17}}, "user_metadata"),
+    ],
+)
+def test_what_a_session_may_carry_is_bounded(keyed: tuple[TestClient, dict[str, str]], body: Any, param: str) -> None:
+    client, made = keyed
+    headers, before = {"x-api-key": made["acme"]}, stored(client)
+    reply = client.post("/api/v1/create_session", json={"sdk_version": "0.38.0", "tags": []} | body, headers=headers)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (413 if param == "user_metadata" else 400, param), reply.text[:500]
+    assert stored(client) == before and len(reply.content) < 1_000
+
+
+def test_so_is_what_comes_later(keyed: tuple[TestClient, dict[str, str]]) -> None:
+    client, made = keyed
+    headers = {"x-api-key": made["acme"]}
+    long = headers | {"x-idempotency-key": "k" * 600}
+    most = {"sdk_version": "0.38.0", "tags": ["t" * 256] * 64, "display_name": "n" * 512, "project_id": "p" * 512}
+    assert client.post("/api/v1/create_session", json=most, headers=long).json()["error"]["param"] == "x-idempotency-key"
+    session = client.post("/api/v1/create_session", json=most, headers=headers).json()["session_id"]
+    moved = client.put(f"/api/v1/sessions/{session}/project", json={"project_id": "p" * 513}, headers=headers)
+    assert moved.status_code == 400 and moved.json()["error"]["param"] == "project_id"
+    ended = {"reason": {"type": "errored"}, "detail": "d" * 2**20}
+    reply = client.post(f"/api/v1/sessions/{session}/finish", json=ended, headers=headers)
+    assert reply.status_code == 400 and reply.json()["error"]["param"] == "detail"
+    assert client.post(f"/api/v1/sessions/{session}/finish", json=ended | {"detail": "d" * 16_384}, headers=headers).status_code == 204
+
+
+def stored(client: TestClient) -> int:
+    db = client.app.state.services.db  # type: ignore[attr-defined]
+    return len(db.read(lambda conn: runs.list_sessions(conn, "acme", 1_000))[0])

@@ -151,3 +151,40 @@ def test_usage_by_hour_is_added_up_in_the_database(db: Database) -> None:
         (1, "forward_backward", run, 2, 110_000),
     ]
     assert db.read(lambda conn: usage.by_hour(conn, "b", ("forward_backward",), 0, 4e9)) == []
+
+
+def test_sessions_that_nothing_refers_to_go(db: Database) -> None:
+    now = time.time()
+    with_run = new_run(db).split(":")[0]
+    idle, silent, sampled, drawn = (new_session(db) for _ in range(4))
+    ids = {}
+    for session in (silent, sampled, drawn):
+        ids[session] = do(
+            db, lambda conn, session=session: runs.create_sampler(conn, "a", session_id=session, seq=0, base_model="tiny")
+        ).sampler_id
+    finish(db, append(db, entry(ids[drawn], 1, "sample")))
+
+    def age(table: sa.Table, **values: Any) -> None:
+        do(db, lambda conn: conn.execute(table.update().values(**values)))
+
+    age(tables.sessions, created_at=now - 100, last_heartbeat=now - 100)
+    age(tables.samplers, last_used=now - 100)
+    do(
+        db,
+        lambda conn: conn.execute(tables.samplers.update().where(tables.samplers.c.sampler_id == ids[sampled]).values(last_used=now - 5)),
+    )
+    young = new_session(db)
+    assert do(db, lambda conn: sessions.expire(conn, now - 1_000)) == 0
+    assert do(db, lambda conn: sessions.expire(conn, now - 50, limit=1)) == 1
+    assert do(db, lambda conn: sessions.expire(conn, now - 50)) == 1
+    left, _ = db.read(lambda conn: runs.list_sessions(conn, "a", 100))
+    assert {item.session_id for item in left} == {with_run, sampled, drawn, young} and not {idle, silent} & {
+        item.session_id for item in left
+    }
+    samplers = db.read(lambda conn: conn.execute(sa.select(tables.samplers.c.sampler_id)).scalars().all())
+    assert sorted(samplers) == sorted((ids[sampled], ids[drawn]))
+    do(db, lambda conn: conn.execute(tables.requests.delete()))  # its answer has expired
+    assert do(db, lambda conn: sessions.expire(conn, now - 50)) == 1
+    assert do(db, lambda conn: sessions.expire(conn, now - 1)) == 1
+    left, _ = db.read(lambda conn: runs.list_sessions(conn, "a", 100))
+    assert {item.session_id for item in left} == {with_run, young}

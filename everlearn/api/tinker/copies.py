@@ -28,12 +28,12 @@ async def copy_weights(request: Request) -> dict[str, str]:
     by_session = form.session_id is not None and form.model_seq_id is not None
     if by_session == bool(form.destination_project_id) or (form.session_id is None) != (form.model_seq_id is None):
         raise InvalidRequest("send either destination_project_id, or session_id and model_seq_id", param="destination_project_id")
-    ttl = checks.ttl(form.ttl_seconds)
+    ttl, project_id = checks.ttl(form.ttl_seconds), checks.text(form.destination_project_id, "destination_project_id")
     token = request.headers.get("x-tinker-weights-access-token") or form.weights_access_token
     checkpoint = await checkpoint_of(svc, owner, form.source_path, token)
     source = await run_of(svc, checkpoint)
     await check_room(svc, checkpoint.bytes)
-    key = request.headers.get("x-idempotency-key")
+    key = checks.text(request.headers.get("x-idempotency-key"), "x-idempotency-key")
 
     def reserve(conn: Connection) -> runs.Run:
         session_id, number = form.session_id, form.model_seq_id
@@ -41,7 +41,7 @@ async def copy_weights(request: Request) -> dict[str, str]:
             session = runs.create_session(
                 conn,
                 owner,
-                project_id=form.destination_project_id,
+                project_id=project_id,
                 display_name="copied weights",
                 idempotency_key=None if key is None else f"copy:{key}",
             )
