@@ -20,6 +20,7 @@ from everlearn.api.tinker.ticket import Prepared, Ticket
 from everlearn.engine import protocol
 from everlearn.errors import InvalidRequest, UserError
 from everlearn.losses import spec
+from everlearn.render.images import look_at
 from everlearn.store import runs
 from everlearn.types import BaseModelInfo
 
@@ -136,7 +137,7 @@ async def submit_batch(
             call = decode(ImageReader(info, ticket.svc.settings.images))
             return call, checks.data(call, info)
 
-        call, config = await asyncio.to_thread(checked) if shows_images else await aside(body, checked)
+        call, config = await look_at(checked) if shows_images else await aside(body, checked)
         if spec.spec_of(call.loss_fn).spans:
             call = msgspec.structs.replace(call, data=await attach_recordings(ticket.svc, ticket.tenant, call.data))
         command = protocol.ForwardBackward(
