@@ -37,6 +37,7 @@ async def create_sampling_session(request: Request) -> dict[str, Any]:
         target = {"base_model": form.base_model, "kind": "base"}
     else:
         raise InvalidRequest("neither base_model nor model_path is given; a sampler needs one of them", param="base_model")
+    svc.limiter.check_model(caller(request), target.get("model_path") or target["base_model"])
     sampler = await svc.write(
         lambda conn: runs.create_sampler(conn, owner, session_id=form.session_id, seq=form.sampling_session_seq_id, **target)
     )
