@@ -96,7 +96,10 @@ class StoreSettings(Section):
     url: str = Field("", description="SQLAlchemy URL; empty: sqlite under the home folder; postgresql+psycopg://... for PostgreSQL")
     result_retention_seconds: float = Field(86_400, gt=0, description="how long a finished result can still be fetched")
     log_max_bytes: int = Field(
-        4 * 2**30, gt=0, description="upper bound of the request log; beyond it the oldest adapters are snapshotted and their log dropped"
+        4 * 2**30,
+        gt=0,
+        description="upper bound of the requests in the log (answers are bounded by their time alone); "
+        "beyond it the adapters with most of them are snapshotted, and what a snapshot covers is dropped",
     )
     session_retention_seconds: float = Field(
         7 * 86_400, gt=0, description="how long a session without training runs is kept after its client, and all its samplers, fell silent"

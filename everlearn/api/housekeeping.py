@@ -71,7 +71,7 @@ class Housekeeping:
         usage = await svc.read(request_log.usage)
         svc.metrics.store_bytes.labels("payloads").set(usage.payload_bytes)
         svc.metrics.store_bytes.labels("results").set(usage.result_bytes)
-        if usage.payload_bytes > settings.log_max_bytes:
+        if usage.payload_bytes > settings.log_max_bytes:  # no snapshot lets answers go: they go with their time
             await self._shrink(usage.payload_bytes - settings.log_max_bytes)
 
     async def _forget_records(self, before: float) -> None:
