@@ -30,8 +30,6 @@ from everlearn.errors import InvalidRequest, TooLarge, Unavailable, Unsupported
 if TYPE_CHECKING:
     import httpcore
 
-T = TypeVar("T")
-
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 MAX_REDIRECTS = 3
 ORIENTATION = 0x0112  # an EXIF tag; from SIDEWAYS on the sides change places
@@ -39,6 +37,8 @@ SIDEWAYS = 5
 DATA_URL = re.compile(r"data:([\w.+/-]{0,64})(;[\w.=+-]{1,64}){0,4};base64,", re.ASCII)
 # Prefixes whose addresses hold an IPv4 address that the packet ends up at.
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
+T = TypeVar("T")
+
 # A small file can be a large image, and each may take images.max_pixels of memory for a moment: these threads are as many as are decoded
 # at a time. They are images' own: what waits for its turn must not hold a thread that reads of the store are waiting for.
 _decoders = ThreadPoolExecutor(2, thread_name_prefix="images")
@@ -80,7 +80,7 @@ async def look_at(function: Callable[..., T], *args: Any) -> T:
 
 
 def inspect(data: bytes, settings: ImageSettings, param: str = "messages") -> Image:
-    """Checks format, bytes and pixels, then decodes once to see that the image is whole. CPU work: let `look_at` call it."""
+    """Checks format, bytes and pixels, then decodes once to see that the image is whole. CPU work: call it in a thread."""
     from PIL import Image as Pillow
     from PIL import UnidentifiedImageError
 
