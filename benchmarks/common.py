@@ -53,6 +53,11 @@ def model_folder(name: str) -> Path:
     return random_16m(Path(tempfile.gettempdir()) / "everlearn-random-16m")
 
 
+def short(name: str) -> str:
+    """The model's name in a result: a folder's own, without the places above it, which are this machine's."""
+    return Path(name).absolute().name
+
+
 def random_16m(folder: Path) -> Path:
     """A random Qwen3 of 16 M parameters with a vocabulary of 49,152: the head is most of its work."""
     if (folder / "model.safetensors").exists():

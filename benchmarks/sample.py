@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from common import alternate, arguments, as_datum, model_folder, random_rows, server, train_step, versus, vocabulary, write_result
+from common import alternate, arguments, as_datum, model_folder, random_rows, server, short, train_step, versus, vocabulary, write_result
 
 
 @contextmanager
@@ -88,7 +88,7 @@ def main() -> None:
         with training(trainer, datums) as steps:
             ours, _ = alternate(lambda: draw(adapter, prompts()), None, args.rounds)
         results["while_training"] = versus("while a tenant trains", ours, []) | {"train_steps": len(steps)}
-    write_result(args, f"sample-{args.model.replace('/', '_')}", results)
+    write_result(args, f"sample-{short(args.model)}", results)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,20 @@ from pathlib import Path
 from typing import Any
 
 from chats import Answer, Talk, all_ok, arriving, closed, percentile, tokens
-from common import Server, alternate, arguments, as_datum, model_folder, random_rows, server, train_step, versus, vocabulary, write_result
+from common import (
+    Server,
+    alternate,
+    arguments,
+    as_datum,
+    model_folder,
+    random_rows,
+    server,
+    short,
+    train_step,
+    versus,
+    vocabulary,
+    write_result,
+)
 
 PHASES = ("equal", "mixed", "prefix", "adapters", "schema", "training", "overload")
 ROW = {
@@ -285,7 +298,7 @@ def main() -> None:
             bench.results.setdefault("phase_seconds", {})[phase] = time.perf_counter() - started
         results = bench.results | {"memory": live.memory()}
     kind = "" if len(chosen) == len(PHASES) else f"{'-'.join(chosen)}-"
-    write_result(args, f"serve-{kind}{args.model.strip('/').replace('/', '_')}", results)
+    write_result(args, f"serve-{kind}{short(args.model)}", results)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from common import answers, arguments, as_datum, model_folder, random_rows, server, until, vocabulary, write_result
+from common import answers, arguments, as_datum, model_folder, random_rows, server, short, until, vocabulary, write_result
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
             seconds["idle"] = live.memory()
         rounds.append(seconds)
         print(seconds, flush=True)
-    write_result(args, f"startup-{args.model.replace('/', '_')}", {"rounds": rounds})
+    write_result(args, f"startup-{short(args.model)}", {"rounds": rounds})
 
 
 if __name__ == "__main__":

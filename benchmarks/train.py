@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from common import alternate, arguments, as_datum, model_folder, random_rows, server, train_step, versus, vocabulary, write_result
+from common import alternate, arguments, as_datum, model_folder, random_rows, server, short, train_step, versus, vocabulary, write_result
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ def main() -> None:
             measure(*phases[phase])
         results["memory"] = live.memory()
         print(f"memory of the server after training: {results['memory']}")
-    write_result(args, f"train-{args.model.replace('/', '_')}", results)
+    write_result(args, f"train-{short(args.model)}", results)
 
 
 if __name__ == "__main__":

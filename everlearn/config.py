@@ -42,7 +42,10 @@ class ApiSettings(Section):
     )
     log_format: Literal["text", "json"] = Field("text", description="how log lines are written")
     shutdown_grace_seconds: float = Field(20.0, ge=0, description="time that requests in flight get after SIGTERM")
-    telemetry: bool = Field(True, description="keep what clients send to /telemetry (it never leaves this machine)")
+    telemetry: bool = Field(
+        True,
+        description="keep what clients send to /telemetry (it never leaves this machine): of a tenant the newest 10,000, 64 MiB together",
+    )
 
 
 class EngineSettings(Section):
@@ -84,7 +87,7 @@ class EngineSettings(Section):
         description="an engine that loads its model, or works without progress, for longer is killed and restarted",
     )
     queue_limit: int = Field(4096, ge=1, description="sampling sequences that may wait in the engine; more is a 429")
-    grammar_seconds: float = Field(5.0, gt=0, description="time that compiling a grammar may take; more is a 400")
+    grammar_seconds: float = Field(5.0, gt=0, description="processor time that compiling a grammar may take; more is a 400")
     grammar_cache: int = Field(256, ge=1, description="compiled grammars kept in memory")
     recompute: bool = Field(False, description="recompute activations in the backward pass: less memory, a third more work")
 
@@ -93,7 +96,13 @@ class StoreSettings(Section):
     url: str = Field("", description="SQLAlchemy URL; empty: sqlite under the home folder; postgresql+psycopg://... for PostgreSQL")
     result_retention_seconds: float = Field(86_400, gt=0, description="how long a finished result can still be fetched")
     log_max_bytes: int = Field(
-        4 * 2**30, gt=0, description="upper bound of the request log; beyond it the oldest adapters are snapshotted and their log dropped"
+        4 * 2**30,
+        gt=0,
+        description="upper bound of the requests in the log (answers are bounded by their time alone); "
+        "beyond it the adapters with most of them are snapshotted, and what a snapshot covers is dropped",
+    )
+    session_retention_seconds: float = Field(
+        7 * 86_400, gt=0, description="how long a session without training runs is kept after its client, and all its samplers, fell silent"
     )
     record_retention_seconds: float = Field(30 * 86_400, gt=0, description="how long the record of an answer is kept")
     record_max_bytes: int = Field(4 * 2**30, gt=0, description="upper bound of the records' content; beyond it the oldest records go")

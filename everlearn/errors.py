@@ -8,6 +8,7 @@
     │   ├── NotFound             no such thing, or not yours: the two look alike on purpose
     │   │   └── Expired          it was there, and was dropped after its retention time
     │   ├── Conflict             the same id or path was used before for something else
+    │   ├── Damaged              what it asks for is on the disk, and isn't what was written there
     │   ├── Unauthenticated      no key, or a key that is unknown or revoked
     │   └── Forbidden            a known key without the right
     ├── Unavailable          not now; the same request may work later (a reason says why)
@@ -26,6 +27,7 @@ from types import MappingProxyType
 
 __all__ = [
     "Conflict",
+    "Damaged",
     "EverlearnError",
     "Expired",
     "Forbidden",
@@ -85,6 +87,10 @@ class Conflict(UserError):
     code = "conflict"
 
 
+class Damaged(UserError):
+    code = "damaged"
+
+
 class Unauthenticated(UserError):
     code = "unauthenticated"
 
@@ -138,6 +144,7 @@ BY_CODE: dict[str, type[EverlearnError]] = {
         NotFound,
         Expired,
         Conflict,
+        Damaged,
         Unauthenticated,
         Forbidden,
         Unavailable,

@@ -1,4 +1,5 @@
-"""How much one request to a model may ask for. Declared in GET /v1/capabilities, enforced before anything is allocated.
+"""How much one request to a model may ask for, and what a session may carry. Declared in GET /v1/capabilities, enforced before
+anything is allocated or stored.
 
 What depends on the model (context, vocabulary) or on a setting (queues, bodies, time) is not here.
 """
@@ -23,6 +24,10 @@ MAX_METADATA = 16
 MAX_METADATA_KEY, MAX_METADATA_VALUE = 64, 512
 MAX_USER_CHARS = 512
 SEED_BITS = 63
+# What a session carries: its texts are kept as long as it is, and read with every list.
+MAX_TAGS, MAX_TAG_CHARS = 64, 256
+MAX_SESSION_CHARS = 512  # project_id, display_name, sdk_version, an idempotency key
+MAX_DETAIL_CHARS = 16 * 1024  # how a session ended: a trace of an error fits
 
 # What capabilities tells: the names of the API's fields, and their bounds.
 BOUNDS: dict[str, int | float] = {
@@ -44,4 +49,8 @@ BOUNDS: dict[str, int | float] = {
     "metadata_key_chars": MAX_METADATA_KEY,
     "metadata_value_chars": MAX_METADATA_VALUE,
     "user_chars": MAX_USER_CHARS,
+    "tags": MAX_TAGS,
+    "tag_chars": MAX_TAG_CHARS,
+    "session_chars": MAX_SESSION_CHARS,
+    "detail_chars": MAX_DETAIL_CHARS,
 }

@@ -32,6 +32,7 @@ STATUS = {
     "forbidden": 403,
     "not_found": 404,
     "conflict": 400,
+    "damaged": 400,
     "expired": 410,
     "too_large": 413,
     "overloaded": 429,

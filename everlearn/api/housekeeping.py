@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from everlearn.engine import protocol
-from everlearn.store import garbage, records, runs
+from everlearn.store import garbage, records, runs, sessions
 from everlearn.store import log as request_log
 
 if TYPE_CHECKING:
@@ -70,10 +70,12 @@ class Housekeeping:
         for run in await svc.read(lambda conn: runs.idle_runs(conn, now - SESSION_SILENCE)):
             await svc.write(partial(runs.unload_run, tenant=run.tenant, run_id=run.run_id))
             await svc.dispatcher.forget(run.run_id)
+        while await svc.write(partial(sessions.expire, before=now - settings.session_retention_seconds)) == sessions.PIECE:
+            await asyncio.sleep(0.05)  # others can write in between
         usage = await svc.read(request_log.usage)
         svc.metrics.store_bytes.labels("payloads").set(usage.payload_bytes)
         svc.metrics.store_bytes.labels("results").set(usage.result_bytes)
-        if usage.payload_bytes > settings.log_max_bytes:
+        if usage.payload_bytes > settings.log_max_bytes:  # no snapshot lets answers go: they go with their time
             await self._shrink(usage.payload_bytes - settings.log_max_bytes)
 
     async def _forget_records(self, before: float) -> None:

@@ -1,7 +1,7 @@
 """The images of one request: is each what it says, does this model see it, how many tokens does it take, is it all not too much?
 
 What is wrong with an image is found here, from its header where that is enough; the engine gets files that can be decoded and grids that
-fit them. CPU work: reading a request with images belongs in a thread.
+fit them. CPU work: reading a request with images is for `look_at` (everlearn/render/images.py).
 """
 
 from __future__ import annotations

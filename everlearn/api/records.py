@@ -16,8 +16,11 @@ from everlearn.api.services import services
 from everlearn.store import records
 from everlearn.store.records import Body, Row
 
-# Other people's conversations: a key that may only sample doesn't read them.
-router = APIRouter(prefix="/v1/records", tags=["records"], dependencies=[scope("read")])
+router = APIRouter(prefix="/v1/records", tags=["records"])
+
+# Other people's conversations: a key that may only sample doesn't read them. One that only reads changes nothing: what a key's
+# answers left is forgotten with the scope that made them, by an id that its answers named.
+READS, FORGETS = [scope("read")], [scope("sample")]
 
 
 def row_json(row: Row) -> dict[str, Any]:
@@ -58,7 +61,7 @@ def body_json(body: Body | None) -> dict[str, Any] | None:
     return json.loads(body.texts) | {"prompt_token_ids": array("i", body.prompt.data).tolist(), "choices": choices}
 
 
-@router.get("")
+@router.get("", dependencies=READS)
 async def list_records(
     request: Request,
     limit: int = Limit,
@@ -74,7 +77,7 @@ async def list_records(
     return page(found, limit, row_json)
 
 
-@router.get("/{record_id}")
+@router.get("/{record_id}", dependencies=READS)
 async def get_record(request: Request, record_id: str) -> Response:
     """One record with its content. An answer that came a moment ago is waited for."""
     svc, owner = services(request), tenant(request)
@@ -87,7 +90,7 @@ async def get_record(request: Request, record_id: str) -> Response:
     return Response(await svc.read(read), media_type="application/json")
 
 
-@router.delete("/{record_id}", status_code=204)
+@router.delete("/{record_id}", status_code=204, dependencies=FORGETS)
 async def delete_record(request: Request, record_id: str) -> Response:
     svc, owner = services(request), tenant(request)
     await svc.records.settled(record_id)

@@ -14,7 +14,6 @@ shapes of chat templates and of no API. What it gets is `Opened`: the spec for `
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from collections.abc import Sequence
 from typing import Any
@@ -29,6 +28,7 @@ from everlearn.api.services import Services
 from everlearn.api.serving import GRAMMAR_PARAM, GenerationSpec
 from everlearn.api.target import Target
 from everlearn.errors import InvalidRequest, Unsupported
+from everlearn.render.images import look_at
 from everlearn.types import Grammar, ImageSpan, SamplingParams
 
 
@@ -145,7 +145,7 @@ async def encode_turn(svc: Services, chat: ChatModel, turn: Turn) -> tuple[str, 
     ids = await rendering.encode(chat, text)
     if not pictures:
         return text, ids, []
-    return (text, *await asyncio.to_thread(place_pictures, ids, pictures, reader))
+    return (text, *await look_at(place_pictures, ids, pictures, reader))
 
 
 def _shown(tool: dict[str, Any]) -> dict[str, Any]:

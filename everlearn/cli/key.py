@@ -63,7 +63,7 @@ def limit_options(verb: Callable[..., None]) -> Callable[..., None]:
             "--models",
             multiple=True,
             metavar="NAME,...",
-            help="base models and adapters that it may sample [default: all]; may be repeated",
+            help="base models that it may train, base models and adapters that it may sample [default: all]; may be repeated",
         ),
         click.option("--concurrency", type=number, metavar="N", help="requests at once"),
         click.option("--tpm", type=number, metavar="N", help="tokens a minute, prompts and answers together"),

@@ -2,9 +2,11 @@
 
 A grammar comes from a client, so it is hostile until shown otherwise. What bounds it: its source has a largest size; llguidance counts
 its own work and gives up over limits; the threads that compile have stacks deep enough for any source of that size; a trial walk finds
-grammars whose single steps would stall the engine; whatever takes longer than `engine.grammar_seconds` fails its request, while its
-thread is given up on until it returns. Tenants take turns at the threads, and who holds much memory waits until some of it is free:
-a short source may compile to 40 MiB, but not quickly, so processor time stands for memory. How masks are used is in masks.py.
+grammars whose single steps would stall the engine; whatever takes more processor time than `engine.grammar_seconds` fails its request,
+while its thread is given up on until it returns. On a busy machine a grammar may be late that takes little: its request is told to come
+again, nothing is held against it, and what its thread finds in the end is kept for the next. Tenants take turns at the threads, and who
+holds much memory waits until some of it is free: a short source may compile to 40 MiB, but not quickly, so processor time stands for
+memory. How masks are used is in masks.py.
 """
 
 from __future__ import annotations
@@ -44,6 +46,8 @@ STYLE = cast("JsonCompileOptions", {**SPACING, "lenient": False})
 MAX_SOURCE = {"json_schema": 2**17, "json_object": 2**17, "lark": 2**17, "regex": 2**14, "ebnf": 2**14}
 LIMITS = LLParserLimits(max_lexer_states=25_000, verbose_errors=False)
 THREADS = 2
+# What is late by the clock alone, beyond so many times engine.grammar_seconds and a second, is late because the machine is busy.
+PATIENCE = 3.0
 # Threads given up on at one time before no new ones are started.
 MAX_LOST = 4
 # Rules may nest as deep as a source is long: at 3 KiB a level the largest needs about 40 MiB of stack (address space until used).
@@ -65,12 +69,17 @@ class Compilation:
         self.matcher: LLMatcher | None = None
         self.error: EverlearnError | None = None
         self.started = math.inf  # on the monotonic clock
+        self.clock, self.begun = 0, 0.0  # the processor clock of its thread, and where that stood
         self.seconds = 0.0  # of processor time
         self.counted = self.lost = False
 
     @property
     def done(self) -> bool:
         return self.matcher is not None or self.error is not None
+
+    def spent(self) -> float:
+        """Processor time up to now. Only while its thread is known to live."""
+        return time.clock_gettime(self.clock) - self.begun
 
 
 class Grammars:
@@ -88,6 +97,7 @@ class Grammars:
         self.released: deque[tuple[str, float]] = deque()  # by finalisers, which run wherever they like and take no lock
         self.queue: FairQueue[Compilation] = FairQueue()
         self.compiling: list[Compilation] = []
+        self.late: list[Compilation] = []  # whose requests were told to come again; their threads go on
         self.threads = self.lost = 0
 
     @cached_property
@@ -107,9 +117,11 @@ class Grammars:
             if known is not None:
                 self.known.move_to_end(grammar)
                 return known
-            made = self.known[grammar] = Compilation(grammar)
-            self.known_bytes += len(grammar.source)
-            self._shrink()
+            made = Compilation(grammar)
+            if any(late.grammar == grammar for late in self.late):
+                made.error = self._busy(grammar)
+                return made
+            self._remember(made)
             self.queue.append(tenant, made)
             self._start_thread()
         return made
@@ -118,21 +130,41 @@ class Grammars:
         """Ends what takes too long; to be called now and then while something compiles."""
         now = time.monotonic()
         with self.lock:
-            for late in [c for c in self.compiling if now - c.started > self.seconds]:
-                self.compiling.remove(late)
-                late.lost = True
-                late.error = late.error or InvalidRequest(
-                    f"the {late.grammar.kind} did not compile within {self.seconds:g} s (engine.grammar_seconds); make it simpler",
-                    param=PARAM,
-                )
-                self.threads, self.lost = self.threads - 1, self.lost + 1
-                log.warning("a grammar did not compile within %g s; %d threads are given up on", self.seconds, self.lost)
-                self._start_thread()
+            for made in [c for c in self.compiling if now - c.started > self.seconds]:
+                if made.spent() > self.seconds:
+                    self._give_up(made, self._too_slow(made.grammar))
+                elif now - made.started > PATIENCE * self.seconds + 1.0:
+                    self._give_up(made, self._busy(made.grammar))
+                    self.late.append(made)
+                    self._forget(made)
+            for made in [c for c in self.late if c.spent() > self.seconds]:  # it is the grammar after all
+                self.late.remove(made)
+                self._remember(Compilation(made.grammar)).error = self._too_slow(made.grammar)
             self._start_thread()  # for those who held too much a moment ago
             while self.queue and self.lost >= MAX_LOST and not self.threads:
                 made = self.queue.pop()[1]
                 made.error = Unavailable(f"{self.lost} grammars keep the compiler's threads busy; send this again later")
                 self._forget(made)
+
+    def _give_up(self, made: Compilation, error: EverlearnError) -> None:
+        self.compiling.remove(made)
+        made.lost, made.error = True, error
+        self.threads, self.lost = self.threads - 1, self.lost + 1
+        log.warning("a grammar did not compile within %g s; %d threads are given up on", self.seconds, self.lost)
+        self._start_thread()
+
+    def _too_slow(self, grammar: Grammar) -> InvalidRequest:
+        text = f"the {grammar.kind} did not compile within {self.seconds:g} s (engine.grammar_seconds); make it simpler"
+        return InvalidRequest(text, param=PARAM)
+
+    def _busy(self, grammar: Grammar) -> Unavailable:
+        return Unavailable(f"the machine is too busy to compile the {grammar.kind} in time; send this again later", param=PARAM)
+
+    def _remember(self, made: Compilation) -> Compilation:
+        self.known[made.grammar] = made
+        self.known_bytes += len(made.grammar.source)
+        self._shrink()
+        return made
 
     def _shrink(self) -> None:
         while len(self.known) > self.kept or self.known_bytes > KEPT_BYTES or self.known_seconds > KEPT_SECONDS:
@@ -183,6 +215,7 @@ class Grammars:
                 self.queue.charge(tenant, made.seconds)
                 if made.lost:
                     self.lost -= 1
+                    self._keep_late(tenant, made, matcher, error)
                     return
                 self.compiling.remove(made)
                 if matcher is not None:
@@ -194,12 +227,23 @@ class Grammars:
                     return
                 tenant, made = found
 
+    def _keep_late(self, tenant: str, made: Compilation, matcher: LLMatcher | None, error: EverlearnError | None) -> None:
+        """What came of it after its request was told to come again: the next one finds it."""
+        if made in self.late:
+            self.late.remove(made)
+            kept = self._remember(Compilation(made.grammar))
+            kept.seconds = made.seconds
+            kept.matcher, kept.error = matcher, error
+            if matcher is not None:
+                self._count(tenant, kept)
+
     def _try(self, made: Compilation) -> tuple[LLMatcher | None, EverlearnError | None]:
         begun = time.thread_time()
         try:
             with self.tokenizer_lock:
                 self.tokenizer = self.tokenizer or self._wrap_tokenizer()
-            begun, made.started = time.thread_time(), time.monotonic()
+            begun, made.clock = time.thread_time(), time.pthread_getcpuclockid(threading.get_ident())
+            made.begun, made.started = begun, time.monotonic()
             return self._compile(self.tokenizer, spell(made.grammar)), None
         except EverlearnError as error:
             return None, error

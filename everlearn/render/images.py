@@ -10,14 +10,16 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextvars
 import ipaddress
 import re
 import socket
 import struct
-import threading
 from collections.abc import AsyncIterator, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 import msgspec
@@ -39,8 +41,12 @@ SIDEWAYS = 5
 DATA_URL = re.compile(r"data:([\w.+/-]{0,64})(;[\w.=+-]{1,64}){0,4};base64,", re.ASCII)
 # Prefixes whose addresses hold an IPv4 address that the packet ends up at.
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
-# A small file can be a large image. Each may take images.max_pixels of memory for a moment; this many at a time.
-_decoding = threading.BoundedSemaphore(2)
+T = TypeVar("T")
+
+# A small file can be a large image, and each may take images.max_pixels of memory for a moment: these threads are as many as are decoded
+# at a time. They are images' own: what waits for its turn must not hold a thread that reads of the store are waiting for.
+_decoders = ThreadPoolExecutor(2, thread_name_prefix="images")
+_lookups = ThreadPoolExecutor(4, thread_name_prefix="lookups")  # of hosts: nothing ends one before its resolver gives up
 
 
 class Image(msgspec.Struct, frozen=True):
@@ -71,6 +77,12 @@ def data_of(data_url: str, settings: ImageSettings, param: str = "messages") -> 
         raise InvalidRequest(f"{param} is not valid base64: {error}", param=param) from None
 
 
+async def look_at(function: Callable[..., T], *args: Any) -> T:
+    """`function(*args)`, which looks at images, in one of the threads that decode them."""
+    call = partial(contextvars.copy_context().run, function, *args)
+    return await asyncio.get_running_loop().run_in_executor(_decoders, call)
+
+
 def inspect(data: bytes, settings: ImageSettings, param: str = "messages") -> Image:
     """Checks format, bytes and pixels, then decodes once to see that the image is whole. CPU work: call it in a thread."""
     from PIL import Image as Files
@@ -85,11 +97,10 @@ def inspect(data: bytes, settings: ImageSettings, param: str = "messages") -> Im
                 raise TooLarge(
                     f"{param} has {width} x {height} pixels; {settings.max_pixels} in all is the limit (images.max_pixels)", param=param
                 )
-            with _decoding:
-                image.load()
-                animated = bool(getattr(image, "is_animated", False))
-                if turn_of(image) >= SIDEWAYS:
-                    width, height = height, width
+            image.load()
+            animated = bool(getattr(image, "is_animated", False))
+            if turn_of(image) >= SIDEWAYS:
+                width, height = height, width
             return Image(str(image.format), width, height, data, animated)
     except UnidentifiedImageError:
         raise InvalidRequest(f"{param} is no image of a known format; {', '.join(FORMATS)} are", param=param) from None
@@ -138,7 +149,7 @@ async def fetch(url: str, settings: ImageSettings, param: str = "messages", allo
     except TimeoutError:
         limit = f"{settings.timeout_seconds:g} s (images.timeout_seconds)"
         raise Unavailable(f"{param} did not arrive within {limit}; send it as a data URL", param=param) from None
-    return await asyncio.to_thread(inspect, data, settings, param)
+    return await look_at(inspect, data, settings, param)
 
 
 async def _download(url: str, settings: ImageSettings, param: str, allowed: Callable[[str], bool]) -> bytes:
@@ -203,7 +214,8 @@ def _guarded(allowed: Callable[[str], bool], param: str) -> httpcore.AsyncNetwor
             socket_options: Iterable[Any] | None = None,
         ) -> httpcore.AsyncNetworkStream:
             try:
-                found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+                look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+                found = await asyncio.get_running_loop().run_in_executor(_lookups, look_up)
             except (OSError, UnicodeError):
                 raise InvalidRequest(f"{param}: the host {host[:200]!r} is not known", param=param) from None
             addresses = [str(entry[4][0]) for entry in found]

@@ -99,10 +99,13 @@ def calls_by_line(reader: Reader, out: Writer, prompt: str, start: str, bare: st
 # ---- a call as one JSON object ----
 
 
-def call_object(reader: Reader, out: Writer, end: Marks, *, hard: bool = False, opened: bool = False, bare: bool = False) -> Step[None]:
+def call_object(
+    reader: Reader, out: Writer, end: Marks, *, hard: bool = False, opened: bool = False, bare: bool = False, inner: bool = False
+) -> Step[None]:
     """`{"name": ..., "arguments": {...}}`, or with `parameters`, or inside of `{"function": ...}`. `opened`: its brace was taken.
 
-    `bare`: nothing marks it as a call, so it is one only if its name comes first and is the name of a tool.
+    `bare`: nothing marks it as a call, so it is one only if its name comes first and is the name of a tool. `inner`: it is the one
+    inside of `{"function": ...}`; no family nests deeper, and a reply that did would go as deep as Python's stack.
     """
     if not opened and not (yield from reader.comes("{")):
         raise BrokenError("a call is a JSON object")
@@ -116,8 +119,10 @@ def call_object(reader: Reader, out: Writer, end: Marks, *, hard: bool = False, 
         if not (yield from reader.comes(":")):
             raise BrokenError(f"{key!r} has no value")
         yield from reader.space()
-        if key == "function" and (yield from reader.peek()) == "{":
-            yield from call_object(reader, out, end, hard=hard, bare=bare)
+        if key == "function" and not committed and (yield from reader.peek()) == "{":
+            if inner:
+                raise BrokenError("a function inside of a function is not a call")
+            yield from call_object(reader, out, end, hard=hard, bare=bare, inner=True)
             committed = True
         elif key in ("name", "function") and not name:
             name = yield from reader.string(end)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from everlearn.errors import InternalError, NotFound
+from everlearn.errors import Damaged, InternalError, NotFound
 from everlearn.faultpoints import around
 
 MANIFEST = "manifest.json"
@@ -65,26 +65,27 @@ def write_folder(final: Path, files: Mapping[str, Content], manifest: Mapping[st
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest as written, hashes unchecked."""
+    """The manifest as written, hashes unchecked. Raises NotFound where there is none, Damaged where it can't be read."""
     try:
         return cast(dict[str, Any], json.loads((folder / MANIFEST).read_bytes()))
     except FileNotFoundError as error:
         raise NotFound(f"folder {folder} has no {MANIFEST}: it is not a complete checkpoint") from error
     except ValueError as error:
-        raise InternalError(f"{folder / MANIFEST} is damaged ({error}); {WAY_OUT}") from error
+        raise Damaged(f"{folder / MANIFEST} is damaged ({error}); {WAY_OUT}") from error
 
 
 def verify_folder(folder: Path) -> dict[str, Any]:
-    """Reads every file, compares size and sha256 with the manifest, and returns the manifest. A file too many is an error as well."""
+    """Reads every file, compares size and sha256 with the manifest, and returns the manifest. Raises Damaged where they
+    differ, or a file is too many."""
     manifest = read_manifest(folder)
     listed = manifest.get("files", {})
     found = {path.name for path in folder.iterdir()} - {MANIFEST}
     if found != set(listed):
-        raise InternalError(f"folder {folder} holds {sorted(found)} but its manifest lists {sorted(listed)}; {WAY_OUT}")
+        raise Damaged(f"folder {folder} holds {sorted(found)} but its manifest lists {sorted(listed)}; {WAY_OUT}")
     for name, entry in listed.items():
         size, digest = hash_file(folder / name)
         if size != entry["size"] or digest != entry["sha256"]:
-            raise InternalError(
+            raise Damaged(
                 f"{folder / name} has {size} bytes with sha256 {digest[:12]}..., its manifest says {entry['size']} bytes with "
                 f"{entry['sha256'][:12]}...: the file is damaged; {WAY_OUT}"
             )

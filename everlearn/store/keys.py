@@ -26,7 +26,8 @@ TENANT = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class Limits(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a key may use; None: as much as there is. `models`: the base models and names of adapters that it may sample."""
+    """What a key may use; None: as much as there is. `models`: the base models that it may train, and
+    the base models and names of adapters that it may sample."""
 
     rpm: int | None = None
     tpm: int | None = None

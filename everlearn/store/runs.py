@@ -20,6 +20,7 @@ from everlearn.store import tables
 from everlearn.types import LoraSpec
 
 LIVE_STATES = ("creating", "live")
+TELEMETRY_SWEEP = 100  # small reports between two looks at how many there are
 SAMPLER = sa.select(tables.samplers).where(tables.samplers.c.sampler_id == sa.bindparam("id"))
 
 
@@ -101,7 +102,7 @@ def create_session(
         same = (tables.sessions.c.tenant == tenant) & (tables.sessions.c.idempotency_key == idempotency_key)
         row = conn.execute(sa.select(tables.sessions).where(same)).first()
         if row is not None:
-            return _session(row)
+            return session_of(row)
     now = time.time()
     session = Session(
         f"sess-{secrets.token_hex(12)}",
@@ -126,7 +127,7 @@ def get_session(conn: Connection, tenant: str, session_id: str) -> Session:
     row = conn.execute(sa.select(tables.sessions).where(where)).first()
     if row is None:
         raise NotFound(f"no session {session_id!r}; create one with create_session", param="session_id")
-    return _session(row)
+    return session_of(row)
 
 
 def heartbeat(conn: Connection, tenant: str, session_id: str) -> Session:
@@ -149,7 +150,7 @@ def set_project(conn: Connection, tenant: str, session_id: str, project_id: str 
 def list_sessions(conn: Connection, tenant: str, limit: int = 20, offset: int = 0) -> tuple[list[Session], int]:
     """Newest first, and how many there are in all."""
     rows, total = _page(conn, tables.sessions, tables.sessions.c.tenant == tenant, limit, offset)
-    return [_session(row) for row in rows], total
+    return [session_of(row) for row in rows], total
 
 
 def session_children(conn: Connection, tenant: str, session_id: str) -> tuple[list[str], list[str]]:
@@ -274,16 +275,24 @@ def join_sampler(conn: Connection, tenant: str, sampler_id: str) -> int:
     return get_sampler(conn, tenant, sampler_id).client_counter
 
 
-def add_telemetry(conn: Connection, tenant: str, session_id: str, body: dict[str, Any], keep: int = 10_000) -> None:
-    """Stores what a client reported, and forgets all but about the newest `keep` reports of that tenant."""
+def add_telemetry(
+    conn: Connection, tenant: str, session_id: str, body: dict[str, Any], keep: int = 10_000, keep_bytes: int = 64 * 2**20
+) -> None:
+    """Stores what a client reported, and forgets all but about the newest `keep` reports of that tenant, `keep_bytes` together."""
+    table, size = tables.telemetry, len(msgspec.json.encode(body))
     key = conn.execute(
-        tables.telemetry.insert().values(tenant=tenant, session_id=session_id, body=body, created_at=time.time())
+        table.insert().values(tenant=tenant, session_id=session_id, body=body, bytes=size, created_at=time.time())
     ).inserted_primary_key
     number = int(key[0]) if key else 0
-    if number % 100 == 0:
-        mine = tables.telemetry.c.tenant == tenant
-        oldest = sa.select(tables.telemetry.c.id).where(mine).order_by(tables.telemetry.c.id.desc()).limit(1).offset(keep).scalar_subquery()
-        conn.execute(tables.telemetry.delete().where(mine & (tables.telemetry.c.id <= oldest)))
+    if number % TELEMETRY_SWEEP and size <= keep_bytes // TELEMETRY_SWEEP:
+        return
+    mine = table.c.tenant == tenant
+    newest_first = table.c.id.desc()
+    newer = sa.func.sum(table.c.bytes).over(order_by=newest_first).label("newer")
+    place = sa.func.row_number().over(order_by=newest_first).label("place")
+    counted = sa.select(table.c.id, newer, place).where(mine).subquery()
+    beyond = sa.select(sa.func.max(counted.c.id)).where((counted.c.newer > keep_bytes) | (counted.c.place > keep))
+    conn.execute(table.delete().where(mine & (table.c.id <= beyond.scalar_subquery())))
 
 
 def run_of(row: Any) -> Run:
@@ -297,7 +306,7 @@ def _change_session(conn: Connection, tenant: str, session_id: str, **values: An
     return get_session(conn, tenant, session_id)
 
 
-def _session(row: Any) -> Session:
+def session_of(row: Any) -> Session:
     return Session(**{name: value for name, value in row._mapping.items() if name != "idempotency_key"})
 
 

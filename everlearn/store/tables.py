@@ -208,7 +208,8 @@ telemetry = sa.Table(
     _text("session_id"),
     sa.Column("body", sa.JSON, nullable=False),
     _time("created_at"),
-    sa.Index("telemetry_tenant", "tenant", "id"),
+    sa.Column("bytes", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Index("telemetry_tenant", "tenant", "id", "bytes"),
 )
 
 # A name of an adapter: `number` is the version that the bare name means now, `last_number` the highest ever given (never reused).

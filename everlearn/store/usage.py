@@ -47,6 +47,17 @@ class Line(msgspec.Struct, frozen=True):
     seconds: float
 
 
+class Hour(msgspec.Struct, frozen=True):
+    """Sums of one hour (UTC, counted from 1970-01-01) of the log's requests to one run or sampler."""
+
+    hour: int
+    kind: str
+    model_id: str
+    requests: int
+    tokens_in: int
+    tokens_out: int
+
+
 def day_of(time: float) -> int:
     return int(time // DAY)
 
@@ -84,8 +95,7 @@ def lines(conn: Connection, tenant: str, since: int, until: int) -> list[Line]:
 
 def of_log(conn: Connection, where: sa.ColumnElement[bool]) -> list[Line]:
     """The sums of the log's answered requests that match."""
-    days = requests.c.created_at / DAY
-    day = (sa.cast(sa.func.floor(days), sa.BigInteger) if conn.dialect.name == "postgresql" else sa.cast(days, sa.Integer)).label("day")
+    day = _since_1970(conn, DAY).label("day")
     key, subject = (
         sa.func.coalesce(requests.c.key_id, "").label("key"),
         sa.func.coalesce(requests.c.subject, requests.c.model_id).label("what"),
@@ -99,3 +109,22 @@ def of_log(conn: Connection, where: sa.ColumnElement[bool]) -> list[Line]:
         Line(tenant, int(number), key_id, what, kind, count, int(tokens_in), 0, int(tokens_out), float(took))
         for tenant, number, key_id, what, kind, count, tokens_in, tokens_out, took in conn.execute(query)
     ]
+
+
+def by_hour(conn: Connection, tenant: str, kinds: tuple[str, ...], start: float, end: float) -> list[Hour]:
+    """Sums of the tenant's answered requests of these kinds that are still in the log, accepted from `start` to `end`."""
+    hour = _since_1970(conn, 3600).label("hour")
+    sums = [sa.func.count(), *(sa.func.sum(column) for column in (requests.c.tokens_in, requests.c.tokens_out))]
+    where = (requests.c.tenant == tenant) & requests.c.kind.in_(kinds) & (requests.c.status == "done")
+    where &= requests.c.created_at.between(start, end)
+    query = sa.select(hour, requests.c.kind, requests.c.model_id, *sums).where(where).group_by(hour, requests.c.kind, requests.c.model_id)
+    return [
+        Hour(int(number), kind, model_id, count, int(tokens_in), int(tokens_out))
+        for number, kind, model_id, count, tokens_in, tokens_out in conn.execute(query)
+    ]
+
+
+def _since_1970(conn: Connection, seconds: int) -> sa.ColumnElement[int]:
+    """Whole stretches of `seconds` up to a request's acceptance. A cast cuts in SQLite and rounds in PostgreSQL."""
+    stretches = requests.c.created_at / seconds
+    return sa.cast(sa.func.floor(stretches), sa.BigInteger) if conn.dialect.name == "postgresql" else sa.cast(stretches, sa.Integer)

@@ -14,7 +14,7 @@ import pytest
 from everlearn.store import keys
 from everlearn.store.db import open_database
 from tests.live import LiveServer, start_server
-from tests.wire.raw import Raw
+from tests.wire.raw import Raw, batch, sample
 
 HI = [{"role": "user", "content": "hello, world!"}]
 
@@ -136,6 +136,38 @@ def test_models(client: Callable[..., openai.OpenAI]) -> None:
         ask(one)
     assert caught.value.param == "model"
     ask(client(models=["Qwen/Qwen3-8B"]))
+
+
+def test_models_of_tinkers_api(live: LiveServer) -> None:
+    """The limit binds training as well: whoever may use other models alone creates no run, trains none that is there, samples none."""
+    bound, free = Raw(live.url, "tiny", key=make_key(live, models=["support"])), Raw(live.url, "tiny", key=make_key(live))
+    run, sampler = free.create(), free.sampler()
+    saved = free.result(free.ok("/save_weights", model_id=run, seq_id=1, path="w")["request_id"])["path"]
+    new, session = {"session_id": bound.session, "model_seq_id": 0}, {"session_id": bound.session, "sampling_session_seq_id": 0}
+    adam = {"model_id": run, "adam_params": {"learning_rate": 1e-3}}
+    asked = [
+        ("/create_model", {**new, "base_model": "tiny", "lora_config": {"rank": 2}}),
+        ("/create_model", {**new, "base_model": "Qwen/Qwen3-8B", "lora_config": {"rank": 2}}),
+        ("/load_weights", {**new, "path": saved, "optimizer": False}),
+        ("/load_weights", {"model_id": run, "seq_id": 2, "path": saved, "optimizer": False}),
+        ("/optim_step", {**adam, "seq_id": 3}),
+        ("/save_weights", {"model_id": run, "seq_id": 4, "path": "x"}),
+        ("/save_weights_for_sampler", {"model_id": run, "seq_id": 5, "path": "y"}),
+        ("/create_sampling_session", {**session, "base_model": "tiny"}),
+        ("/create_sampling_session", {**session, "model_path": saved}),
+        ("/asample", sample(sampler, 0)),
+    ]
+    for route, body in asked:
+        reply = bound.post(route, **body)
+        assert reply.status_code == 403 and "may not use model" in reply.text and "support" in reply.text, (route, reply.text)
+    refused = bound.forward_backward(batch(run, 6).SerializeToString())
+    assert refused.status_code == 403 and refused.json()["error"]["param"] == "model"
+    free.result(free.ok("/optim_step", **adam, seq_id=7)["request_id"])  # the places of what was refused have passed
+    allowed = Raw(live.url, "tiny", key=make_key(live, models=["Qwen/Qwen3-8B"]))
+    other = allowed.create()
+    allowed.result(allowed.ok("/optim_step", model_id=other, adam_params={"learning_rate": 1e-3}, seq_id=1)["request_id"])
+    named = allowed.result(allowed.ok("/save_weights_for_sampler", model_id=other, seq_id=2, sampling_session_seq_id=4)["request_id"])
+    allowed.result(allowed.ok("/asample", **sample(named["sampling_session_id"], 0))["request_id"])
 
 
 def test_a_key_that_samples_reads_no_records(client: Callable[..., openai.OpenAI]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import pytest
 from fastapi.testclient import TestClient
 
 from everlearn.api.app import create_app
-from everlearn.store import keys, tables
+from everlearn.store import keys, records, tables
 from everlearn.store.db import open_database
 from tests.api.test_keys import OPEN, routes, settings
+from tests.store.test_records import record
 
 # The longest prefix decides; "METHOD prefix" where methods differ. Each route must be found here.
 WANTED = {
@@ -55,6 +57,7 @@ WANTED = {
     "DELETE /v1/adapters": "train",
     "/v1/capabilities": "train sample read",
     "/v1/records": "read",
+    "DELETE /v1/records": "sample",
     "/v1/usage": "read",
     "/v1/models": "train sample read",
     "/v1/": "sample",
@@ -112,3 +115,14 @@ def test_weights_of_others_need_a_key_that_reads(keyed: tuple[TestClient, dict[s
     body = {"source_path": "tinker://x:train:0/weights/a", "destination_project_id": "p", "weights_access_token": made["sample"]}
     reply = client.post("/api/v1/copy_weights", json=body, headers={"x-api-key": made["train"]})
     assert reply.status_code == 403 and "weights_access_token" in reply.text
+
+
+def test_a_key_that_only_reads_deletes_no_record(keyed: tuple[TestClient, dict[str, str]]) -> None:
+    client, made = keyed
+    kept = record(tenant="acme", created_at=time.time(), record_id=records.new_id())
+    client.app.state.services.records.add(kept)  # type: ignore[attr-defined]
+    path = f"/v1/records/{kept.record_id}"
+    for method, key, status in (("DELETE", "read", 403), ("DELETE", "train", 403), ("GET", "read", 200), ("GET", "sample", 403)):
+        assert client.request(method, path, headers={"x-api-key": made[key]}).status_code == status
+    assert client.delete(path, headers={"x-api-key": made["sample"]}).status_code == 204
+    assert client.get(path, headers={"x-api-key": made["read"]}).status_code == 404

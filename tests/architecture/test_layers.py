@@ -18,7 +18,13 @@ LEVELS = [
 LEVEL = {section: level for level, sections in enumerate(LEVELS) for section in sections}
 HEAVY = {"torch", "transformers", "safetensors.torch", "peft", "accelerate"}
 TENSOR_FREE = {"api", "store", "cli", "render", "planner", "demo", "types", "config", "errors", "faultpoints", "telemetry"}
-TENSOR_FREE_MODULES = {"everlearn.models.catalog", "everlearn.models.embedded", "everlearn.engine.protocol", "everlearn.losses.spec", "everlearn.losses.checks"}
+TENSOR_FREE_MODULES = {
+    "everlearn.models.catalog",
+    "everlearn.models.embedded",
+    "everlearn.engine.protocol",
+    "everlearn.losses.spec",
+    "everlearn.losses.checks",
+}
 
 
 def heavy(name: str) -> bool:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import random
+import sys
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -164,6 +167,53 @@ def test_when_all_threads_are_busy_for_good_requests_are_told_so(base: BaseModel
     grammars.seconds = 10.0
     again = compiled(grammars, busy[0].grammar)  # it was not the grammar's fault, so nothing is remembered of it
     assert again is not busy[0] and not isinstance(again.error, Unavailable)
+
+
+@contextlib.contextmanager
+def starved(grammars: Grammars, grammar: Grammar) -> Iterator[Compilation]:
+    """Compiles it as on a machine that is busy with other things: once the compiler has begun, its thread doesn't get the interpreter
+    back, because nothing in here lets go of it."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1_000.0)
+    try:
+        made = grammars.compile(grammar, "tenant")
+        while made.started == math.inf:
+            time.sleep(0.0001)
+        while not made.done:
+            grammars.tend()
+        yield made
+    finally:
+        sys.setswitchinterval(before)
+
+
+def test_a_grammar_that_was_late_on_a_busy_machine_is_tried_again(base: BaseModel) -> None:
+    grammars = Grammars(base, seconds=10.0, kept=100)
+    compiled(grammars, Grammar("regex", "warm"))
+    grammars.seconds, grammar = 0.3, dear("busy", 40)
+    with starved(grammars, grammar) as first:
+        assert isinstance(first.error, Unavailable) and "busy" in first.error.message
+        again = grammars.compile(grammar, "another")
+        assert again is not first and isinstance(again.error, Unavailable), "not twice at a time"
+        assert (grammars.lost, len(grammars.late)) == (1, 1)
+    grammars.seconds = 60.0
+    until(grammars, lambda: not grammars.lost)
+    compiles = grammars.compiles
+    found = grammars.compile(grammar, "another")
+    assert found.done and not isinstance(found.error, Unavailable) and grammars.compiles == compiles, "what its thread found is kept"
+    assert not grammars.late
+
+
+def test_a_grammar_that_takes_too_long_by_itself_is_found_out_on_a_busy_machine_too(base: BaseModel) -> None:
+    grammars = Grammars(base, seconds=10.0, kept=100)
+    needed = compiled(grammars, slow(100)).seconds
+    grammars.seconds, grammar = 0.6 * needed, slow(101)
+    with starved(grammars, grammar) as first:
+        assert isinstance(first.error, Unavailable)
+    until(grammars, lambda: not grammars.late)
+    found = grammars.compile(grammar, "another")
+    assert isinstance(found.error, InvalidRequest) and "engine.grammar_seconds" in found.error.message
+    until(grammars, lambda: not grammars.lost)
+    assert grammars.compile(grammar, "another") is found
 
 
 def test_equal_grammars_are_compiled_once(base: BaseModel) -> None:

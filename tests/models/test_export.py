@@ -11,7 +11,7 @@ import torch
 
 from everlearn.engine.adapter import TrainingAdapter
 from everlearn.engine.persist import State, lora_of, restore
-from everlearn.errors import Conflict, InternalError, InvalidRequest, NotFound, Unsupported
+from everlearn.errors import Conflict, Damaged, InvalidRequest, NotFound, Unsupported
 from everlearn.models import export, merge, parity, tensorfile
 from everlearn.models.catalog import read_info
 from everlearn.models.export import Adapter
@@ -194,7 +194,7 @@ def test_damaged_checkpoints_and_full_folders_are_refused(tiny_model: Path, tmp_
         Adapter(tmp_path)
     weights = tmp_path / "checkpoint" / "adapter.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
-    with pytest.raises(InternalError, match="damaged"):
+    with pytest.raises(Damaged, match="damaged"):
         Adapter(tmp_path / "checkpoint")
 
 

@@ -128,6 +128,28 @@ def test_without_tools_no_call_is_looked_for(name: str):
     assert reply.content == text and not reply.tool_calls and not reply.problems
 
 
+NESTS = [
+    '{"function": ', '{"name": "f", "arguments": ', '{"name": "f", "arguments": {}, "function": ', '{"type": "function", ', "[", '{"a": [', "f(a=(",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("opening", ["", "<tool_call>", "<tool_call>[", "<|python_tag|>", "<function=f>", "<|python_start|>[f(a="])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_reply_nested_deeper_than_any_stack_is_a_reply(name: str, opening: str):
+    for nest, depth in itertools.product(NESTS, (2, 3_000)):
+        text = f'{opening}{nest * depth}{{"name": "f", "arguments": {{}}}}{"}" * depth} and prose'
+        whole = FORMATS[name].parse(text)
+        assert plain(in_pieces(FORMATS[name], text, cut(text, list(range(0, len(text), 37))))) == plain(whole)
+
+
+@pytest.mark.parametrize("name", ["prompted", "hermes", "qwen3_coder"])
+def test_a_call_inside_of_one_function_is_read_and_deeper_ones_are_text(name: str):
+    call = '{"name": "f", "arguments": {"a": 1}}'
+    one, two = (FORMATS[name].parse(f'<tool_call>{{"function": {inner}}}</tool_call>') for inner in (call, f'{{"function": {call}}}'))
+    assert [(made.name, made.arguments) for made in one.tool_calls] == [("f", '{"a": 1}')] and not one.problems
+    assert not two.tool_calls and call in (two.content or "") and "inside of a function" in two.problems[0]
+
+
 def test_arguments_go_out_while_they_are_written():
     parser = FORMATS["hermes"].stream()
     assert parser.feed('<tool_call>\n{"name": "write_file", "arguments": ') == []

@@ -6,7 +6,7 @@ from typing import BinaryIO
 
 import pytest
 
-from everlearn.errors import InternalError, NotFound
+from everlearn.errors import Damaged, InternalError, NotFound
 from everlearn.store.folders import MANIFEST, complete_folders, read_manifest, remove_folder, sweep, verify_folder, write_folder
 
 
@@ -60,13 +60,13 @@ def test_damage_is_found_and_named(tmp_path: Path) -> None:
     final = tmp_path / "a@1"
     write_folder(final, {"x.bin": b"0123456789"}, {})
     (final / "x.bin").write_bytes(b"0123456780")
-    with pytest.raises(InternalError, match=r"x\.bin has 10 bytes"):
+    with pytest.raises(Damaged, match=r"x\.bin has 10 bytes"):
         verify_folder(final)
     (final / "x.bin").unlink()
-    with pytest.raises(InternalError, match="manifest lists"):
+    with pytest.raises(Damaged, match="manifest lists"):
         verify_folder(final)
     (final / MANIFEST).write_text("{")
-    with pytest.raises(InternalError, match="damaged"):
+    with pytest.raises(Damaged, match="damaged"):
         read_manifest(final)
     with pytest.raises(NotFound):
         verify_folder(tmp_path / "nowhere")

@@ -95,3 +95,23 @@ def test_telemetry_is_bounded(db: Database) -> None:
         future.result(30)
     count = db.read(lambda conn: conn.execute(sa.select(sa.func.count()).select_from(tables.telemetry)).scalar_one())
     assert 20 <= count < 120
+
+
+def test_telemetry_is_bounded_by_bytes_too(db: Database) -> None:
+    def held(tenant: str) -> tuple[int, int]:
+        table = tables.telemetry
+        return tuple(
+            db.read(lambda conn: conn.execute(sa.select(sa.func.count(), sa.func.sum(table.c.bytes)).where(table.c.tenant == tenant)).one())
+        )
+
+    do(db, lambda conn: runs.add_telemetry(conn, "b", "s", {"n": 0}))
+    for n in range(30):
+        do(db, lambda conn, n=n: runs.add_telemetry(conn, "a", "s", {"n": n, "text": "x" * 10_000}, keep_bytes=100_000))
+    count, size = held("a")
+    assert count == 9 and 90_000 < size <= 100_000 and held("b") == (1, 7)
+    newest = db.read(lambda conn: conn.execute(sa.select(tables.telemetry.c.body).where(tables.telemetry.c.tenant == "a")).scalars().all())
+    assert sorted(body["n"] for body in newest) == list(range(21, 30))
+    for n in range(1_000):
+        db.write(lambda conn, n=n: runs.add_telemetry(conn, "a", "s", {"n": n, "text": "x" * 100}, keep_bytes=100_000))
+    do(db, lambda conn: None)
+    assert held("a")[1] <= 100_000 + 100 * 1_000

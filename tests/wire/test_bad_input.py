@@ -236,6 +236,19 @@ def test_paths_that_lead_nowhere_are_refused_everywhere(raw: Raw, run: str, path
     assert raw.post("/create_sampling_session", **body).status_code == status
 
 
+def test_a_damaged_checkpoint_is_a_permanent_error_of_its_own(raw: Raw, run: str, server: LiveServer) -> None:
+    """The SDK sends what ends in a 5xx again, for minutes."""
+    saved = raw.result(raw.ok("/save_weights", model_id=run, seq_id=number(run), path="spoilt")["request_id"])["path"]
+    (file,) = [path for path in (server.home / "checkpoints").rglob("adapter.safetensors") if "spoilt" in str(path)]
+    file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
+    before = raw.http.get("/training_runs").json()["cursor"]["total_count"]
+    refused(raw.post("/copy_weights", source_path=saved, destination_project_id="p"), 400, "damaged")
+    assert raw.post("/copy_weights", source_path=saved, destination_project_id="p").json()["error"]["code"] == "damaged"
+    assert raw.http.get("/training_runs").json()["cursor"]["total_count"] == before, "no run is left of a copy that never was"
+    archive = raw.http.get(f"/training_runs/{run}/checkpoints/weights/spoilt/archive", follow_redirects=False)
+    assert archive.status_code == 400 and archive.json()["error"]["code"] == "damaged", archive.text
+
+
 def test_loading_asks_for_what_the_checkpoint_has(raw: Raw, run: str) -> None:
     saved = raw.result(raw.ok("/save_weights_for_sampler", model_id=run, seq_id=number(run), path="s")["request_id"])["path"]
     refused(raw.post("/load_weights", model_id=run, seq_id=number(run), path=saved, optimizer=True), 400, "optimizer")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import signal
 import threading
 import time
@@ -193,5 +194,5 @@ def test_metrics_have_the_names_that_dashboards_ask_for(server) -> None:
         "num_preemptions_total", "request_prompt_tokens_sum", "request_generation_tokens_sum", "request_params_n_count",
         "request_params_max_tokens_count", "request_decode_time_seconds_count",
     ):  # fmt: skip
-        assert f'vllm:{name}{{model_name="tiny"' in found or f"vllm:{name}{{" in found, name
+        assert re.search(rf'^vllm:{name}{{[^}}\n]*model_name="tiny"', found, re.M), name
     assert 'vllm:request_success_total{finished_reason="length",model_name="tiny"}' in found

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import io
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,16 +15,18 @@ import httpx
 import openai
 import pytest
 import tinker
+from PIL import Image
 from tinker import types
 from tokenizers import Tokenizer
 
 from tests.live import KEY, LiveServer, start_server
 from tests.tiny_vision import make_tiny_vision_model, picture, row_of
+from tests.wire.raw import Raw
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
 QUESTION = "what is it?"
-PAIRS = [(picture(seed, 32 + 16 * (seed % 3), 32), f"{seed * 37 % 100:02}") for seed in range(32)]
+PAIRS = [(picture(seed, 32 + 16 * (seed % 3), 32), f"{seed * 37 % 100:02}") for seed in range(72)]
 
 
 @pytest.fixture(scope="module")
@@ -191,3 +196,38 @@ def test_words_for_image_tokens_are_only_words(seeing: LiveServer):
     messages.insert(0, {"role": "assistant", "content": "<|image_pad|>"})
     with pytest.raises(openai.BadRequestError, match="makes 2 places"):
         client.chat.completions.create(model="tiny", messages=messages, max_tokens=1)
+
+
+@pytest.mark.parametrize("api", ["chat", "sample"])
+def test_images_that_wait_to_be_decoded_hold_nobody_else_up(seeing: LiveServer, api: str):
+    """More large images than the server has threads: whoever asks for something else meanwhile waits for none of them."""
+    file = io.BytesIO()
+    Image.effect_noise((256, 256), 90).resize((3000, 3000)).convert("RGB").save(file, "JPEG", quality=30)
+    sampler, image = Raw(seeing.url, "tiny").sampler(), base64.b64encode(file.getvalue()).decode()
+    chunks = [{"type": "image", "format": "jpeg", "data": image}]
+    content = [{"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{image}"}}]
+
+    async def ask(client: httpx.AsyncClient, number: int) -> int:
+        if api == "chat":
+            body = {"model": "tiny", "messages": [{"role": "user", "content": content}], "max_tokens": 1}
+            return (await client.post("/v1/chat/completions", json=body)).status_code
+        params = {"sampling_params": {"max_tokens": 1}, "sampling_session_id": sampler, "seq_id": 1000 + number}
+        return (await client.post("/api/v1/asample", json={"prompt": {"chunks": chunks}} | params)).status_code
+
+    async def crowd() -> tuple[list[float], int, list[int]]:
+        async with httpx.AsyncClient(base_url=seeing.url, headers={"x-api-key": KEY}, timeout=300) as client:
+            waiting = [asyncio.create_task(ask(client, number)) for number in range(72)]
+            seconds = []
+            await asyncio.sleep(0.5)
+            for _ in range(5):
+                started = time.monotonic()
+                assert (await client.get("/v1/records", params={"limit": 1})).status_code == 200
+                seconds.append(time.monotonic() - started)
+            unfinished = sum(not task.done() for task in waiting)
+            return seconds, unfinished, await asyncio.gather(*waiting)
+
+    started = time.monotonic()
+    seconds, unfinished, statuses = asyncio.run(crowd())
+    took = time.monotonic() - started
+    assert set(statuses) == {200} and unfinished, "the images have to take longer than what is asked meanwhile"
+    assert max(seconds) < took / 4, (seconds, took)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections import Counter
+from collections.abc import Sized
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 
-import sqlalchemy as sa
 from fastapi import APIRouter, Request, Response
 from sqlalchemy import Connection
 
@@ -16,7 +17,9 @@ from everlearn.api.services import services
 from everlearn.api.tinker import forms
 from everlearn.api.tinker.rest import iso
 from everlearn.errors import InvalidRequest, NotFound
-from everlearn.store import checkpoints, keys, runs, tables
+from everlearn.store import checkpoints, keys, runs, sessions
+from everlearn.store import usage as totals
+from everlearn.store.sessions import Status, Wanted
 
 router = APIRouter(prefix="/api/v1", tags=["tinker: account"])
 
@@ -26,6 +29,9 @@ LIVE_SECONDS = 120.0
 EVENT_TYPES = ("all", "checkpoints", "projects", "teams", "organizations")
 EVENT_OF = {"forward_backward": "training", "sample": "sampling_prefill", "save": "checkpoint", "publish": "checkpoint"}
 STATUSES = ("active", "cancelled", "failed", "client_finished")
+OWNERS = ("own", "accessible", "user")
+MAX_OWNERS = 10
+MAX_TERMS = 64  # projects, pairs of metadata, words, or states with their reasons, of one search
 
 
 @router.get("/auth/apikey/me")
@@ -62,25 +68,17 @@ async def usage_events(request: Request, starting_on: datetime, ending_before: d
 
 
 def _usage(conn: Connection, owner: str, start: float, end: float) -> dict[str, Any]:
-    table = tables.requests
-    where = (table.c.tenant == owner) & table.c.kind.in_(EVENT_OF) & (table.c.status == "done")
-    query = sa.select(*table.c["kind", "model_id", "tokens_in", "tokens_out", "created_at"])
-    amounts: Counter[tuple[float, str, str]] = Counter()
-    for kind, model_id, tokens_in, tokens_out, created_at in conn.execute(query.where(where & table.c.created_at.between(start, end))):
-        place = (created_at - created_at % 3600, model_id.split(":", 1)[0])
-        amounts[*place, EVENT_OF[kind]] += 1 if EVENT_OF[kind] == "checkpoint" else tokens_in
-        if kind == "sample":
-            amounts[*place, "sampling_sample"] += tokens_out
-    sessions = {session_id: _session_attributes(conn, owner, session_id) for _, session_id, _ in amounts}
-    events = [_event(hour, session_id, kind, amount) for (hour, session_id, kind), amount in sorted(amounts.items())]
-    return {"data": events, "sessions": sessions, "cost_data_through": None}
-
-
-def _session_attributes(conn: Connection, owner: str, session_id: str) -> dict[str, Any]:
-    try:
-        return {"user_metadata": runs.get_session(conn, owner, session_id).user_metadata}
-    except NotFound:
-        return {"user_metadata": None}
+    amounts: Counter[tuple[int, str, str]] = Counter()
+    for line in totals.by_hour(conn, owner, tuple(EVENT_OF), start, end):
+        place = (line.hour, line.model_id.split(":", 1)[0])
+        amounts[*place, EVENT_OF[line.kind]] += line.requests if EVENT_OF[line.kind] == "checkpoint" else line.tokens_in
+        if line.kind == "sample":
+            amounts[*place, "sampling_sample"] += line.tokens_out
+    ids = {session_id for _, session_id, _ in amounts}
+    known = sessions.metadata_of(conn, owner, ids)
+    attributes = {session_id: {"user_metadata": known.get(session_id)} for session_id in sorted(ids)}
+    events = [_event(hour * 3600, session_id, kind, amount) for (hour, session_id, kind), amount in sorted(amounts.items())]
+    return {"data": events, "sessions": attributes, "cost_data_through": None}
 
 
 def _event(hour: float, session_id: str, kind: str, amount: int) -> dict[str, Any]:
@@ -131,30 +129,61 @@ async def audit(request: Request, event_type: str = "all", day: date | None = No
 @router.post("/sessions/search", dependencies=READS)
 async def search_sessions(request: Request) -> dict[str, Any]:
     form = await forms.read(request, forms.SearchSessions)
+    owner = tenant(request)
+    wanted, after = _wanted(form), None
+    if form.cursor is not None:
+        after = (_moment(form.cursor.last_created_at).timestamp(), form.cursor.last_session_id)
+    if not _own(form.owner, owner):
+        return {"sessions": [], "next_cursor": None}
+    return await services(request).read(lambda conn: _search(conn, owner, wanted, form.limit, after))
+
+
+def _search(conn: Connection, owner: str, wanted: Wanted, limit: int, after: sessions.Place | None) -> dict[str, Any]:
+    found = sessions.search(conn, owner, wanted, limit + 1, after)
+    page, following = found[:limit], None
+    if len(found) > limit:
+        following = {"last_created_at": iso(page[-1].created_at), "last_session_id": page[-1].session_id}
+    saved = sessions.saved_of(conn, owner, (item.session_id for item in page), time.time())
+    return {"sessions": [_summary(item, *saved.get(item.session_id, (0, 0))) for item in page], "next_cursor": following}
+
+
+def _own(form: forms.SearchOwner | None, owner: str) -> bool:
+    """Whether the tenant's own sessions are among those that are asked for. Nobody is shown others' sessions, so "accessible" means
+    one's own, and of a list of owners one's own alone, which is called as in every answer."""
+    if form is None or form.type in ("own", "accessible"):
+        if form is not None and form.owner_urns:
+            raise InvalidRequest(
+                f"owner.owner_urns belongs to owner.type 'user', not to {form.type!r}; leave it out", param="owner.owner_urns"
+            )
+        return True
+    if form.type != "user":
+        raise InvalidRequest(f"owner.type is {form.type[:60]!r}; it must be one of {', '.join(OWNERS)}", param="owner.type")
+    if not 1 <= len(form.owner_urns) <= MAX_OWNERS:
+        raise InvalidRequest(f"owner.owner_urns names {len(form.owner_urns)}; it must be 1 to {MAX_OWNERS}", param="owner.owner_urns")
+    return owner in form.owner_urns
+
+
+def _wanted(form: forms.SearchSessions) -> Wanted:
     if not 1 <= form.limit <= 200:
         raise InvalidRequest(f"limit is {form.limit}; it must lie in 1..200", param="limit")
     if unknown := [status.type for status in form.statuses or [] if status.type not in STATUSES]:
-        raise InvalidRequest(f"statuses holds {unknown[0]!r}; each must be one of {', '.join(STATUSES)}", param="statuses")
-    owner = tenant(request)
-    return await services(request).read(lambda conn: _search(conn, owner, form))
-
-
-def _search(conn: Connection, owner: str, form: forms.SearchSessions) -> dict[str, Any]:
-    found, _ = runs.list_sessions(conn, owner, 2**31 - 1)
-    found = sorted((item for item in found if _matches(item, form)), key=_place, reverse=True)
-    if form.cursor is not None:
-        after = (_moment(form.cursor.last_created_at), form.cursor.last_session_id)
-        found = [item for item in found if _place(item) < after]
-    page = found[: form.limit]
-    following = None
-    if len(found) > len(page):
-        following = {"last_created_at": iso(page[-1].created_at), "last_session_id": page[-1].session_id}
-    return {"sessions": [_summary(conn, owner, item) for item in page], "next_cursor": following}
-
-
-def _place(session: runs.Session) -> tuple[datetime, str]:
-    """Where it stands in the order, to the microsecond that a cursor can carry."""
-    return datetime.fromtimestamp(session.created_at, UTC), session.session_id
+        raise InvalidRequest(f"statuses holds {unknown[0][:60]!r}; each must be one of {', '.join(STATUSES)}", param="statuses")
+    words = None if form.display_name is None else tuple(form.display_name.lower().split())
+    given: dict[str, Sized | None] = {"project_ids": form.project_ids, "user_metadata": form.user_metadata, "display_name": words}
+    given["statuses"] = [reason for status in form.statuses or () for reason in (status.type, *(status.reasons or ()))]
+    for name, items in given.items():
+        if len(items or ()) > MAX_TERMS:
+            raise InvalidRequest(f"{name} asks for {len(items or ())} things; a search takes {MAX_TERMS} at most", param=name)
+    statuses = None
+    if form.statuses is not None:
+        alive_since = time.time() - LIVE_SECONDS
+        statuses = tuple(
+            Status(status.type == "client_finished", alive_since, tuple(status.reasons or ()))
+            for status in form.statuses
+            if status.type == "client_finished" or (status.type == "active" and not status.reasons)
+        )
+    projects = None if form.project_ids is None else tuple(form.project_ids)
+    return Wanted(form.session_id, words, projects, form.user_metadata, statuses)
 
 
 def _moment(text: str) -> datetime:
@@ -165,24 +194,6 @@ def _moment(text: str) -> datetime:
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
-def _matches(session: runs.Session, form: forms.SearchSessions) -> bool:
-    if form.project_ids is not None and session.project_id not in form.project_ids:
-        return False
-    have = session.user_metadata or {}
-    if any(have.get(key) != value for key, value in form.user_metadata.items()):
-        return False
-    if form.session_id is not None or form.display_name is not None:
-        words = (form.display_name or "").lower().split()
-        by_name = bool(words) and all(word in (session.display_name or "").lower() for word in words)
-        if not (by_name or session.session_id == form.session_id):
-            return False
-    status = _status(session)
-    return form.statuses is None or any(
-        status is not None and wanted.type == status["type"] and (not wanted.reasons or session.finish_reason in wanted.reasons)
-        for wanted in form.statuses
-    )
-
-
 def _status(session: runs.Session) -> dict[str, Any] | None:
     """None: neither finished nor heard of lately."""
     if session.state == "finished":
@@ -191,17 +202,15 @@ def _status(session: runs.Session) -> dict[str, Any] | None:
     return {"type": "active"} if alive else None
 
 
-def _summary(conn: Connection, owner: str, session: runs.Session) -> dict[str, Any]:
-    run_ids, _ = runs.session_children(conn, owner, session.session_id)
-    saved = [item for run_id in run_ids for item in checkpoints.list_checkpoints(conn, owner, run_id)[0]]
+def _summary(session: runs.Session, checkpoints_count: int, checkpoint_bytes: int) -> dict[str, Any]:
     return {
         "session_id": session.session_id,
         "created_at": iso(session.created_at),
-        "owner": owner,
+        "owner": session.tenant,
         "project_id": session.project_id or "",
         "status": _status(session),
-        "checkpoints_count": len(saved),
+        "checkpoints_count": checkpoints_count,
         "display_name": session.display_name,
         "user_metadata": session.user_metadata,
-        "checkpoint_storage_bytes": sum(item.bytes for item in saved),
+        "checkpoint_storage_bytes": checkpoint_bytes,
     }

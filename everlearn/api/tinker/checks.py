@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from everlearn.api import bounds
 from everlearn.api.images import ImageReader
 from everlearn.api.tinker import codec_json, forms, tensors
 from everlearn.api.tinker.codec import ForwardBackwardCall, Row
@@ -53,6 +54,20 @@ def ttl(value: float | None) -> float | None:
             f"ttl_seconds is {value}; it must lie between 3600 (an hour) and {MAX_TTL} (ten years), or be absent", param="ttl_seconds"
         )
     return value
+
+
+def text(value: str | None, name: str, most: int = bounds.MAX_SESSION_CHARS) -> str | None:
+    if value is not None and len(value) > most:
+        raise InvalidRequest(f"{name} has {len(value)} characters; it may have {most}: shorten it", param=name)
+    return value
+
+
+def tags(values: list[str]) -> list[str]:
+    if len(values) > bounds.MAX_TAGS:
+        raise InvalidRequest(f"tags holds {len(values)}; a session may have {bounds.MAX_TAGS}: send fewer", param="tags")
+    for place, value in enumerate(values):
+        text(value, f"tags[{place}]", bounds.MAX_TAG_CHARS)
+    return values
 
 
 def metadata(value: dict[str, Any] | None, name: str = "user_metadata") -> dict[str, str] | None:

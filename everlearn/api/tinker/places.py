@@ -67,7 +67,7 @@ async def read(request: Request, form: type[forms.F]) -> forms.F:
 async def keep(request: Request, place: Place | None, content: bytes, error: UserError) -> None:
     """Lets `place` pass; `content` is what a repetition of the request will be known by."""
     if place is not None and storable(place[0]) and 1 <= place[1] <= checks.MAX_SEQ:
-        await Ticket(services(request), auth.tenant(request), *place, checks.fingerprint(content)).refuse(error)
+        await Ticket(services(request), auth.caller(request), *place, checks.fingerprint(content)).refuse(error)
 
 
 async def keep_of_refused(scope: Scope, ends: Ends, error: EverlearnError) -> None:

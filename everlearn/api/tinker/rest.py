@@ -188,6 +188,7 @@ async def set_project(request: Request, session_id: str) -> Response:
     form = await forms.read(request, forms.Project)
     if not form.project_id:
         raise InvalidRequest("project_id is empty; name the project", param="project_id")
+    checks.text(form.project_id, "project_id")
     owner = tenant(request)
     await services(request).write(lambda conn: runs.set_project(conn, owner, session_id, form.project_id))
     return Response(status_code=204)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -17,6 +16,7 @@ from everlearn.api.tinker.paths import base_model_of, parse_source
 from everlearn.api.tinker.recordings import pack_prompt, sequence_ids
 from everlearn.engine import protocol
 from everlearn.errors import InvalidRequest, TooLarge
+from everlearn.render.images import look_at
 from everlearn.store import checkpoints, runs
 from everlearn.store.log import Entry
 from everlearn.types import Array, BaseModelInfo, SampleResult
@@ -37,6 +37,7 @@ async def create_sampling_session(request: Request) -> dict[str, Any]:
         target = {"base_model": form.base_model, "kind": "base"}
     else:
         raise InvalidRequest("neither base_model nor model_path is given; a sampler needs one of them", param="base_model")
+    svc.limiter.check_model(caller(request), target.get("model_path") or target["base_model"])
     sampler = await svc.write(
         lambda conn: runs.create_sampler(conn, owner, session_id=form.session_id, seq=form.sampling_session_seq_id, **target)
     )
@@ -141,7 +142,8 @@ async def sampler_of(svc: Services, owner: str, sampler_id: str) -> runs.Sampler
 async def read(
     svc: Services, owner: str, sampler: runs.Sampler, form: forms.SampleForm, request_id: str
 ) -> tuple[protocol.Sample, dict[str, Any]]:
-    """`build`, in a thread if there are images; those that the prompt gives an address of are fetched first, and logged like others."""
+    """`build`, in a thread for images if there are any. Those that the prompt gives an address of are fetched first, and logged like
+    others."""
     if not codec_json.shows_images(form.prompt):
         return build(svc, owner, sampler, form, request_id, {})
     reader = ImageReader(svc.catalog.resolve(sampler.base_model), svc.settings.images)
@@ -153,7 +155,7 @@ async def read(
             fetched[i] = await load(chunk.location, svc.settings.images, place)
             if sum(map(len, fetched.values())) > svc.settings.api.max_body_bytes:
                 raise TooLarge(f"{place}: the prompt's images have more bytes than a request may have (api.max_body_bytes)", param=place)
-    return await asyncio.to_thread(build, svc, owner, sampler, form, request_id, fetched)
+    return await look_at(build, svc, owner, sampler, form, request_id, fetched)
 
 
 def build(

@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from everlearn.api import bounds
 from everlearn.api.auth import tenant
 from everlearn.api.services import services
 from everlearn.api.tinker import checks, forms
@@ -59,13 +60,15 @@ async def get_server_capabilities(request: Request) -> dict[str, Any]:
 @router.post("/create_session")
 async def create_session(request: Request) -> dict[str, Any]:
     form = await forms.read(request, forms.CreateSession)
-    metadata = checks.metadata(form.user_metadata)
-    owner, key = tenant(request), request.headers.get("x-idempotency-key")
+    metadata, tags = checks.metadata(form.user_metadata), checks.tags(form.tags)
+    for name in ("sdk_version", "project_id", "display_name"):
+        checks.text(getattr(form, name), name)
+    owner, key = tenant(request), checks.text(request.headers.get("x-idempotency-key"), "x-idempotency-key")
     session = await services(request).write(
         lambda conn: runs.create_session(
             conn,
             owner,
-            tags=form.tags,
+            tags=tags,
             user_metadata=metadata,
             sdk_version=form.sdk_version,
             project_id=form.project_id,
@@ -91,6 +94,7 @@ async def finish_session(request: Request, session_id: str) -> Response:
     form = await forms.read(request, forms.FinishSession, strict=False)
     if form.reason.type not in FINISH_REASONS:
         raise InvalidRequest(f"reason.type is {form.reason.type!r}; it must be one of {', '.join(FINISH_REASONS)}", param="reason.type")
+    checks.text(form.detail, "detail", bounds.MAX_DETAIL_CHARS)
     owner = tenant(request)
     await services(request).write(lambda conn: runs.finish_session(conn, owner, session_id, form.reason.type, form.detail))
     return Response(status_code=204)

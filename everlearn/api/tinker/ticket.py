@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
+from everlearn.api.auth import Caller
 from everlearn.api.dispatch import Loggable
 from everlearn.api.services import Services
 from everlearn.errors import BY_CODE, EverlearnError, UserError
@@ -25,18 +26,24 @@ class Ticket:
     """`seq` 0 creates the run: what is refused then has no run whose order it could hold up, and leaves nothing behind."""
 
     svc: Services
-    tenant: str
+    caller: Caller
     model_id: str
     seq: int
     fingerprint: str
+
+    @property
+    def tenant(self) -> str:
+        return self.caller.tenant
 
     @property
     def request_id(self) -> str:
         return f"{self.model_id}:{self.seq}"
 
     async def run(self) -> runs.Run:
-        """The training run, which must be the tenant's."""
-        return await self.svc.read(lambda conn: runs.get_run(conn, self.tenant, self.model_id))
+        """The training run, which must be the tenant's, on a base model that the caller's key may use."""
+        run = await self.svc.read(lambda conn: runs.get_run(conn, self.tenant, self.model_id))
+        self.svc.limiter.check_model(self.caller, run.base_model)
+        return run
 
     async def answer(self, prepare: Callable[[], Awaitable[Prepared]]) -> dict[str, Any]:
         """Logs durably what `prepare` makes, and answers with a future. A UserError of `prepare` takes the request's place instead,

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter, Request
 
-from everlearn.api.auth import is_loopback, tenant
+from everlearn.api.auth import caller, is_loopback, tenant
 from everlearn.api.images import ImageReader
 from everlearn.api.services import Services, services
 from everlearn.api.tinker import checks, codec, codec_json, forms, places
@@ -20,6 +20,7 @@ from everlearn.api.tinker.ticket import Prepared, Ticket
 from everlearn.engine import protocol
 from everlearn.errors import InvalidRequest, UserError
 from everlearn.losses import spec
+from everlearn.render.images import look_at
 from everlearn.store import runs
 from everlearn.types import BaseModelInfo
 
@@ -34,11 +35,12 @@ async def create_model(request: Request) -> dict[str, Any]:
     svc, owner = services(request), tenant(request)
     checks.whole(form.model_seq_id, "model_seq_id")
     run_id = runs.run_id(form.session_id, form.model_seq_id)
-    ticket = Ticket(svc, owner, run_id, 0, checks.fingerprint(form))
+    ticket = Ticket(svc, caller(request), run_id, 0, checks.fingerprint(form))
 
     async def prepare() -> Prepared:
         checks.optimizer_config(form.optimizer_config)
         info = svc.catalog.resolve(form.base_model)
+        svc.limiter.check_model(ticket.caller, form.base_model)
         lora = checks.lora(form.lora_config, svc.settings, info)
         await svc.read(lambda conn: runs.get_session(conn, owner, form.session_id))
         command = protocol.Create(request_id=ticket.request_id, model_id=run_id, tenant=owner, base=info.name, lora=lora)
@@ -122,7 +124,7 @@ async def forward_backward_json(request: Request, body: bytes, *, forward_only: 
 
 
 def open_ticket(request: Request, model_id: str, seq_id: int | None, fingerprint: str) -> Ticket:
-    return Ticket(services(request), tenant(request), forms.text_of(model_id, "model_id"), checks.seq(seq_id), fingerprint)
+    return Ticket(services(request), caller(request), forms.text_of(model_id, "model_id"), checks.seq(seq_id), fingerprint)
 
 
 async def submit_batch(
@@ -136,7 +138,7 @@ async def submit_batch(
             call = decode(ImageReader(info, ticket.svc.settings.images))
             return call, checks.data(call, info)
 
-        call, config = await asyncio.to_thread(checked) if shows_images else await aside(body, checked)
+        call, config = await look_at(checked) if shows_images else await aside(body, checked)
         if spec.spec_of(call.loss_fn).spans:
             call = msgspec.structs.replace(call, data=await attach_recordings(ticket.svc, ticket.tenant, call.data))
         command = protocol.ForwardBackward(

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter, Request
 
-from everlearn.api.auth import tenant
+from everlearn.api.auth import caller, tenant
 from everlearn.api.services import Services, services
 from everlearn.api.tinker import checks, forms, places
 from everlearn.api.tinker.paths import checkpoint_of, run_of
@@ -43,7 +43,7 @@ async def save(
     metadata: dict[str, str] | None,
 ) -> dict[str, Any]:
     svc = services(request)
-    ticket = Ticket(svc, tenant(request), form.model_id, checks.seq(form.seq_id), checks.fingerprint(form))
+    ticket = Ticket(svc, caller(request), form.model_id, checks.seq(form.seq_id), checks.fingerprint(form))
 
     async def prepare() -> Prepared:
         if isinstance(form, forms.SaveExternal) and form.age_encryption_recipients:
@@ -82,7 +82,7 @@ async def save_weights_for_sampler(request: Request) -> dict[str, Any]:
     """Persistent under a name (`path`), or ephemeral: a sampler (`sampling_session_seq_id`) whose weights have no name."""
     form = await places.read(request, forms.SaveForSampler)
     svc = services(request)
-    ticket = Ticket(svc, tenant(request), form.model_id, checks.seq(form.seq_id), checks.fingerprint(form))
+    ticket = Ticket(svc, caller(request), form.model_id, checks.seq(form.seq_id), checks.fingerprint(form))
 
     async def prepare() -> Prepared:
         check_sampler_form(form)
@@ -133,7 +133,7 @@ async def load_weights(request: Request) -> dict[str, Any]:
 
 async def load_into(request: Request, form: forms.LoadWeights) -> dict[str, Any]:
     svc = services(request)
-    ticket = Ticket(svc, tenant(request), form.model_id or "", checks.seq(form.seq_id), checks.fingerprint(form))
+    ticket = Ticket(svc, caller(request), form.model_id or "", checks.seq(form.seq_id), checks.fingerprint(form))
 
     async def prepare() -> Prepared:
         if form.optimizer_config is not None or form.base_model is not None:
@@ -152,7 +152,7 @@ async def load_into_new(request: Request, form: forms.LoadWeights) -> dict[str, 
     if form.session_id is None or form.model_seq_id is None:
         raise InvalidRequest("a new run needs both session_id and model_seq_id", param="session_id")
     session_id, number = form.session_id, checks.whole(form.model_seq_id, "model_seq_id")
-    ticket = Ticket(svc, owner, runs.run_id(session_id, number), 0, checks.fingerprint(form))
+    ticket = Ticket(svc, caller(request), runs.run_id(session_id, number), 0, checks.fingerprint(form))
 
     async def prepare() -> Prepared:
         checks.optimizer_config(form.optimizer_config)
@@ -161,6 +161,7 @@ async def load_into_new(request: Request, form: forms.LoadWeights) -> dict[str, 
         base_model = form.base_model or source.base_model
         if svc.catalog.resolve(base_model).name != svc.catalog.resolve(source.base_model).name:
             raise InvalidRequest(f"{form.path} belongs to base model {source.base_model!r}, not to {base_model!r}", param="base_model")
+        svc.limiter.check_model(ticket.caller, base_model)
         run = msgspec.structs.replace(source, run_id=ticket.model_id, tenant=owner, base_model=base_model)
         meta = {
             "folder": checkpoint.folder,
