@@ -3,8 +3,11 @@
     SL:dbaf=bdfa      sort, then rotate left: abdf, bdfa
 
 A problem is one to three operations, a colon, letters, and an equals sign; the answer ends with a token of its own. The base model
-is trained on single operations and on most pairs (`COMMON`). `SHIFTED` are pairs that it never saw, made of operations that it knows:
-the new task. Letters whose checksum falls in one bucket of eight are never trained on by anyone, so tests see only unseen strings.
+is trained on `COMMON`: single operations, and all pairs but four. The `SHIFTED` task is chains of three, of which it never saw one:
+the 13 of 64 that it gets right more than one time in twenty and less than six in ten (drawn at temperature 1, on strings that
+aren't held out), so that rewards have something to start from. The pairs that were left out, `UNSEEN`, nobody ever trains on.
+
+Letters whose checksum falls in one bucket of eight are held out of all training, so tests see only unseen strings.
 """
 
 from __future__ import annotations
@@ -28,9 +31,10 @@ OPERATIONS = {
     "N": lambda text: "".join(LETTERS[(LETTERS.index(letter) + 1) % len(LETTERS)] for letter in text),
     "L": lambda text: text[1:] + text[:1],
 }
-SHIFTED = ("SR", "RN", "NL", "LR")
-COMMON = (*OPERATIONS, *(pair for first, second in product(OPERATIONS, repeat=2) if (pair := first + second) not in SHIFTED))
-TASKS = {"common": COMMON, "shifted": SHIFTED}
+UNSEEN = ("SR", "RN", "NL", "LR")
+COMMON = (*OPERATIONS, *(pair for first, second in product(OPERATIONS, repeat=2) if (pair := first + second) not in UNSEEN))
+SHIFTED = ("LSL", "LSN", "NLN", "NRL", "RLL", "RLN", "RSL", "RSN", "SLL", "SLN", "SNL", "SNS", "SRR")
+TASKS = {"common": COMMON, "shifted": SHIFTED, "unseen": UNSEEN}
 
 END, UNKNOWN = "<|end|>", "?"
 VOCABULARY = (END, UNKNOWN, ":", "=", *OPERATIONS, *LETTERS)

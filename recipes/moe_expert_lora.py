@@ -49,13 +49,13 @@ class Lesson:
     learning_rate: float
     rank: int = 8
     group: int = 8
-    every: int = 10
+    every: int = 9
     seed: int = 0
     chains: tuple[str, ...] = chains.SHIFTED
 
 
-SFT = Lesson(steps=60, batch=32, learning_rate=1e-3)
-GRPO = Lesson(steps=60, batch=16, learning_rate=1e-3)
+SFT = Lesson(steps=45, batch=32, learning_rate=2e-3)
+GRPO = Lesson(steps=45, batch=16, learning_rate=2e-3)
 
 
 def open_training(service: Any, model: str, on: str, lesson: Lesson) -> Any:
@@ -81,8 +81,8 @@ def accuracy(sampler: Any, problems: Sequence[chains.Problem]) -> float:
     return sum(is_right(group[0], problem) for group, problem in zip(drawn, problems, strict=True)) / len(problems)
 
 
-def measure_both(num: int) -> Measure:
-    """Accuracy of the likeliest answers on held-out strings: of the shifted task, and of the task that the model came with."""
+def measure_tasks(num: int) -> Measure:
+    """Accuracy of each task on held-out strings, by the likeliest answers."""
     held = {name: chains.problems(of, num, random.Random(7), held_out=True) for name, of in chains.TASKS.items()}
     return lambda sampler: {name: accuracy(sampler, problems) for name, problems in held.items()}
 
@@ -166,9 +166,9 @@ def compare(output: Any, drawn_logprobs: Sequence[list[float]]) -> Row:
 
 
 def agreement(training: Any, num: int = 64, group: int = 4) -> Row:
-    """Answers to problems of both tasks, drawn and then scored by the trainer with the same weights."""
+    """Answers to problems of all tasks, drawn and then scored by the trainer with the same weights."""
     sampler = training.save_weights_and_get_sampling_client().result()
-    problems = chains.problems([*chains.COMMON, *chains.SHIFTED], num, random.Random(11), held_out=True)
+    problems = chains.problems([*chains.COMMON, *chains.SHIFTED, *chains.UNSEEN], num, random.Random(11), held_out=True)
     groups = draw(sampler, problems, group, 1.0, 17)
     drawn = [(problem, sequence) for problem, group in zip(problems, groups, strict=True) for sequence in group]
     datums = [as_datum(problem.prompt_ids, list(seq.tokens), weights=[1.0] * len(seq.tokens)) for problem, seq in drawn]
@@ -192,7 +192,7 @@ def main() -> None:
         config.write_text(f'models.default = "chains"\nengine.threads = 1\n[[models.base]]\nname = "chains"\npath = "{folder}"\n')
         with serving(home, home / "server.log", config, lambda waited, state: None) as url:
             training = open_training(tinker.ServiceClient(base_url=url), "chains", args.on, lesson)
-            method(training, lesson, measure_both(100), lambda row: print({k: round(v, 5) for k, v in row.items()}, flush=True))
+            method(training, lesson, measure_tasks(100), lambda row: print({k: round(v, 5) for k, v in row.items()}, flush=True))
             print(f"greatest difference of sampler and trainer: {agreement(training)}")
 
 

@@ -33,7 +33,8 @@ def server(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Li
 
 def test_chains_are_read_from_left_to_right() -> None:
     assert chains.solve("SL", "dbaf") == "bdfa" and chains.solve("SR", "dbaf") == "fdba" and chains.solve("NR", "abj") == "acb"
-    assert not set(chains.SHIFTED) & set(chains.COMMON) and len(chains.SHIFTED) + len(chains.COMMON) == 4 + 16
+    chosen = [*chains.COMMON, *chains.SHIFTED, *chains.UNSEEN]
+    assert len(set(chosen)) == len(chosen) == 4 + 16 + 13
 
 
 def test_held_out_strings_are_never_trained_on() -> None:
@@ -58,7 +59,7 @@ def test_a_model_is_trained_once(cache: Path) -> None:
     lines: list[str] = []
     assert ensure(SMALL, cache, lines.append) == folder and not lines
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
-    assert json.loads((folder / "recipe.json").read_text())["accuracy"].keys() >= {"common", "shifted", "S", "SR"}
+    assert json.loads((folder / "recipe.json").read_text())["accuracy"].keys() >= {"common", "shifted", "unseen", "S", "SNS", "SR"}
     other = ensure(Recipe(steps=1, batch=2, hidden=32, layers=1, experts=2, expert_width=8), cache, lines.append)
     assert other != folder and lines
     assert {path.name for path in cache.iterdir()} == {folder.name, other.name}  # nothing unfinished stays
@@ -76,7 +77,7 @@ def test_the_default_is_nine_million_parameters_in_experts() -> None:
 def test_adapters_learn_by_sft_and_the_sampler_agrees(server: LiveServer, on: str) -> None:
     lesson = lessons.Lesson(steps=12, batch=16, learning_rate=5e-3, every=12)
     training = lessons.open_training(tinker.ServiceClient(base_url=server.url, api_key=KEY), server.model, on, lesson)
-    rows = lessons.sft(training, lesson, lessons.measure_both(8))
+    rows = lessons.sft(training, lesson, lessons.measure_tasks(8))
     assert [row["step"] for row in rows if "shifted" in row] == [0, 12]
     assert rows[-1]["loss"] < 0.9 * rows[1]["loss"], rows
     agreed = lessons.agreement(training)
@@ -87,7 +88,7 @@ def test_experts_learn_by_rewards_alone(server: LiveServer) -> None:
     """Sorting, which this model sometimes gets right: what is drawn is compared with the trainer at every step."""
     lesson = lessons.Lesson(steps=8, batch=8, learning_rate=1e-2, every=8, chains=("S",))
     training = lessons.open_training(tinker.ServiceClient(base_url=server.url, api_key=KEY), server.model, "experts", lesson)
-    rows = lessons.grpo(training, lesson, lessons.measure_both(8))
+    rows = lessons.grpo(training, lesson, lessons.measure_tasks(8))
     rewards = [row["reward"] for row in rows if "reward" in row]
     assert len(rewards) == 8 and rows[0]["taught"] > 0, rows
     assert sum(rewards[-3:]) > sum(rewards[:3]), rows
