@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-FOLDERS = ("everlearn", "docs", "tests", "benchmarks")
+FOLDERS = ("everlearn", "docs", "tests", "benchmarks", "recipes")
 FILES = ("README.md", "pyproject.toml", "mkdocs.yml", ".ci/run")
 SUFFIXES = {".py", ".md", ".toml", ".yml", ".json", ".mako", ".html", ".sh"}
 
