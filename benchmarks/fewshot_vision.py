@@ -26,7 +26,7 @@ from common import ROOT, write_result
 
 LEARNT = "dress,longsleeve,pants,shoes,skirt"  # by the projector
 STUDIED = "hat,outwear,shirt,shorts,t-shirt"
-OPTIONS = {"shots": "1,2,4,8,16", "seeds": 3, "rank": 16, "lr": 2e-3, "batch": 8, "repeats": 2}
+OPTIONS = {"shots": "1,2,4,8,16", "seeds": 3, "rank": 16, "lr": 2e-3, "batch": 4, "repeats": 1}
 
 
 def main() -> None:
