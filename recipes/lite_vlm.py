@@ -65,9 +65,8 @@ def build(args: argparse.Namespace) -> None:
     tower = given if given.is_dir() else efficientnet_lite.convert(given, parts / "tower")
     model = lite_folder.assemble(text, tower, args.grid, args.seed)
     lite_folder.write(model, text, args.out)  # untrained; gives the prompt its tokenizer and template, too
-    prompt = VisionPrompt.load(args.out)
-    info = read_info("lite-vlm", args.out, []).vision
-    assert info is not None
+    prompt = VisionPrompt.load(read_info(args.out.name, args.out, []))
+    info = prompt.vision
     photos = read_photos(args.data, args.classes.split(",") if args.classes else None)
     say(f"{sum(map(len, photos.values()))} photos of {len(photos)} classes: {', '.join(photos)}")
     examples = []

@@ -15,7 +15,8 @@ from everlearn.cli.console import Console, Noun, pass_console
 if TYPE_CHECKING:
     from everlearn.evals.fewshot_report import Point
     from everlearn.evals.fewshot_study import Finished, Recipe, Run, Study
-    from everlearn.evals.fewshot_vision import Photo, Split
+    from everlearn.evals.fewshot_vision import Photo
+    from everlearn.types import BaseModelInfo
 
 command = Noun("eval", help="Study what a model learns.")
 LOCAL_KEY = "tml-local"  # the SDK wants a key of this form; a server without keys takes any
@@ -108,28 +109,27 @@ def fewshot_vision(console: Console, data: Path, model: str, out: Path, **option
     shots, seeds = options["shots"], options["seeds"]
     split = photos.read_split(data, options["classes"], options["hold_out"])
     photos.check(split, shots)
-    name, folder = _model(console, model)
-    prompt = VisionPrompt.load(folder)
+    info = _model(console, model)
+    prompt = VisionPrompt.load(info)
     tests = photos.tests_of(split, options["tests"])
     gallery = Gallery(split, shots, range(seeds), tests)
     probes = _probes(options["baselines"])
     recipe = Recipe(options["rank"], options["lr"], options["batch"], options["repeats"] * max(shots))
     console.note(f"{len(split.train)} classes ({', '.join(split.train)}), {len(tests)} photos to ask about")
-    facts = {**options, "data": data.name, "model": name, "recipe": recipe, "labels": list(split.train)}
+    facts = {**options, "data": data.name, "model": info.name, "recipe": recipe, "labels": list(split.train)}
     finished = Finished(out / "runs.jsonl", facts)
     runs = [_noted(console, probe.run(split.train, tests, gallery, k, seed)) for probe in probes for seed in range(seeds) for k in shots]
-    with _study(console, name, folder, (prompt, split, tests, gallery)) as study:
+    with _study(console, info, (prompt, split, tests, gallery)) as study:
         runs = [*_taught(console, study, shots, seeds, recipe, finished), *runs]
-    _write(console, out, facts, runs, tests, split)
+    _write(console, out, facts, runs, tests)
 
 
-def _model(console: Console, model: str) -> tuple[str, Path]:
-    """What the server calls the model, and its folder here."""
+def _model(console: Console, model: str) -> BaseModelInfo:
+    """The model as a server on this home knows it."""
     from everlearn.models.catalog import Catalog
 
     settings = console.settings({"models.default": model} if Path(model).is_dir() else None)
-    info = Catalog(settings).resolve(str(Path(model).absolute()) if Path(model).is_dir() else model)
-    return info.name, Path(info.path)
+    return Catalog(settings).resolve(str(Path(model).absolute()) if Path(model).is_dir() else model)
 
 
 def _probes(baselines: tuple[str, ...]) -> list[Any]:
@@ -142,7 +142,7 @@ def _probes(baselines: tuple[str, ...]) -> list[Any]:
 
 
 @contextmanager
-def _study(console: Console, name: str, folder: Path, parts: tuple[Any, ...]) -> Iterator[Study]:
+def _study(console: Console, info: BaseModelInfo, parts: tuple[Any, ...]) -> Iterator[Study]:
     """The study on the server that was named, else on one of its own."""
     from contextlib import ExitStack
 
@@ -156,14 +156,14 @@ def _study(console: Console, name: str, folder: Path, parts: tuple[Any, ...]) ->
         url = console.url
         if url is None:
             home = console.settings().home
-            bar = stack.enter_context(console.progress("starting the server"))
-            log = home / "eval" / "server.log"
-            waiting = serving(home, log, console.config, lambda seconds, state: bar.update(round(seconds), state), folder)
-            url = stack.enter_context(waiting)
+            log, folder = home / "eval" / "server.log", Path(info.path)
+            with console.progress("starting the server") as bar:
+                own = serving(home, log, console.config, lambda seconds, state: bar.update(round(seconds), state), folder)
+                url = stack.enter_context(own)
         service = stack.enter_context(
             tinker.ServiceClient(base_url=url, api_key=console.key or LOCAL_KEY, user_metadata={"client": "everlearn eval"})
         )
-        yield Study(service, name, *parts)
+        yield Study(service, info.name, *parts)
 
 
 def _taught(console: Console, study: Study, shots: tuple[int, ...], seeds: int, recipe: Recipe, finished: Finished) -> list[Run]:
@@ -185,7 +185,7 @@ def _noted(console: Console, run: Run) -> Run:
     return run
 
 
-def _write(console: Console, out: Path, facts: dict[str, Any], runs: list[Run], tests: list[Photo], split: Split) -> None:
+def _write(console: Console, out: Path, facts: dict[str, Any], runs: list[Run], tests: list[Photo]) -> None:
     import msgspec
 
     from everlearn.evals import fewshot_report as report

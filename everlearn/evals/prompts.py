@@ -7,9 +7,8 @@ from pathlib import Path
 
 from everlearn.errors import Unsupported
 from everlearn.evals.fewshot_vision import PREFILL, PROMPT
-from everlearn.models.catalog import read_info
 from everlearn.render import template, tokenizer
-from everlearn.types import VisionInfo
+from everlearn.types import BaseModelInfo, VisionInfo
 
 
 class VisionPrompt:
@@ -20,17 +19,18 @@ class VisionPrompt:
         self.prefill = read.encode(PREFILL)
 
     @classmethod
-    def load(cls, folder: Path) -> VisionPrompt:
+    def load(cls, info: BaseModelInfo) -> VisionPrompt:
         """Raises Unsupported for a model that reads text alone."""
-        info = read_info(folder.name, folder, [])
         if info.vision is None:
-            raise Unsupported(f"{folder} is a {info.architecture}, which reads text alone; name a model that sees", param="model")
-        read = tokenizer.load(folder)
+            raise Unsupported(f"{info.name} is a {info.architecture}, which reads text alone; name a model that sees", param="model")
+        read = tokenizer.load(Path(info.path))
         content = [{"type": "image"}, {"type": "text", "text": PROMPT}]
         ids = read.encode(template.render(read, [{"role": "user", "content": content}]))
         end = read.id_of(read.eos) if read.eos else next(iter(info.eos_token_ids), None)
         if ids.count(info.vision.image) != 1 or end is None:
-            raise Unsupported(f"{folder}: its chat template has no place for one image, or its tokenizer no end of a turn", param="model")
+            raise Unsupported(
+                f"{info.path}: its chat template has no place for one image, or its tokenizer no end of a turn", param="model"
+            )
         at = ids.index(info.vision.image)
         return cls(read, info.vision, ids[:at], ids[at + 1 :], end)
 

@@ -22,6 +22,7 @@ from everlearn.evals.fewshot_report import curves, points
 from everlearn.evals.fewshot_study import Finished, Run
 from everlearn.evals.fewshot_vision import Photo
 from everlearn.evals.prompts import VisionPrompt
+from everlearn.models.catalog import read_info
 from tests.tiny import make_tiny_model
 from tests.tiny_lite import PAD, make_tiny_lite_model, make_tiny_tower
 
@@ -169,10 +170,11 @@ def test_bad_data_is_refused_by_name(data: Path, tmp_path: Path, capsys: pytest.
     assert "no list of numbers" in refused(data, "--shots", "one", capsys=capsys)
 
 
-def test_models_that_read_text_alone_and_broken_photos_are_refused(data: Path, lite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_models_that_read_text_alone_and_broken_photos_are_refused(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     text = make_tiny_model(tmp_path / "text")
-    with pytest.raises(Unsupported, match="reads text alone"):
-        VisionPrompt.load(text)
+    for model in (str(text), "smollm2"):
+        assert everlearn(["eval", "fewshot-vision", "--data", str(data), "--model", model, "--shots", "1", "--home", str(tmp_path)]) == 2
+        assert "which reads text alone" in capsys.readouterr().err
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(study.shown_bytes(study.read_split(data).train["Red_fox"][0])[:300])
     with pytest.raises(InvalidRequest, match=r"broken\.jpg can't be read as a photo"):
@@ -188,7 +190,7 @@ def test_models_that_read_text_alone_and_broken_photos_are_refused(data: Path, l
 
 
 def test_the_prompt_is_the_models_own(lite: Path):
-    prompt = VisionPrompt.load(lite)
+    prompt = VisionPrompt.load(read_info("lite", lite, []))
     tokens, length = prompt.teach(4, study.sentence("red fox"))
     assert tokens.count(PAD) == 4 and tokens[length : length + len(prompt.prefill)] == prompt.prefill
     said = prompt.read.decode(tokens[length:])
