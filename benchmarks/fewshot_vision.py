@@ -8,7 +8,7 @@ seen until it names the class of a new one?
 First recipes/lite_vlm.py trains the projector on every second class by name (the training photos of dress, longsleeve, pants, shoes,
 skirt), then `everlearn eval fewshot-vision` runs on the other five, which neither has seen, beside two classifiers on the same frozen
 tower. Twenty steps of four photos are what half an hour of a busy core allows; one adapter that takes four times as many photos shows
-what that costs. What was finished is found again when the benchmark is started again. The plot and the report are written beside the result.
+what that costs. What was finished is found again when the benchmark is started again. The plot and the report stand beside the result.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ def main() -> None:
     results = run(STUDY, study, *baselines)
     results["longer"] = run(LONGER, args.work / "longer")
     results["recipe"] = json.loads((model / "recipe.json").read_text())
+    results["settings"]["baselines"] = [given.replace(f"{args.work}/", "") for given in results["settings"]["baselines"]]
     write_result(args, "fewshot-vision", results)
     shutil.copyfile(study / "curves.svg", args.out.with_suffix(".svg"))
     shutil.copyfile(study / "report.html", args.out.with_suffix(".html"))

@@ -56,7 +56,7 @@ class Finished:
 
     def __init__(self, path: Path, settings: dict[str, Any]):
         self.path, self.runs = path, list[Run]()
-        head = msgspec.json.encode(settings, enc_hook=str)
+        head = msgspec.json.encode(settings, enc_hook=str, order="sorted")
         first, *others = path.read_bytes().split(b"\n") if path.is_file() else [b""]
         if first == head:
             self.runs = [msgspec.json.decode(line, type=Run) for line in others[:-1]]  # behind the last line's end there is nothing
