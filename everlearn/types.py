@@ -197,7 +197,10 @@ Result = SampleResult | ForwardBackwardResult | OptimStepResult | SavedResult | 
 class VisionInfo(msgspec.Struct, frozen=True):
     """How a base model takes images. A square patch is `patch` pixels wide and `frames` deep, `merge` x `merge` patches make a token. An
     image is resized to between `min_pixels` and `max_pixels`, its channels less `mean` divided by `std`. Token ids: `image` stands for a
-    part of an image, `start` and `end` enclose all of them."""
+    part of an image, `start` and `end` enclose all of them.
+
+    Where `grid` isn't 0, every image becomes one patch, whatever its shape, and `grid` x `grid` tokens stand for it. `position_axes`: an
+    image's tokens have positions in three dimensions, or in one as text has."""
 
     patch: int
     merge: int
@@ -209,6 +212,8 @@ class VisionInfo(msgspec.Struct, frozen=True):
     image: int
     start: int
     end: int
+    grid: int = 0
+    position_axes: int = 3
 
 
 class BaseModelInfo(msgspec.Struct, frozen=True):

@@ -147,6 +147,15 @@ def kimi_k25() -> Any:
     return Kimi_K25Config(text_config=text, vision_config=tower | places, projection_hidden_size=32, tie_word_embeddings=False, **ids)
 
 
+def lite_vlm() -> Any:
+    from everlearn.models.lite_vlm import LiteVlmConfig, register
+
+    register()
+    tower = {"stages": [[1, 3, 2, 2, 8]], "stem": 4, "hidden_size": 16, "image_size": 16}
+    ids = {name: number for name, number in TOKENS.items() if name != "video_token_id"}
+    return LiteVlmConfig(text_config={**SIZES, "model_type": "llama"}, vision_config=tower, **ids)
+
+
 TOKENS = {"image_token_id": 3, "video_token_id": 4, "vision_start_token_id": 5, "vision_end_token_id": 6}
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": llama,
@@ -160,6 +169,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "qwen3_5": qwen3_5,
     "qwen3_5_moe": qwen3_5_moe,
     "kimi_k25": kimi_k25,
+    "lite_vlm": lite_vlm,
 }
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from everlearn.config import ImageSettings
 from everlearn.errors import InvalidRequest, TooLarge, Unsupported
 from everlearn.render import images
-from everlearn.render.patches import grid_of
+from everlearn.render.patches import grid_of, seen_pixels
 from everlearn.types import BaseModelInfo, ImageSpan, VisionInfo
 
 LOW_DETAIL = 512 * 512  # pixels that an image of detail "low" is seen with
@@ -56,7 +56,7 @@ class ImageReader:
                 f"({rows} x {columns}) of {self.info.name}: count with its image processor, or leave expected_tokens out",
                 param=f"{param}.expected_tokens",
             )
-        self._count(image, rows * columns * (vision.patch * vision.merge) ** 2, param)
+        self._count(image, seen_pixels(rows, columns, vision), param)
         if start + rows * columns > self.info.max_context:
             raise InvalidRequest(
                 f"{param} takes {rows * columns} tokens after {start} others; {self.info.name} reads at most {self.info.max_context}: "

@@ -1,4 +1,4 @@
-"""A server of its own for the demo: started on a free port of this machine, watched until it is ready, ended afterwards."""
+"""A server of its own for one command: started on a free port of this machine, watched until it is ready, ended afterwards."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ OnWait = Callable[[float, str], None]  # (seconds so far, what the server says o
 
 
 @contextmanager
-def serving(home: Path, log: Path, config: Path | None, on_wait: OnWait) -> Iterator[str]:
-    """The base URL of a ready server on `home`. Its output goes to `log`; it ends with the block, however the block ends."""
+def serving(home: Path, log: Path, config: Path | None, on_wait: OnWait, model: Path | None = None) -> Iterator[str]:
+    """The base URL of a ready server on `home`, of the folder `model` or of the settings' default model.
+    Its output goes to `log`; it ends with the block, however the block ends."""
     command = [sys.executable, "-m", "everlearn.cli.main", "serve", "--home", str(home), "--host", "127.0.0.1", "--port", "0"]
     if config is not None:
         command += ["--config", str(config)]
+    if model is not None:
+        command.append(str(model))
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
@@ -42,7 +45,9 @@ def _await_ready(process: subprocess.Popen[bytes], whereabouts: Path, log: Path,
     with httpx.Client(timeout=5.0, trust_env=False) as client:
         while (waited := time.monotonic() - started) < START_SECONDS:
             if process.poll() is not None:
-                raise Unavailable(f"the demo's server ended (exit {process.returncode}): {_last_line(log)}; its whole output is in {log}")
+                raise Unavailable(
+                    f"the server of this command ended (exit {process.returncode}): {_last_line(log)}; its whole output is in {log}"
+                )
             if url := _address(whereabouts, process.pid):
                 try:
                     response = client.get(f"{url}/readyz")
@@ -53,7 +58,7 @@ def _await_ready(process: subprocess.Popen[bytes], whereabouts: Path, log: Path,
                     state = f"no answer ({error})"
             on_wait(waited, state)
             time.sleep(0.2)
-    raise Unavailable(f"the demo's server wasn't ready after {START_SECONDS:.0f} s (it says: {state}); its output is in {log}")
+    raise Unavailable(f"the server of this command wasn't ready after {START_SECONDS:.0f} s (it says: {state}); its output is in {log}")
 
 
 def _address(whereabouts: Path, pid: int) -> str | None:

@@ -80,7 +80,7 @@ class Sampler:
         """Queues a request. Raises a UserError where it can't be honoured."""
         if command.request_id in self.requests:
             return
-        request = Request(command, admit(command, self.base, self.pool.num_tokens), self.base.info.eos_token_ids)
+        request = Request(command, admit(command, self.base, self.pool.num_tokens), self.base.info.eos_token_ids, self.base.position_axes)
         if command.params.grammar is not None:
             request.compilation = self.grammars.compile(command.params.grammar, command.cache_salt)
         self.requests[command.request_id] = request

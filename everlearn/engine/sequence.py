@@ -32,11 +32,12 @@ if TYPE_CHECKING:
 class Request:
     """One Sample command while the engine works on it."""
 
-    def __init__(self, command: Sample, max_new: int, eos: Iterable[int] = ()):
+    def __init__(self, command: Sample, max_new: int, eos: Iterable[int] = (), position_axes: int = 3):
         self.command, self.params, self.max_new = command, command.params, max_new
         self.prompt = prompt = command.prompt.numpy().astype(np.int32, copy=False)
-        # With images positions fall behind the count of tokens; from the prompt's end on by the same number.
-        self.positions_3P = positions_of(len(prompt), command.images) if command.images else None
+        # In three dimensions positions fall behind the count of tokens; from the prompt's end on by the same number.
+        planes = bool(command.images) and position_axes == 3
+        self.positions_3P = positions_of(len(prompt), command.images) if planes else None
         self.lag = len(prompt) - 1 - int(self.positions_3P[:, -1].max()) if self.positions_3P is not None else 0
         self.features: dict[int, torch.Tensor] = {}  # of images by their place in the command, while the prompt is being computed
         self.image_digests = [digest_of(image) for image in command.images]
@@ -152,7 +153,7 @@ class Sequence:
         return fresh if start >= split else np.concatenate([prompt[start:], fresh])
 
     def positions(self, start: int, stop: int) -> np.ndarray:
-        """int64 positions of tokens [start, stop): [n], or [3, n] where one of them belongs to an image."""
+        """int64 positions of tokens [start, stop): [n], or [3, n] where one of them stands in an image's plane."""
         prompt_3P = self.request.positions_3P
         if prompt_3P is None:
             return np.arange(start, stop)

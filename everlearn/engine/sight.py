@@ -27,11 +27,11 @@ def of_datums(tower: VisionTower | None, placed: Iterable[Placed]) -> Visual | N
     return tower.show([(row, features_FVD) for (row, _), features_FVD in zip(found, features, strict=True)])
 
 
-def row_positions(datums: Sequence[tuple[int, list[ImageSpan]]]) -> np.ndarray:
-    """int64 positions of a row of datums, given each one's length and images: [T], or [3, T] where one of them has an image."""
-    if any(images for _, images in datums):
-        return np.concatenate([positions_of(length, images) for length, images in datums], axis=1)
-    return np.concatenate([np.arange(length, dtype=np.int64) for length, _ in datums])
+def row_positions(datums: Sequence[tuple[int, list[ImageSpan]]], axes: int = 3) -> np.ndarray:
+    """int64 positions of a row of datums, given each one's length and images: [T], or [3, T] where one of them has an image and the
+    model's positions have three axes."""
+    needed = axes if any(images for _, images in datums) else 1
+    return np.concatenate([positions_of(length, images, needed) for length, images in datums], axis=-1)
 
 
 def see(tower: VisionTower, chunk: Chunk) -> None:

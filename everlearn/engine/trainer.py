@@ -252,7 +252,8 @@ class Trainer:
         device = self.base.device
         row = torch.from_numpy(np.concatenate(tokens).astype(np.int64)).to(device)
         images = [part.job.command.data[i].images for part in parts for i in part.piece.datums]
-        return parts, row, torch.from_numpy(row_positions(list(zip(lengths, images, strict=True)))).to(device), lengths
+        positions = row_positions(list(zip(lengths, images, strict=True)), self.base.position_axes)
+        return parts, row, torch.from_numpy(positions).to(device), lengths
 
     def _visual(self, parts: list[Part], segments: list[Segment]) -> Visual | None:
         """What the row shows; segments are the parts', one each."""

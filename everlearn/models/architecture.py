@@ -33,6 +33,7 @@ def read_config(path: Path) -> Any:
     """transformers' configuration object. Raises Unsupported for an architecture that it doesn't have."""
     from transformers import AutoConfig
 
+    _register_ours()
     values = read_json(path)
     kind = values.pop("model_type")
     for key in ("auto_map", "quantization_config", "transformers_version"):
@@ -43,6 +44,13 @@ def read_config(path: Path) -> Any:
         return AutoConfig.for_model(ALIASES.get(kind, kind), **values)
     except (ValueError, KeyError, TypeError) as error:
         raise Unsupported(f"{path}: transformers can't read this configuration of a {kind!r}: {str(error)[:300]}") from error
+
+
+def _register_ours() -> None:
+    """Architectures that are ours, not transformers'."""
+    from everlearn.models import lite_vlm
+
+    lite_vlm.register()
 
 
 def auto_class(config: Any) -> Any:

@@ -70,6 +70,11 @@ FAMILIES = (
         "softmax router", ("hermes",), ALL, SEES,
     ),
     Family(
+        "Lite-VLM", ("LiteVlmForConditionalGeneration",), "as its language model's", "as its language model's", "", ("prompted",),
+        ALL, "everlearn's own: EfficientNet-Lite, a projector and a language model of transformers "
+        "(SmolLM2 was tried); compared with its own plain forward, images included (tests/models/test_lite_vlm.py)",
+    ),
+    Family(
         "Qwen3.5", ("Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM"),
         "gated delta-net with a state, gated grouped queries in every fourth layer", "a state for the sequence; keys and values", "",
         ("qwen3_coder",), ALL, NO_PREFIXES,

@@ -63,6 +63,7 @@ class BaseModel:
         fuse_norms(self.decoder)
         chunk, tile = (CPU_CHUNK, CPU_TILE) if device.type == "cpu" else (GPU_CHUNK, GPU_TILE)
         self.head = Head(model.get_output_embeddings().weight, chunk, tile)  # type: ignore[operator]
+        self.position_axes = info.vision.position_axes if info.vision is not None else 1
         self.vision = find_tower(info, model, device, dtype)
         self.num_parameters = count_parameters(model)
         largest = max((layer.weight.numel() for layer in self.lora_modules.values()), default=0)
@@ -73,8 +74,10 @@ class BaseModel:
 
     def hidden(self, token_ids_T: torch.Tensor, positions: torch.Tensor, batch: Batch, visual: Visual | None = None) -> torch.Tensor:
         """Final hidden states [T, D] of one packed row; `batch` says what attends to what and which adapter each token uses. `positions`
-        are [T], or [3, T] in a row that shows images; `visual` is what it shows."""
+        are [T], or [3, T] in a row that shows images (all the same where the model's have one axis); `visual` is what it shows."""
         small = self.runs_few_rows_serially and len(token_ids_T) <= FEW_ROWS and not torch.is_grad_enabled()
+        if positions.ndim > 1 and self.position_axes == 1:
+            positions = positions[0]
         inputs: dict[str, Any] = {"position_ids": positions.unsqueeze(-2), "use_cache": False}
         if visual is None:
             inputs["input_ids"] = token_ids_T.unsqueeze(0)

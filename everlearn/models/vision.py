@@ -6,8 +6,8 @@ version. While a run trains the tower nothing of it is kept: the gradient goes t
 that its features are the same numbers whatever it came with.
 
 A feature takes the place of a token's embedding; deepstack features are added after the first layers, at the same rows. Positions
-count in three dimensions (Bai et al. 2025, arXiv:2502.13923): for text all three are the same number; an image's tokens share the first
-and count rows and columns in the others, and what follows it begins after the longer side.
+count in three dimensions where a model has them (Bai et al. 2025, arXiv:2502.13923): for text all three are the same number; an image's
+tokens share the first and count rows and columns in the others, and what follows it begins after the longer side.
 
 Axes: T tokens of the packed row, V rows that hold features, F features of a row (its embedding, then one for each deepstack layer), D
 hidden size, P tokens of one sequence.
@@ -29,11 +29,11 @@ from torch import nn
 
 from everlearn.errors import InvalidRequest, Unsupported
 from everlearn.models.lora import AdapterWeights, LoraLinear, Segment, active_segments
-from everlearn.render.patches import patches_of
+from everlearn.render.patches import patches_of, seen_pixels
 from everlearn.types import BaseModelInfo, ImageSpan, VisionInfo
 
 CPU_CACHE, GPU_CACHE = 256 * 2**20, 2 * 2**30
-GPU_PATCHES = 16384  # patches that a GPU computes together
+GPU_PIXELS = 4 * 2**20  # that a GPU computes together
 
 
 class Shown(NamedTuple):
@@ -149,16 +149,16 @@ class VisionTower:
 
     def _groups(self, missing: dict[bytes, Shown]) -> Iterator[list[bytes]]:
         """Images that are computed together: of one adapter, on a CPU each alone."""
-        most = 0 if self.device.type == "cpu" else GPU_PATCHES
+        most = 0 if self.device.type == "cpu" else GPU_PIXELS
         group: list[bytes] = []
-        patches = 0
+        pixels = 0
         for key, shown in missing.items():
-            size = shown.image.num_tokens * self.info.merge**2
-            if group and (patches + size > most or self._tuned(shown.adapter) is not self._tuned(missing[group[0]].adapter)):
+            size = seen_pixels(shown.image.rows, shown.image.columns, self.info)
+            if group and (pixels + size > most or self._tuned(shown.adapter) is not self._tuned(missing[group[0]].adapter)):
                 yield group
-                group, patches = [], 0
+                group, pixels = [], 0
             group.append(key)
-            patches += size
+            pixels += size
         if group:
             yield group
 
@@ -229,8 +229,10 @@ def check_images(tower: VisionTower | None, name: str, num_tokens: int, images: 
         at = image.stop
 
 
-def positions_of(num_tokens: int, images: Sequence[ImageSpan]) -> np.ndarray:
-    """int64 [3, P]: time, row and column of each token."""
+def positions_of(num_tokens: int, images: Sequence[ImageSpan], axes: int = 3) -> np.ndarray:
+    """int64 [3, P]: time, row and column of each token; [P] where the model's positions have one axis."""
+    if axes == 1:
+        return np.arange(num_tokens, dtype=np.int64)
     positions = np.empty((3, num_tokens), np.int64)
     at = next_position = 0
     for image in images:

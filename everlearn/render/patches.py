@@ -1,8 +1,9 @@
 """From an image to what a vision tower reads: how large it is resized, how many tokens stand for it, its patches.
 
-The arithmetic is that of transformers' image processor for Qwen2-VL and Qwen3-VL, in Pillow and NumPy: an image keeps its shape, is
-resized so that both sides are whole numbers of tokens and its pixels lie within the model's bounds, and is cut into patches in the
-order in which the tower merges them. How many tokens an image takes follows from its size alone, so it is known before a pixel is.
+There are two ways, and FAMILIES says which a family has. The arithmetic of the first is that of transformers' image processor for
+Qwen2-VL and Qwen3-VL, in Pillow and NumPy: an image keeps its shape, is resized so that both sides are whole numbers of tokens and its
+pixels lie within the model's bounds, and is cut into patches in the order in which the tower merges them. In the second an image becomes
+one square of a fixed size. How many tokens an image takes follows from its size alone, so it is known before a pixel is.
 
 Axes: R, C rows and columns of tokens; h, w their pixels; m patches of a token's side; p pixels of a patch's side; F frames.
 """
@@ -22,30 +23,22 @@ from everlearn.errors import InvalidRequest
 from everlearn.render.images import FORMATS, upright
 from everlearn.types import ImageSpan, VisionInfo
 
-# Families whose images are read: bounds of pixels, mean and deviation where a folder has no preprocessor_config.json.
-FAMILIES = dict.fromkeys(("qwen3_vl", "qwen3_vl_moe"), (65536, 16777216, 0.5, 0.5))
 MAX_ASPECT = 200
 SETTINGS_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 def read_vision(folder: Path, config: dict[str, Any]) -> VisionInfo | None:
     """How the model in `folder` takes images; None where it takes none, or is of a family whose images this version can't prepare."""
-    tower, family = config.get("vision_config"), FAMILIES.get(str(config.get("model_type")))
-    if not isinstance(tower, dict) or family is None:
+    tower, read = config.get("vision_config"), FAMILIES.get(str(config.get("model_type")))
+    if not isinstance(tower, dict) or read is None:
         return None
     found: dict[str, Any] = next((_read(folder / name) for name in SETTINGS_FILES if (folder / name).is_file()), {})
     found = found.get("image_processor", found)
-    size = found.get("size") or {}
-    least, most, mean, std = family
     try:
         return VisionInfo(
-            patch=int(found.get("patch_size") or tower["patch_size"]),
-            merge=int(found.get("merge_size") or tower["spatial_merge_size"]),
-            frames=int(found.get("temporal_patch_size") or tower["temporal_patch_size"]),
-            min_pixels=int(size.get("shortest_edge") or found.get("min_pixels") or least),
-            max_pixels=int(size.get("longest_edge") or found.get("max_pixels") or most),
-            mean=[float(value) for value in found.get("image_mean") or [mean] * 3],
-            std=[float(value) for value in found.get("image_std") or [std] * 3],
+            **read(found, tower, config),
+            mean=[float(value) for value in found.get("image_mean") or [0.5] * 3],
+            std=[float(value) for value in found.get("image_std") or [0.5] * 3],
             image=int(config["image_token_id"]),
             start=int(config["vision_start_token_id"]),
             end=int(config["vision_end_token_id"]),
@@ -53,6 +46,28 @@ def read_vision(folder: Path, config: dict[str, Any]) -> VisionInfo | None:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         message = f"{folder}: its settings of images can't be read ({error!r}); fetch the folder again"
         raise InvalidRequest(message, param="base_model") from None
+
+
+def _in_patches(found: dict[str, Any], tower: dict[str, Any], config: dict[str, Any]) -> dict[str, int]:
+    """Qwen3-VL: an image keeps its shape. Its bounds of pixels where a folder has no preprocessor_config.json are the makers'."""
+    size = found.get("size") or {}
+    return {
+        "patch": int(found.get("patch_size") or tower["patch_size"]),
+        "merge": int(found.get("merge_size") or tower["spatial_merge_size"]),
+        "frames": int(found.get("temporal_patch_size") or tower["temporal_patch_size"]),
+        "min_pixels": int(size.get("shortest_edge") or found.get("min_pixels") or 65536),
+        "max_pixels": int(size.get("longest_edge") or found.get("max_pixels") or 16777216),
+    }
+
+
+def _in_one_square(found: dict[str, Any], tower: dict[str, Any], config: dict[str, Any]) -> dict[str, int]:
+    """Lite-VLM: an image becomes the square that its tower was trained on; its tokens have positions as text has."""
+    side, grid = int(tower["image_size"]), int(config["grid"])
+    pixels = {"min_pixels": side * side, "max_pixels": side * side}
+    return {"patch": side, "merge": 1, "frames": 1, **pixels, "grid": grid, "position_axes": 1}
+
+
+FAMILIES = {"qwen3_vl": _in_patches, "qwen3_vl_moe": _in_patches, "lite_vlm": _in_one_square}  # by model_type
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -73,6 +88,8 @@ def grid_of(width: int, height: int, vision: VisionInfo, param: str, max_pixels:
         raise InvalidRequest(
             f"{param} has {width} x {height} pixels; no side may be more than {MAX_ASPECT} times the other: cut it", param=param
         )
+    if vision.grid:
+        return vision.grid, vision.grid
     side, most = vision.patch * vision.merge, min(max_pixels or vision.max_pixels, vision.max_pixels)
     rows, columns = round(height / side), round(width / side)
     if rows * columns * side * side > most:
@@ -84,17 +101,24 @@ def grid_of(width: int, height: int, vision: VisionInfo, param: str, max_pixels:
     return rows, columns
 
 
+def seen_pixels(rows: int, columns: int, vision: VisionInfo) -> int:
+    """How many pixels the model sees of an image that takes so many rows and columns of tokens."""
+    return vision.max_pixels if vision.grid else rows * columns * (vision.patch * vision.merge) ** 2
+
+
 def patches_of(span: ImageSpan, vision: VisionInfo) -> np.ndarray:
-    """float32 [R * C * m * m, 3 * F * p * p], a token's patches side by side. Raises InvalidRequest where the file is no image."""
+    """float32 [R * C * m * m, 3 * F * p * p], a token's patches side by side; [1, 3 * p * p] where an image is one patch. Raises
+    InvalidRequest where the file is no image."""
     side, patch, merge = vision.patch * vision.merge, vision.patch, vision.merge
-    pixels_hwc = _resized(span.data, span.columns * side, span.rows * side)
+    rows, columns = (1, 1) if vision.grid else (span.rows, span.columns)
+    pixels_hwc = _resized(span.data, columns * side, rows * side)
     values_hwc = np.empty(pixels_hwc.shape, np.float32)
     for channel, table in enumerate(_tables(tuple(vision.mean), tuple(vision.std))):
         values_hwc[..., channel] = table[pixels_hwc[..., channel]]
-    parts = values_hwc.reshape(span.rows, merge, patch, span.columns, merge, patch, 3)
+    parts = values_hwc.reshape(rows, merge, patch, columns, merge, patch, 3)
     parts_RCmmcpp = parts.transpose(0, 3, 1, 4, 6, 2, 5)
     framed = np.broadcast_to(parts_RCmmcpp[:, :, :, :, :, None], (*parts_RCmmcpp.shape[:5], vision.frames, patch, patch))
-    return framed.reshape(span.num_tokens * merge * merge, -1)
+    return framed.reshape(rows * columns * merge * merge, -1)
 
 
 @lru_cache(maxsize=16)
