@@ -2,8 +2,9 @@
 
 The middleware asks whose the request is before it takes a byte, reads the whole body (every route needs it whole), inflates zstd and
 gzip with a ceiling, and hands it on in one piece. A body over the limit is a 413 and never exists in memory as a whole; one that
-comes too slowly is given up; and all bodies in memory share a room, of which every tenant has its part. It knows nothing of routes:
-whom a refusal concerns besides its client is told what the body began and ended with.
+comes too slowly is given up. All bodies share a room until they are answered (what a route makes of one is about as large), and every
+tenant has its part of it; a large body waits for its place a while, a small one never: polls and heartbeats must pass. It knows nothing
+of routes: whom a refusal concerns besides its client is told what the body began and ended with.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ DRAIN_BYTES = 256 << 20
 HEAD_BYTES, TAIL_BYTES = 192 << 10, 2 << 10
 # A body may take so many seconds, and one more for each so many bytes that came.
 PATIENCE, PACE = 30.0, 64 << 10
-HELD_BODIES = 4  # bodies of the largest size that may be in memory together
+HELD_BODIES = 8  # bodies of the largest size that may be in memory together
+ROOM_SECONDS = 20.0  # how long a body waits for its place among them
+SMALL = 64 << 10  # bodies up to here are counted and never refused
+INFLATED_AT_ONCE = 4
 
 
 @dataclass
@@ -61,29 +65,25 @@ async def nobody_else(scope: Scope, ends: Ends, error: EverlearnError) -> None:
 
 
 class Held:
-    """What one request's body has in memory: the pieces that came, or the whole that was made of them."""
+    """What one request's body has in memory: the pieces that came, or the whole that was made of them; and the place it takes."""
 
     def __init__(self, room: Room, tenant: str = ""):
         self.room, self.tenant, self.size = room, tenant, 0
         self.pieces: list[bytes] = []
 
-    def grow(self, size: int) -> None:
-        """To `size` bytes. Raises Overloaded where the tenant has its part of the room already."""
-        if size > self.size and not self.room.has(self.tenant, size - self.size):
-            raise Overloaded(
-                f"{self.room.total:,} bytes of request bodies are in memory, {self.room.held[self.tenant]:,} of them yours (limit "
-                f"{self.room.limit:,}: {HELD_BODIES} times api.max_body_bytes, in fair parts); send fewer at a time"
-            )
+    def fits(self, size: int) -> bool:
+        """Whether it may take `size` bytes in all."""
+        return size <= max(SMALL, self.size) or self.room.has(self.tenant, size - self.size)
+
+    def resize(self, size: int) -> None:
         self.room.take(self.tenant, size - self.size)
         self.size = size
 
-    def add(self, piece: bytes) -> None:
-        self.grow(self.size + len(piece))
-        self.pieces.append(piece)
-
-    def free(self) -> None:
-        self.pieces.clear()
-        self.grow(0)
+    def refusal(self) -> Overloaded:
+        return Overloaded(
+            f"{self.room.total:,} bytes of request bodies are in memory, {self.room.held[self.tenant]:,} of them yours (limit "
+            f"{self.room.limit:,}: {HELD_BODIES} times api.max_body_bytes, in fair parts); send fewer at a time"
+        )
 
 
 class BodyLimit:
@@ -92,7 +92,8 @@ class BodyLimit:
     def __init__(self, app: ASGIApp, max_bytes: int, admit: Admission = anybody, on_refusal: OnRefusal = nobody_else):
         self.app, self.max_bytes, self.admit, self.on_refusal = app, max_bytes, admit, on_refusal
         self.room = Room(HELD_BODIES * max_bytes)
-        self.inflating = asyncio.Semaphore(HELD_BODIES)
+        self.freed = asyncio.Event()  # set, and replaced, when a body leaves the room
+        self.inflating = asyncio.Semaphore(INFLATED_AT_ONCE)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
@@ -113,7 +114,7 @@ class BodyLimit:
                 ends = Ends()
                 for piece in held.pieces:
                     ends.add(piece)
-                held.free()
+                self.free(held)
                 if more:
                     await self.drain(receive, ends)
                 await self.on_refusal(scope, ends, error)
@@ -123,8 +124,24 @@ class BodyLimit:
             if body is not None:
                 await self.app(scope, replay(body, receive), send)
         finally:
-            held.free()
+            self.free(held)
         return None
+
+    async def make_room(self, held: Held, size: int) -> None:
+        """Takes a place of `size` bytes in all, once there is one. Raises Overloaded where there is none for long."""
+        try:
+            async with asyncio.timeout(ROOM_SECONDS):
+                while not held.fits(size):
+                    await self.freed.wait()
+        except TimeoutError:
+            raise held.refusal() from None
+        held.resize(size)
+
+    def free(self, held: Held) -> None:
+        held.pieces.clear()
+        held.resize(0)
+        self.freed.set()
+        self.freed = asyncio.Event()
 
     async def whole(self, scope: Scope, receive: Receive, held: Held) -> bytes | None:
         """The body, inflated; None if the client has gone."""
@@ -135,7 +152,7 @@ class BodyLimit:
         if encoding := headers.get(b"content-encoding", b"").decode("latin-1").strip().lower():
             async with self.inflating:
                 body = await self.inflate(encoding, body)
-                held.grow(len(body))
+                await self.make_room(held, len(body))
             scope["headers"] = [(k, v) for k, v in scope["headers"] if k not in (b"content-encoding", b"content-length")]
         held.pieces.clear()
         return body
@@ -144,21 +161,26 @@ class BodyLimit:
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self.max_bytes:
             raise self.too_large(f"{int(length):,} bytes")
-        began = asyncio.get_running_loop().time()
+        if length.isdigit():
+            await self.make_room(held, int(length))  # all of it or nothing: bodies that each have half would wait for one another
+        total, began = 0, asyncio.get_running_loop().time()
         while True:
             try:
-                async with asyncio.timeout_at(began + PATIENCE + held.size / PACE):
+                async with asyncio.timeout_at(began + PATIENCE + total / PACE):
                     message = await receive()
             except TimeoutError as error:
                 raise Unavailable(
-                    f"the request body came too slowly ({held.size:,} bytes); send it at {PACE:,} bytes a second or faster"
+                    f"the request body came too slowly ({total:,} bytes); send it at {PACE:,} bytes a second or faster"
                 ) from error
             if message["type"] == "http.disconnect":
                 return None
-            piece = message.get("body", b"")
-            if held.size + len(piece) > self.max_bytes:
+            held.pieces.append(message.get("body", b""))
+            total += len(held.pieces[-1])
+            if total > self.max_bytes:
                 raise self.too_large("more than that")
-            held.add(piece)
+            if not held.fits(total):  # of a length that wasn't told
+                raise held.refusal()
+            held.resize(max(total, held.size))
             if not message.get("more_body"):
                 return b"".join(held.pieces)
 

@@ -161,13 +161,15 @@ class Grammars:
         return Unavailable(f"the machine is too busy to compile the {grammar.kind} in time; send this again later", param=PARAM)
 
     def _remember(self, made: Compilation) -> Compilation:
+        if (before := self.known.get(made.grammar)) is not None:
+            self._forget(before)
         self.known[made.grammar] = made
         self.known_bytes += len(made.grammar.source)
         self._shrink()
         return made
 
     def _shrink(self) -> None:
-        while len(self.known) > self.kept or self.known_bytes > KEPT_BYTES or self.known_seconds > KEPT_SECONDS:
+        while self.known and (len(self.known) > self.kept or self.known_bytes > KEPT_BYTES or self.known_seconds > KEPT_SECONDS):
             self._forget(next(iter(self.known.values())))
 
     def _forget(self, made: Compilation) -> None:

@@ -172,7 +172,9 @@ class Trainer:
             values = [own.cpu() for own in job.values if own is not None]
             for output, own in zip(outputs, values, strict=True):
                 output["values"] = Array.of(own.numpy())
-            metrics |= value_metrics(torch.cat(values), pack_inputs(job.loss, job.command.data, job.config)[0], job.config)
+            inputs, _ = pack_inputs(job.loss, job.command.data, job.config)
+            routes.silence(job.loss.name, inputs, job.command.data)
+            metrics |= value_metrics(torch.cat(values), inputs, job.config)
         return ForwardBackwardResult(outputs, metrics | request_metrics(job.loss, job.command.data, logprobs, job.config))
 
     # --- one row ---

@@ -35,7 +35,7 @@ class Conversion:
             converter.add_tensor(self.first, name, pattern, partial(read, name))
         try:
             found = converter.convert(self.first, model=model, config=model.config)
-        except (ValueError, RuntimeError, IndexError, TypeError) as error:
+        except (ValueError, RuntimeError, LookupError, TypeError, AttributeError, AssertionError) as error:
             name = self.sources[0][0]
             raise Unsupported(f"transformers can't convert {name} and what belongs to it: {str(error)[:300]}") from error
         return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in found.items()}
@@ -44,11 +44,11 @@ class Conversion:
 def new_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     """What transformers calls each of a folder's tensors. One that the model has by its own name keeps it, and so do two that would
     get the same."""
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
+    from transformers.core_model_loading import WeightRenaming, dot_natural_key, rename_source_key
 
     known, renamings = model.state_dict(keep_vars=True), [each for each in _mapping(model) if isinstance(each, WeightRenaming)]
     renamed = {}
-    for name in names:
+    for name in sorted(names, key=dot_natural_key):  # some renamings hold only behind others
         new, _ = rename_source_key(name, renamings, [], _prefix(model), known)
         renamed[name] = name if name in known and new not in known else new
     taken = Counter(renamed.values())

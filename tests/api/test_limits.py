@@ -20,7 +20,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from everlearn.api import limits
 from everlearn.api.limits import HELD_BODIES, BodyLimit
-from everlearn.errors import Unauthenticated
+from everlearn.errors import EverlearnError, Unauthenticated
 
 LIMIT = 100_000
 PACK = {"zstd": zstandard.ZstdCompressor().compress, "gzip": gzip.compress, "deflate": zlib.compress}
@@ -65,9 +65,10 @@ def test_plain_bodies_are_counted(client: TestClient) -> None:
 class Line:
     """A client that writes `pieces` with `wait` seconds before each, and hears what is answered."""
 
-    def __init__(self, pieces: list[bytes], tenant: str = "a", wait: float = 0.0):
+    def __init__(self, pieces: list[bytes], tenant: str = "a", wait: float = 0.0, told: bool = False):
         self.pieces, self.wait, self.taken = pieces, wait, 0
-        self.scope = {"type": "http", "method": "POST", "path": "/", "headers": [(b"tenant", tenant.encode())], "query_string": b""}
+        headers = [(b"tenant", tenant.encode()), *([(b"content-length", str(sum(map(len, pieces))).encode())] if told else [])]
+        self.scope = {"type": "http", "method": "POST", "path": "/", "headers": headers, "query_string": b""}
         self.heard: list[Message] = []
 
     async def receive(self) -> Message:
@@ -115,7 +116,10 @@ def test_a_body_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> No
     assert line.status == 503 and line.taken >= 5 and not limit.room.total and not limit.room.held
 
 
-def test_bodies_in_memory_are_bounded_and_every_tenant_has_its_part() -> None:
+def test_bodies_in_memory_are_bounded_and_every_tenant_has_its_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "ROOM_SECONDS", 0.2)
+    large = [bytes(LIMIT)]
+
     async def go() -> None:
         inside, leave = asyncio.Semaphore(0), asyncio.Event()
 
@@ -126,20 +130,44 @@ def test_bodies_in_memory_are_bounded_and_every_tenant_has_its_part() -> None:
             await PlainTextResponse("ok")(scope, receive, send)
 
         limit = BodyLimit(stays, LIMIT, admit)
-        many = [Line([bytes(LIMIT)]) for _ in range(HELD_BODIES)]
-        tasks = [asyncio.create_task(limit(line.scope, line.receive, line.send)) for line in many]
-        for _ in many:
-            await inside.acquire()
+        tasks: list[asyncio.Task[None]] = []
+
+        async def comes(*lines: Line) -> None:
+            tasks.extend(asyncio.create_task(limit(line.scope, line.receive, line.send)) for line in lines)
+            for _ in lines:
+                await inside.acquire()
+
+        many = [Line(large, told=number % 2 == 0) for number in range(HELD_BODIES)]
+        await comes(*many)
         assert limit.room.total == HELD_BODIES * LIMIT
-        more, other, others_second = Line([b"x"]), Line([bytes(LIMIT)], "b"), Line([bytes(LIMIT)], "b")
-        await limit(more.scope, more.receive, more.send)
-        assert more.status == 429
-        tasks += [asyncio.create_task(limit(line.scope, line.receive, line.send)) for line in (other, others_second)]
-        for _ in range(2):
-            await inside.acquire()
+        for told in (True, False):  # with a Content-Length, and without
+            more = Line(large, told=told)
+            await limit(more.scope, more.receive, more.send)
+            assert more.status == 429 and more.heard
+        others = [Line(large, "b") for _ in range(2)]
+        await comes(*others)
+        polls = [Line([bytes(200)]), Line([bytes(200)], "b")]
+        await comes(*polls)  # whoever has filled the room may still ask for answers
+        monkeypatch.setattr(limits, "ROOM_SECONDS", 30.0)
+        waits = Line(large, told=True)
+        tasks.append(asyncio.create_task(limit(waits.scope, waits.receive, waits.send)))
+        await asyncio.sleep(0.05)
+        assert not waits.taken
         leave.set()
         await asyncio.gather(*tasks)
-        assert [line.status for line in (*many, other, others_second)] == [200] * (HELD_BODIES + 2)
+        assert [line.status for line in (*many, *others, *polls, waits)] == [200] * (HELD_BODIES + 5)
         assert not limit.room.total and not limit.room.held
 
     asyncio.run(go())
+
+
+def test_the_end_of_a_body_that_crosses_the_limit_is_told() -> None:
+    told: list[bytes] = []
+
+    async def tell(scope: Scope, ends: limits.Ends, error: EverlearnError) -> None:
+        told.append(ends.tail)
+
+    line = Line([bytes(LIMIT), b"the end"])
+    limit = BodyLimit(ok, LIMIT, admit, tell)
+    asyncio.run(limit(line.scope, line.receive, line.send))
+    assert line.status == 413 and told[0].endswith(b"the end") and not limit.room.total

@@ -216,6 +216,16 @@ def test_a_grammar_that_takes_too_long_by_itself_is_found_out_on_a_busy_machine_
     assert grammars.compile(grammar, "another") is found
 
 
+def test_what_is_known_anew_counts_once(base: BaseModel) -> None:
+    grammars = Grammars(base, seconds=10.0, kept=4)
+    first = compiled(grammars, Grammar("regex", "once|twice"))
+    size, seconds = grammars.known_bytes, grammars.known_seconds
+    again = grammars._remember(Compilation(first.grammar))  # as a late one that was forgotten and compiled again meanwhile
+    assert grammars.known_bytes == size and grammars.known_seconds == pytest.approx(seconds - first.seconds)
+    grammars._forget(again)
+    assert not grammars.known and grammars.known_bytes == 0 and grammars.known_seconds == pytest.approx(0.0)
+
+
 def test_equal_grammars_are_compiled_once(base: BaseModel) -> None:
     grammars = Grammars(base, seconds=10.0, kept=4)
     made = [grammars.compile(Grammar("json_object"), tenant) for tenant in "abcabc"]

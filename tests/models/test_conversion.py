@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from everlearn.errors import Unsupported
-from everlearn.models.architecture import auto_class
+from everlearn.models.architecture import auto_class, read_config
+from everlearn.models.conversion import new_names
 from everlearn.models.load import BaseModel, load_base
 from everlearn.models.quant import PackedWeight
 from everlearn.types import BaseModelInfo
@@ -84,6 +86,18 @@ def test_kimi_k25_is_packed_while_it_is_read(kimi: Path, weights: str) -> None:
     assert all(isinstance(experts.up.weight, PackedWeight) for experts in base.expert_modules.values())
     assert not any("vision" in name for name in packed_in(base))
     assert torch.isfinite(our_logits(base, ROWS)).all()
+
+
+def test_the_order_of_a_folders_tensors_names_nothing(kimi: Path) -> None:
+    """Some renamings hold only behind others; shards may hold the later ones first."""
+    names = list(load_file(kimi / "model.safetensors"))
+    config = read_config(kimi)
+    with torch.device("meta"):
+        model = auto_class(config).from_config(config)
+    expected = new_names(model, sorted(names))
+    assert f"{SEES}.norm0.weight" in names and len(set(expected.values())) == len(names) and set(expected) != set(expected.values())
+    for order in (sorted(names, reverse=True), random.Random(0).sample(names, len(names))):
+        assert new_names(model, order) == expected
 
 
 def test_experts_that_transformers_stacks_are_stacked_here(mixtral: Path) -> None:
