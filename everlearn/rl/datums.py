@@ -28,7 +28,7 @@ def extended(observation: tinker.ModelInput, action: Sequence[int], *more: Eleme
 
     Environments of several turns build their observations with it and so never spell an answer anew.
     """
-    return _model_input([*_elements(observation), *action, *more])
+    return _model_input([*elements_of(observation), *action, *more])
 
 
 def datums_of(trajectory: Trajectory, advantages_T: Sequence[float], provenance: bool = False) -> list[types.Datum]:
@@ -44,7 +44,7 @@ def datums_of(trajectory: Trajectory, advantages_T: Sequence[float], provenance:
         raise InvalidRequest(f"advantages must be finite numbers; {list(advantages_T)} are not", param="advantages")
     rows: list[_Row] = []
     for transition, advantage in zip(trajectory.transitions, advantages_T, strict=True):
-        seen = _elements(transition.observation)
+        seen = elements_of(transition.observation)
         if not (rows and rows[-1].begins(seen)):
             rows.append(_Row())
         rows[-1].add(seen, transition, float(advantage))
@@ -107,7 +107,8 @@ def _shorter(span: Span, offset: int) -> Span:
     return type(span)(sequence_id=span.sequence_id, offset=span.offset + offset, length=span.length - 1)
 
 
-def _elements(observation: tinker.ModelInput) -> list[Element]:
+def elements_of(observation: tinker.ModelInput) -> list[Element]:
+    """Token by token, image by image."""
     elements: list[Element] = []
     for chunk in observation.chunks:
         elements += chunk.tokens if isinstance(chunk, types.EncodedTextChunk) else [chunk]

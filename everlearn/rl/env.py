@@ -22,7 +22,7 @@ from everlearn.rewards.reward import Reward
 if TYPE_CHECKING:
     from everlearn.rl.trajectory import Trajectory
 
-StopCondition = Sequence[str] | Sequence[int]
+StopCondition = Sequence[str] | Sequence[int] | None  # None: the model's own end; empty: nothing ends an answer but its length
 Metrics = Mapping[str, float]
 
 
@@ -36,7 +36,7 @@ class StepResult(msgspec.Struct, frozen=True):
     reward: Reward | float
     episode_done: bool
     next_observation: tinker.ModelInput = tinker.ModelInput.empty()
-    next_stop_condition: StopCondition = ()
+    next_stop_condition: StopCondition = None
     metrics: Metrics = {}
     logs: Mapping[str, Any] = {}
 
