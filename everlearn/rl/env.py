@@ -66,6 +66,7 @@ class EnvGroup(Protocol):
 
     async def cleanup(self) -> None:
         """Gives back what make_envs took. Called once, after everything else, whatever happened."""
+        return
 
     def logging_tags(self) -> list[str]:
         """Names under which this group's metrics are averaged, from coarse to fine."""

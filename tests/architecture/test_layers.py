@@ -17,7 +17,8 @@ LEVELS = [
 ]
 LEVEL = {section: level for level, sections in enumerate(LEVELS) for section in sections}
 HEAVY = {"torch", "transformers", "safetensors.torch", "peft", "accelerate"}
-TENSOR_FREE = {"api", "store", "cli", "render", "planner", "demo", "types", "config", "errors", "faultpoints", "telemetry"}
+CLIENTS = {"rl", "rewards"}
+TENSOR_FREE = {"api", "store", "cli", "render", "planner", "demo", *CLIENTS, "types", "config", "errors", "faultpoints", "telemetry"}
 TENSOR_FREE_MODULES = {"everlearn.models.catalog", "everlearn.models.embedded", "everlearn.engine.protocol", "everlearn.losses.spec"}
 
 
@@ -39,6 +40,18 @@ def test_imports_fall_downward(sources):
             if LEVEL[parts[1]] > LEVEL[source.section]:
                 upward.append(f"{source.path} imports {name}")
     assert not upward
+
+
+def test_clients_know_nothing_of_the_server(sources):
+    """Reinforcement learning has no way in that a user doesn't have: the Tinker API, and what talks about errors."""
+    found = [
+        f"{source.path} imports {name}"
+        for source in sources
+        if source.section in CLIENTS
+        for name in source.imports(top_level=False)
+        if name.startswith("everlearn.") and name.split(".")[1] not in CLIENTS | {"errors"}
+    ]
+    assert not found
 
 
 def test_no_tensor_library_above_the_engine_not_even_in_a_function(sources):
