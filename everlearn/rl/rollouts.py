@@ -18,6 +18,7 @@ import tinker
 
 from everlearn.errors import InvalidRequest
 from everlearn.rewards.reward import Reward
+from everlearn.rewards.verifiers import VerifierFailed
 from everlearn.rl.env import Env, EnvGroup, Metrics, StepResult
 from everlearn.rl.policy import Policy, seed_of
 from everlearn.rl.trajectory import Action, Failure, FailureKind, Trajectory, TrajectoryGroup, Transition
@@ -176,7 +177,7 @@ def _check_observation(observation: Any) -> None:
 
 
 def _failure(kind: FailureKind, error: BaseException, turn: int = 0) -> Failure:
-    found: FailureKind = "timeout" if isinstance(error, OutOfTime) else kind
+    found: FailureKind = "timeout" if isinstance(error, OutOfTime) else "verifier" if isinstance(error, VerifierFailed) else kind
     return Failure(found, f"{type(error).__name__}: {error}"[:MESSAGE_LENGTH], turn)
 
 

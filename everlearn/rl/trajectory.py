@@ -55,7 +55,7 @@ class Transition(msgspec.Struct, frozen=True):
     logs: dict[str, Any] = {}
 
 
-FailureKind = Literal["sampling", "environment", "timeout", "turns", "not_finite", "group"]
+FailureKind = Literal["sampling", "environment", "timeout", "turns", "not_finite", "group", "verifier"]
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -68,6 +68,7 @@ class Failure(msgspec.Struct, frozen=True):
     | timeout | the episode took longer than its limit |
     | turns | the episode was not over after the limit of turns |
     | not_finite | a reward was NaN or infinite, or had two parts of one name |
+    | verifier | what judges the answer hung, raised or died |
     | group | the reward that compares the group's trajectories could not be computed |
     """
 

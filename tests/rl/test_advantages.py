@@ -137,7 +137,9 @@ def test_gae_with_lambda_one_is_returns_less_values(pairs, gamma):
     given_T, values_T = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     returns = gae(given_T, values_T, gamma, 1.0)[1]
     assert returns.tolist() == pytest.approx(returns_to_go(given_T, gamma).tolist(), rel=1e-9, abs=1e-7)
-    assert gae(given_T, returns.tolist(), gamma, 0.7)[0].tolist() == pytest.approx([0.0] * len(pairs), abs=1e-7), "true values leave nothing"
+    assert gae(given_T, returns.tolist(), gamma, 0.7)[0].tolist() == pytest.approx([0.0] * len(pairs), abs=1e-7), (
+        "true values leave nothing"
+    )
 
 
 def test_overlong_penalty():

@@ -15,6 +15,7 @@ from tinker import types
 from tokenizers import Tokenizer
 
 from everlearn.rewards.reward import Part, Reward
+from everlearn.rewards.verifiers import VerifierFailed
 from everlearn.rl.datums import datums_of, extended
 from everlearn.rl.env import Env, EnvGroup, SameTask, StepResult
 from everlearn.rl.policy import TinkerPolicy, seed_of
@@ -80,6 +81,10 @@ async def stubborn() -> StepResult:
             continue
 
 
+def unjudged() -> StepResult:
+    raise VerifierFailed("the verifier 'maths' gave no judgement: not over after 5 s")
+
+
 async def cancelling() -> StepResult:
     raise asyncio.CancelledError
 
@@ -99,6 +104,7 @@ BAD = {
     "shows nothing": (lambda: StepResult(0.0, False), "environment", "observation is empty"),
     "shows a list": (lambda: StepResult(0.0, False, [1, 2]), "environment", "must be a tinker.ModelInput"),
     "shows too much": (lambda: StepResult(0.0, False, tinker.ModelInput.from_ints([20] * 5000)), "sampling", "5000"),
+    "cannot be judged": (unjudged, "verifier", "gave no judgement"),
     "cancels itself": (cancelling, "environment", "cancelled itself"),
 }
 
