@@ -33,9 +33,9 @@ class ChatMl:
             lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True)),
         )
 
-    def ask(self, text: str, image: types.ImageChunk | None = None) -> tinker.ModelInput:
-        """A first question, with an image before it or without; the model is to answer next."""
-        return extended(tinker.ModelInput.empty(), [], *self._turn(text, image))
+    def ask(self, text: str, image: types.ImageChunk | None = None, begun: str = "") -> tinker.ModelInput:
+        """A first question, with an image before it or without; the model is to answer next, or to go on from what is `begun`."""
+        return extended(tinker.ModelInput.empty(), [], *self._turn(text, image, begun))
 
     def go_on(
         self, observation: tinker.ModelInput, action: list[int], text: str, image: types.ImageChunk | None = None
@@ -44,8 +44,8 @@ class ChatMl:
         ended = action[-1:] == self.encode(END)
         return extended(observation, action, *self.encode("\n" if ended else f"{END}\n"), *self._turn(text, image))
 
-    def _turn(self, text: str, image: types.ImageChunk | None) -> list[Any]:
+    def _turn(self, text: str, image: types.ImageChunk | None, begun: str = "") -> list[Any]:
         if image is None:
-            return self.encode(f"<|im_start|>user\n{text}{END}\n<|im_start|>assistant\n")
+            return self.encode(f"<|im_start|>user\n{text}{END}\n<|im_start|>assistant\n{begun}")
         begin = self.encode(f"<|im_start|>user\n{IMAGE_BEGINS}")
-        return [*begin, image, *self.encode(f"{IMAGE_ENDS}{text}{END}\n<|im_start|>assistant\n")]
+        return [*begin, image, *self.encode(f"{IMAGE_ENDS}{text}{END}\n<|im_start|>assistant\n{begun}")]
