@@ -13,15 +13,41 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Any, Self
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Self, TypeVar
 
 from everlearn.errors import InvalidRequest, Unavailable
 
+T = TypeVar("T")
 START_SECONDS = 60.0  # what a process gets for its first answer, imports included
 
 
 class VerifierFailed(Unavailable):
     """A verifier hung, raised, or died. Whatever it was to judge has no score; an episode that raises this fails, and is counted."""
+
+
+async def judge(function: Callable[..., T], *given: Any, seconds: float) -> T:
+    """What `function` says, run in a thread of its own. Raises VerifierFailed where it raises, or says nothing in time.
+
+    For verifiers that can't be moved to a process. Python can't end a thread: one that hangs keeps its processor until the program ends,
+    and does not keep the program from ending.
+    """
+    said: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            said.set_result(function(*given))
+        except BaseException as error:  # noqa: BLE001 - it is for whoever waits
+            said.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(said)), seconds)
+    except TimeoutError:
+        raise VerifierFailed(f"{function.__qualname__} gave no judgement within {seconds:g} s") from None
+    except Exception as error:
+        raise VerifierFailed(f"{function.__qualname__} raised {type(error).__name__}: {error}") from error
 
 
 class Verifiers:
