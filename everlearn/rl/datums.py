@@ -31,11 +31,14 @@ def extended(observation: tinker.ModelInput, action: Sequence[int], *more: Eleme
     return _model_input([*elements_of(observation), *action, *more])
 
 
-def datums_of(trajectory: Trajectory, advantages_T: Sequence[float], provenance: bool = False) -> list[types.Datum]:
+def datums_of(
+    trajectory: Trajectory, advantages_T: Sequence[float], provenance: bool = False, sequence_mask: bool = False
+) -> list[types.Datum]:
     """Datums with `target_tokens`, `logprobs` and `advantages`; each sampled token has its turn's advantage, all others have 0.
 
     `advantages_T` has one value for each turn. `provenance` adds the spans that `stable_reinforce` asks for; the sampling client must
-    then have been made with `record_stability_info=True`. Turns whose advantage is 0 stay in, as context of the later ones.
+    then have been made with `record_stability_info=True`. `sequence_mask` adds `sequence_ratio_mask`, 1 on sampled tokens, for `gspo`.
+    Turns whose advantage is 0 stay in, as context of the later ones.
     """
     if len(advantages_T) != len(trajectory.transitions):
         counts = f"{len(advantages_T)} advantages for {len(trajectory.transitions)} turns"
@@ -48,7 +51,7 @@ def datums_of(trajectory: Trajectory, advantages_T: Sequence[float], provenance:
         if not (rows and rows[-1].begins(seen)):
             rows.append(_Row())
         rows[-1].add(seen, transition, float(advantage))
-    return [row.datum(provenance) for row in rows]
+    return [row.datum(provenance, sequence_mask) for row in rows]
 
 
 class _Row:
@@ -59,6 +62,7 @@ class _Row:
         self.targets: list[int] = []
         self.logprobs: list[float] = []
         self.advantages: list[float] = []
+        self.sampled: list[float] = []
         self.spans: list[Span] = []
 
     def begins(self, elements: list[Element]) -> bool:
@@ -73,18 +77,21 @@ class _Row:
         self.targets += action.tokens
         self.logprobs += [0.0] * shown + action.logprobs
         self.advantages += [0.0] * shown + [advantage] * len(action.tokens)
+        self.sampled += [0.0] * shown + [1.0] * len(action.tokens)
         self.elements += [*new, *action.tokens]
         if action.sequence_id is not None:
             if shown:
                 self.spans.append(types.PromptProvenanceSpan(sequence_id=action.sequence_id, offset=before, length=shown))
             self.spans.append(types.SampledProvenanceSpan(sequence_id=action.sequence_id, length=len(action.tokens)))
 
-    def datum(self, provenance: bool) -> types.Datum:
+    def datum(self, provenance: bool, sequence_mask: bool) -> types.Datum:
         inputs = {
             "target_tokens": types.TensorData.from_numpy(np.array(self.targets[1:], dtype=np.int64)),
             "logprobs": types.TensorData.from_numpy(np.array(self.logprobs[1:], dtype=np.float32)),
             "advantages": types.TensorData.from_numpy(np.array(self.advantages[1:], dtype=np.float32)),
         }
+        if sequence_mask:
+            inputs["sequence_ratio_mask"] = types.TensorData.from_numpy(np.array(self.sampled[1:], dtype=np.float32))
         datum = types.Datum(model_input=_model_input(self.elements[:-1]), loss_fn_inputs=inputs)
         if not provenance:
             return datum

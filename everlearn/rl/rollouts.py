@@ -7,6 +7,7 @@ Nothing that an environment does ends a batch. What goes wrong in an episode bec
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import time
 from collections import Counter
@@ -48,6 +49,22 @@ async def play_batch(
     room = asyncio.Semaphore(limits.episodes_at_once)
     seeds = [None if seed is None else seed_of(seed, number) for number in range(len(groups))]
     return await asyncio.gather(*(play_group(group, policy, limits, own, room) for group, own in zip(groups, seeds, strict=True)))
+
+
+def play_now(groups: Sequence[EnvGroup], policy: Policy, limits: Limits | None = None, seed: int | None = None) -> list[TrajectoryGroup]:
+    """play_batch for callers that aren't asynchronous. `asyncio.run` would wait for ever for an environment that can't be cancelled."""
+    loop = asyncio.new_event_loop()
+    try:
+        return loop.run_until_complete(play_batch(groups, policy, limits, seed))
+    finally:
+        if left := asyncio.all_tasks(loop):
+            for task in left:
+                task.cancel()
+            loop.run_until_complete(asyncio.wait(left, timeout=GRACE_SECONDS))
+        for task in asyncio.all_tasks(loop):
+            with contextlib.suppress(RuntimeError):  # it doesn't even let go of its last await
+                task.get_coro().close()
+        loop.close()
 
 
 async def play_group(

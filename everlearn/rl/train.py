@@ -7,7 +7,6 @@ killed and continued gives bit for bit what it would have given; with more, batc
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import time
@@ -25,7 +24,7 @@ from everlearn.rl.datums import datums_of
 from everlearn.rl.env import Dataset
 from everlearn.rl.policy import TinkerPolicy, seed_of
 from everlearn.rl.records import Decode, write_records
-from everlearn.rl.rollouts import Limits, play_batch
+from everlearn.rl.rollouts import Limits, play_now
 from everlearn.rl.trajectory import TrajectoryGroup
 
 SHOWN_GROUPS = 2  # of each batch in rollouts.jsonl
@@ -63,6 +62,10 @@ class Settings(msgspec.Struct, frozen=True):
                 raise InvalidRequest(f"{name} is {getattr(self, name)}; it must be at least {least}", param=name)
         if self.estimator not in NAMES:
             raise InvalidRequest(f"there is no estimator {self.estimator!r}; there are {', '.join(NAMES)}", param="estimator")
+        if self.loss == "dro":
+            raise InvalidRequest(
+                "dro needs the log-probabilities of prompts too, which rollouts don't have; choose another loss", param="loss"
+            )
         if self.learning_rate <= 0 or not 0 <= self.max_failed <= 1:
             raise InvalidRequest("learning_rate must be above 0, and max_failed a share from 0 to 1", param="learning_rate")
         return self
@@ -164,7 +167,7 @@ class _Run:
 
     def _play(self, sampler: tinker.SamplingClient, dataset: Dataset, index: int, temperature: float, seed: int) -> list[TrajectoryGroup]:
         policy = TinkerPolicy(sampler, self.settings.max_tokens, temperature)
-        return asyncio.run(play_batch(dataset.get_batch(index % len(dataset)), policy, self.settings.limits, seed))
+        return play_now(dataset.get_batch(index % len(dataset)), policy, self.settings.limits, seed)
 
     def _train(self, groups: list[TrajectoryGroup], advantages: list[list[list[float]]]) -> Metrics:
         """Each substep takes every so-manieth group, so that all have about as many. A substep without anything to learn is left out."""
@@ -175,7 +178,7 @@ class _Run:
                 for group, members in list(zip(groups, advantages, strict=True))[substep :: settings.substeps]
                 for trajectory, own in zip(group.trajectories_G, members, strict=True)
                 if any(own)
-                for datum in datums_of(trajectory, own, provenance=settings.loss == "stable_reinforce")
+                for datum in datums_of(trajectory, own, settings.loss == "stable_reinforce", settings.loss == "gspo")
             ]
             if not data:
                 continue

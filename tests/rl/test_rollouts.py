@@ -20,7 +20,7 @@ from everlearn.rl.datums import datums_of, extended
 from everlearn.rl.env import Env, EnvGroup, SameTask, StepResult
 from everlearn.rl.policy import TinkerPolicy, seed_of
 from everlearn.rl.records import record_of, write_records
-from everlearn.rl.rollouts import Limits, count, play, play_batch, play_group
+from everlearn.rl.rollouts import Limits, count, play, play_batch, play_group, play_now
 from everlearn.rl.trajectory import Trajectory, TrajectoryGroup
 from tests.live import LiveServer
 
@@ -131,17 +131,8 @@ def test_an_environment_that_never_ends_is_stopped_by_turns_and_one_that_cannot_
     endless = asyncio.run(play(Talk(turns=10**9), policy, Limits(turns=3)))
     assert endless.failure is not None and endless.failure.kind == "turns" and len(endless.transitions) == 3
 
-    async def leave() -> Trajectory:
-        played = await play(Bad(stubborn), policy, Limits(seconds=1))
-        for task in asyncio.all_tasks() - {asyncio.current_task()}:
-            task.get_coro().close()  # type: ignore[union-attr]
-        return played
-
-    loop = asyncio.new_event_loop()
-    try:
-        left = loop.run_until_complete(leave())
-    finally:
-        loop.close()
+    (group,) = play_now([Group([Bad(stubborn)])], policy, Limits(seconds=1))
+    left = group.trajectories_G[0]
     assert left.failure is not None and left.failure.kind == "timeout" and left.seconds < 6
 
 

@@ -96,7 +96,7 @@ def test_a_finished_run_can_be_made_longer_but_not_otherwise(undisturbed: Path, 
 
 
 @pytest.mark.parametrize(
-    ("loss", "options"), [("stable_reinforce", {}), ("cispo", {"estimator": "group_mean_std"}), ("importance_sampling", {})]
+    ("loss", "options"), [("stable_reinforce", {}), ("gspo", {}), ("cispo", {"estimator": "group_mean_std"}), ("importance_sampling", {})]
 )
 def test_losses_and_estimators(service: tinker.ServiceClient, tmp_path: Path, loss: str, options: dict[str, Any]):
     settings = Settings("tiny", steps=2, rank=4, learning_rate=1e-2, loss=loss, max_tokens=4, **options)
@@ -136,7 +136,7 @@ def test_a_batch_that_says_nothing_trains_nothing(service: tinker.ServiceClient,
     assert row["groups/collapsed"] == 1.0 and row["groups/trained"] == 0 and "kl/k1" not in row
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"estimator": "best"}, {"learning_rate": -1.0}, {"max_failed": 2.0}])
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"loss": "dro"}, {"estimator": "best"}, {"learning_rate": -1.0}, {"max_failed": 2.0}])
 def test_settings_that_cannot_be_meant(wrong: dict[str, Any]):
     with pytest.raises(InvalidRequest):
         msgspec.structs.replace(SETTINGS, **wrong).check()
