@@ -18,6 +18,7 @@ import signal
 import struct
 import sys
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -46,8 +47,8 @@ def isolate() -> bool:
     return True
 
 
-def restrict_files(folder: Path) -> bool:
-    """Landlock: Python and the system's libraries can be read, `folder` can be written. False where the kernel has none."""
+def restrict_files(folder: Path | None, more: Iterable[str] = ()) -> bool:
+    """Landlock: Python, the system's libraries and `more` can be read, `folder` can be written. False where the kernel has none."""
     abi = libc.syscall(LANDLOCK_CREATE_RULESET, None, 0, 1)
     if abi < 1:
         return False
@@ -56,8 +57,8 @@ def restrict_files(folder: Path) -> bool:
     rules = libc.syscall(LANDLOCK_CREATE_RULESET, attributes, len(attributes), 0)
     if rules < 0:
         return False
-    allowed = {Path(path): READ_FILE | READ_DIR | EXECUTE for path in (*READABLE, sys.prefix, sys.base_prefix)}
-    for path, rights in {**allowed, folder: everything}.items():
+    allowed = {Path(path): READ_FILE | READ_DIR | EXECUTE for path in (*READABLE, sys.prefix, sys.base_prefix, *more)}
+    for path, rights in (allowed if folder is None else {**allowed, folder: everything}).items():
         if not path.exists():
             continue
         at = os.open(path, os.O_PATH | os.O_CLOEXEC)

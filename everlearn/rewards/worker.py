@@ -1,7 +1,8 @@
 """The inside of a verifier's process: reads a question as a line of JSON, answers with a line, until its input ends.
 
 Verifiers that can hang or take a machine's memory on an answer that somebody contrived (sympy, regular expressions) run here and not in the
-trainer. `verifiers.py` kills this process when it takes too long.
+trainer. `verifiers.py` kills this process when it takes too long. Parsers of mathematics evaluate what they read, so it is confined as far
+as the kernel lets us: no network, no files but libraries to read.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import resource
 import sys
 from collections.abc import Callable
 from typing import Any
+
+from everlearn.rewards.cage import isolate, restrict_files
 
 MEMORY_BYTES = 2 << 30
 
@@ -42,6 +45,8 @@ VERIFIERS: dict[str, Callable[..., dict[str, Any]]] = {"maths": maths, "schema":
 
 
 def main() -> None:
+    isolate()
+    restrict_files(None, more=[path for path in sys.path if path])
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")

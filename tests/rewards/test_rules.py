@@ -100,6 +100,28 @@ def test_a_verifier_that_hangs_or_raises_gives_no_score_and_the_next_question_is
         Verifiers(processes=0)
 
 
+def test_a_verifier_s_process_is_confined():
+    """Through the front door of the process, with a verifier that looks around."""
+    import subprocess
+    import sys
+
+    probe = (
+        "import sys; from everlearn.rewards import worker\n"
+        "def look(path):\n"
+        "    import socket\n"
+        "    try:\n        socket.create_connection(('127.0.0.1', 1), 1)\n"
+        "    except OSError as error:\n        network = str(error)\n"
+        "    return {'network': network, 'text': open(path).read()}\n"
+        "worker.VERIFIERS['look'] = look\nworker.main()"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", probe], input='{"verifier": "look", "given": ["/etc/passwd"]}\n', capture_output=True, text=True, timeout=60
+    )
+    if "root:" in ran.stdout:
+        pytest.skip("this machine can't confine: no user namespaces, or no Landlock")
+    assert "PermissionError" in ran.stdout, ran
+
+
 @pytest.mark.parametrize(
     ("answer", "wanted", "value"),
     [
