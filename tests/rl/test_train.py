@@ -48,10 +48,16 @@ def undisturbed(service: tinker.ServiceClient, tmp_path_factory: pytest.TempPath
     return folder
 
 
-def test_it_learns_and_every_step_is_measured(undisturbed: Path):
+def test_it_learns(service: tinker.ServiceClient, tmp_path: Path):
+    """The first token's id shall be small. From about a half, chance, to nearly one; other seeds go the same way."""
+    settings = Settings("tiny", steps=10, rank=8, learning_rate=3e-2, max_tokens=1, seed=5)
+    rows = train(service, settings, Starts(30, 2, 32), tmp_path, held_out=Starts(30, 2, 1))
+    assert rows[0]["reward/total"] < 0.6 and rows[9]["reward/total"] > 0.8
+    assert rows[10]["held_out/reward/total"] > 0.8 and rows[9]["entropy"] < rows[0]["entropy"]
+
+
+def test_every_step_is_measured(undisturbed: Path):
     rows = lines(undisturbed / "metrics.jsonl")
-    assert rows[-1]["held_out/reward/total"] > rows[0]["held_out/reward/total"] + 0.03
-    assert sum(row["reward/total"] for row in rows[4:6]) > sum(row["reward/total"] for row in rows[:2])
     for row in rows[:-1]:
         needed = (
             "episodes failed reward/total reward/reward env/first entropy tokens/sampled tokens/mean tokens/max truncated groups/collapsed"
