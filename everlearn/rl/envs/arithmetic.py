@@ -53,8 +53,8 @@ class SumEnv:
 
 
 def is_held_out(a: int, b: int, seed: int) -> bool:
-    """Whether a pair belongs to the held-out split: one in five, decided by its digest, so that no pair is ever in both."""
-    digest = hashlib.blake2b(f"{seed}:{a}:{b}".encode(), digest_size=8).digest()
+    """Whether a pair belongs to the held-out split: one in five, decided by its digest; a + b and b + a go together."""
+    digest = hashlib.blake2b(f"{seed}:{min(a, b)}:{max(a, b)}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % HELD_OUT == 0
 
 
