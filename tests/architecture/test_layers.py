@@ -47,11 +47,26 @@ def test_imports_fall_downward(sources):
     assert not upward
 
 
+CLIENTS = {"rl", "rewards"}
+
+
+def test_clients_know_nothing_of_the_server(sources):
+    """Reinforcement learning has no way in that a user doesn't have: the Tinker API, and what talks about errors."""
+    found = [
+        f"{source.path} imports {name}"
+        for source in sources
+        if source.section in CLIENTS
+        for name in source.imports(top_level=False)
+        if name.startswith("everlearn.") and name.split(".")[1] not in CLIENTS | {"errors"}
+    ]
+    assert not found
+
+
 def test_no_tensor_library_above_the_engine_not_even_in_a_function(sources):
     found = [
         f"{source.path} imports {name}"
         for source in sources
-        if source.section in TENSOR_FREE or source.module in TENSOR_FREE_MODULES
+        if source.section in TENSOR_FREE | CLIENTS or source.module in TENSOR_FREE_MODULES
         for name in source.imports(top_level=False)
         if heavy(name)
     ]

@@ -1,0 +1,65 @@
+"""The inside of a verifier's process: reads a question as a line of JSON, answers with a line, until its input ends.
+
+Verifiers that can hang or take a machine's memory on an answer that somebody contrived (sympy, regular expressions) run here and not in the
+trainer. `verifiers.py` kills this process when it takes too long. Parsers of mathematics evaluate what they read, so it is confined as far
+as the kernel lets us: no network, no files but libraries to read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from everlearn.rewards.cage import isolate, restrict_files
+
+MEMORY_BYTES = 2 << 30
+
+
+def maths(answer: str, wanted: str) -> dict[str, Any]:
+    """math-verify's judgement; `parsed` is false where it finds no mathematics in the answer. Its own time limits are ours already."""
+    from math_verify import parse, verify
+
+    gold = parse(wanted, parsing_timeout=None) or parse(f"${wanted}$", parsing_timeout=None)
+    if not gold:
+        raise ValueError(f"the wanted answer {wanted[:100]!r} is no mathematics")
+    found = parse(answer, parsing_timeout=None)
+    equal = bool(found) and bool(verify(gold, found, timeout_seconds=None, raise_on_error=True))
+    return {"parsed": bool(found), "equal": equal, "found": str(found[0])[:200] if found else ""}
+
+
+def schema(answer: str, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Whether a JSON text matches a JSON schema, and where not."""
+    import jsonschema
+
+    kind = jsonschema.validators.validator_for(wanted)
+    kind.check_schema(wanted)
+    problem = jsonschema.exceptions.best_match(kind(wanted).iter_errors(json.loads(answer)))
+    return {"matches": problem is None, "problem": "" if problem is None else f"{problem.json_path}: {problem.message}"[:300]}
+
+
+VERIFIERS: dict[str, Callable[..., dict[str, Any]]] = {"maths": maths, "schema": schema}
+
+
+def main() -> None:
+    isolate()
+    restrict_files(None, more=[path for path in sys.path if path])
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what a library prints is no answer
+    for line in sys.stdin:
+        question = json.loads(line)
+        try:
+            answer = VERIFIERS[question["verifier"]](*question["given"])
+        except Exception as error:  # noqa: BLE001 - whatever it is, it goes to whoever asked
+            answer = {"raised": f"{type(error).__name__}: {error}"[:500]}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()
