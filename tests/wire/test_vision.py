@@ -26,7 +26,7 @@ from tests.wire.raw import Raw
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
 QUESTION = "what is it?"
-PAIRS = [(picture(seed, 32 + 16 * (seed % 3), 32), f"{seed * 37 % 100:02}") for seed in range(72)]
+PAIRS = [(picture(seed, 32 + 16 * (seed % 3), 32), f"{seed * 37 % 100:02}") for seed in range(32)]
 
 
 @pytest.fixture(scope="module")
