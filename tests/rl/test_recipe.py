@@ -36,6 +36,15 @@ def test_the_splits_share_no_pair(recipe: ModuleType):
     assert [recipe.reward_of(text, 2, 3) for text in ("5", " 5\n", "6", "five", "5!")] == [1.0, 1.0, 0.0, -0.1, -0.1]
 
 
+def test_what_cannot_be_written_leaves_the_last_state(recipe: ModuleType, tmp_path: Path):
+    file = tmp_path / "state.json"
+    recipe.keep(file, {"step": 1, "path": "tinker://a"})
+    (tmp_path / "state.new").mkdir()  # so the next can't be written
+    with pytest.raises(OSError):
+        recipe.keep(file, {"step": 2, "path": "tinker://b"})
+    assert json.loads(file.read_text()) == {"step": 1, "path": "tinker://a"}
+
+
 def test_it_runs_and_goes_on(root: Path, server: LiveServer, tmp_path: Path):
     environment = {"TINKER_BASE_URL": server.url, "TINKER_API_KEY": "tml-test", "TINKER_TELEMETRY": "0", "HF_HUB_OFFLINE": "1"}
     out = tmp_path / "run"
