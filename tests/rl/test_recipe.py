@@ -75,10 +75,10 @@ def test_its_step_is_on_policy_and_raises_what_was_rewarded(recipe: ModuleType, 
         return [(prompt, found, np.array([-one.tokens[0] / 512 for one in found])) for prompt, found, _ in groups]
 
     means = []
-    for step in range(6):
+    for step in range(10):
         groups = play(step)
         means.append(np.mean([rewards for *_, rewards in groups]))
         data = [recipe.datum_of(p, one, a) for p, found, r in groups for one, a in zip(found, r - r.mean(), strict=True)]
         found = recipe.train(client, data, args)
         assert found["kl_k3"] < 1e-8 and found["ratio_max"] == pytest.approx(1.0, abs=1e-4) and found["ess"] == pytest.approx(1.0)
-    assert np.mean(means[-2:]) > means[0]
+    assert np.mean(means[-3:]) > np.mean(means[:2]) + 0.1, "it rises by 0.2 to 0.4, whatever the seed"

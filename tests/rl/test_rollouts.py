@@ -134,7 +134,7 @@ def test_an_environment_that_never_ends_is_stopped_by_turns_and_one_that_cannot_
 
     (group,) = play_now([Group([Bad(stubborn)])], policy, Limits(seconds=1))
     left = group.trajectories_G[0]
-    assert left.failure is not None and left.failure.kind == "timeout" and left.seconds < 6
+    assert left.failure is not None and left.failure.kind == "timeout" and left.seconds < 60, "it would go on for ever"
 
 
 def test_groups_fail_as_values_too(policy: TinkerPolicy):
