@@ -5,7 +5,9 @@
 A problem is one to three operations, a colon, letters, and an equals sign; the answer ends with a token of its own. The base model
 is trained on `COMMON`: single operations, and all pairs but four. The `SHIFTED` task is chains of three, of which it never saw one:
 the 13 of 64 that it gets right more than one time in twenty and less than six in ten (drawn at temperature 1, on strings that
-aren't held out), so that rewards have something to start from. The pairs that were left out, `UNSEEN`, nobody ever trains on.
+aren't held out), so that rewards have something to start from. The pairs that were left out, `UNSEEN`, nobody trains on by
+themselves; but adapters, which train on `SHIFTED`, meet two of them inside longer chains: NL in NLN and SNL, SR in SRR. RN and LR
+nobody meets.
 
 Letters whose checksum falls in one bucket of eight are held out of all training, so tests see only unseen strings.
 """

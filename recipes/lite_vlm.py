@@ -8,13 +8,15 @@ photos of some classes. What comes out is a folder in Hugging Face format (safet
 
 The tower's features of each photo (and of its mirror image) are computed once. The projector trains with the words that
 `everlearn eval fewshot-vision` asks for; the frozen language model only passes the gradient on. A checkpoint of the projector
-(projector.safetensors) is kept after every epoch, and a run that finds one goes on from it. Adapters are not this recipe's affair:
-they are trained on the finished folder through the API, with or without the projector (train_vision).
+(projector.safetensors) is kept after every epoch, and a run that finds one of the same settings, photos and parts goes on from it.
+Adapters are not this recipe's affair: they are trained on the finished folder through the API, with or without the projector
+(train_vision).
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import random
@@ -75,6 +77,8 @@ def build(args: argparse.Namespace) -> None:
         taught_from = prompt_length + len(prompt.prefill)  # the study gives the answer's first words
         examples += [([cells_of(model, photo, info, flip) for flip in (False, True)], tokens, taught_from) for photo in of_class]
     settings = {"classes": list(photos), **{name: getattr(args, name) for name in ("grid", "epochs", "batch", "lr", "seed")}}
+    settings["photos"] = digest_of([photo.path for of_class in photos.values() for photo in of_class])
+    settings |= {name: digest_of(parts_of(folder)) for name, folder in (("text", text), ("tower", tower))}
     losses = train(model, examples, info.image, args, parts / "projector.safetensors", json.dumps(settings))
     lite_folder.write(model, text, args.out)
     (args.out / "recipe.json").write_text(json.dumps({**settings, "loss": losses}, indent=1) + "\n")
@@ -87,6 +91,20 @@ def package_weights() -> Path:
         if (Path(place) / WEIGHTS).is_file():
             return Path(place) / WEIGHTS
     raise SystemExit(f"the tower's weights aren't here: {INSTALL}, or name the file with --tower")
+
+
+def parts_of(folder: Path) -> list[Path]:
+    """The files of a model's folder: weights, settings, tokenizer, template."""
+    return sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".json", ".jinja", ".txt", ".model"))
+
+
+def digest_of(files: list[Path]) -> str:
+    """Sixteen hex digits over the files' names and what is in them, in their order."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 @torch.inference_mode()

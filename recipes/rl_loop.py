@@ -127,6 +127,13 @@ def evaluate(sampler, tokenizer, held_out: list[tuple[int, int]], args: argparse
 # ---- the run ----
 
 
+def keep(file: Path, state: dict) -> None:
+    """Whole or not at all: who is killed while writing continues from what was there before."""
+    new = file.with_suffix(".new")
+    new.write_text(json.dumps(state))
+    new.replace(file)
+
+
 def main() -> None:
     args = arguments()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -176,7 +183,7 @@ def main() -> None:
         write(row | {"seconds": time.monotonic() - started})
         if (step + 1) % args.save_every == 0:
             path = client.save_state(f"step-{step + 1:06}").result().path
-            state_file.write_text(json.dumps({"step": step + 1, "path": path}))
+            keep(state_file, {"step": step + 1, "path": path})
 
 
 if __name__ == "__main__":

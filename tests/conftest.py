@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.live import LiveServer, start_server
 from tests.tiny import make_tiny_model
@@ -18,6 +19,10 @@ os.environ.setdefault("TINKER_TELEMETRY", "0")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 for _name in [name for name in os.environ if name.startswith("EVERLEARN_") and not name.startswith("EVERLEARN_TEST_")]:
     del os.environ[_name]
+
+# Hypothesis lets an example take 200 ms; on a machine that does other things too, a good one takes longer. Tests have a timeout anyway.
+settings.register_profile("everlearn", deadline=None)
+settings.load_profile("everlearn")
 
 
 @pytest.fixture(scope="session")

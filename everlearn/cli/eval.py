@@ -116,7 +116,7 @@ def fewshot_vision(console: Console, data: Path, model: str, out: Path, **option
     probes = _probes(options["baselines"])
     recipe = Recipe(options["rank"], options["lr"], options["batch"], options["repeats"] * max(shots))
     console.note(f"{len(split.train)} classes ({', '.join(split.train)}), {len(tests)} photos to ask about")
-    facts = {**options, "data": data.name, "model": info.name, "recipe": recipe, "labels": list(split.train)}
+    facts = {**options, "data": data.name, "model": info.name, "recipe": recipe, "labels": list(split.train), "photos": gallery.digest()}
     finished = Finished(out / "runs.jsonl", facts)
     runs = [_noted(console, probe.run(split.train, tests, gallery, k, seed)) for probe in probes for seed in range(seeds) for k in shots]
     with _study(console, info, (prompt, split, tests, gallery)) as study:
@@ -135,10 +135,9 @@ def _model(console: Console, model: str) -> BaseModelInfo:
 def _probes(baselines: tuple[str, ...]) -> list[Any]:
     if not baselines:
         return []
-    from everlearn.evals.probes import Probe, Tower
+    from everlearn.evals.probes import probes_of
 
-    towers: dict[Path, Tower] = {}
-    return [Probe(given, towers) for given in baselines]
+    return [*probes_of(baselines)]
 
 
 @contextmanager

@@ -127,15 +127,38 @@ KINDS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tens
 }
 
 
+def probes_of(baselines: Sequence[str]) -> list[Probe]:
+    """The baselines, one tower for each folder. Raises InvalidRequest where two have the same name: runs are told apart by the names of
+    their methods, so two of one name would count as one baseline with twice the seeds."""
+    named: dict[str, str] = {}
+    for given in baselines:
+        name = _read(given)[0]
+        if name in named:
+            raise InvalidRequest(
+                f"the baselines {named[name]} and {given} are both called {name!r}; "
+                "name each once, and rename one of two folders of one name",
+                param="baseline",
+            )
+        named[name] = given
+    towers: dict[Path, Tower] = {}
+    return [Probe(given, towers) for given in baselines]
+
+
+def _read(given: str) -> tuple[str, str, Path]:
+    """Name, kind and folder of KIND:FOLDER. The name is the kind's and the folder's last part: reports show no path of a machine."""
+    kind, _, folder = given.partition(":")
+    if kind not in KINDS or not folder:
+        raise InvalidRequest(f"{given!r} is no baseline; write KIND:FOLDER with a KIND of {', '.join(KINDS)}", param="baseline")
+    path = Path(folder).expanduser()
+    return f"{kind} on {path.name}", kind, path
+
+
 class Probe:
     """A baseline of the study: `given` is KIND:FOLDER."""
 
     def __init__(self, given: str, towers: dict[Path, Tower]):
-        kind, _, folder = given.partition(":")
-        if kind not in KINDS or not folder:
-            raise InvalidRequest(f"{given!r} is no baseline; write KIND:FOLDER with a KIND of {', '.join(KINDS)}", param="baseline")
-        path = Path(folder).expanduser()
-        self.name, self.fit = f"{kind} on {path.name}", KINDS[kind]
+        self.name, kind, path = _read(given)
+        self.fit = KINDS[kind]
         self.tower = towers.setdefault(path, Tower(path)) if path not in towers else towers[path]
 
     def run(self, train: Mapping[str, Sequence[Photo]], tests: Sequence[Photo], gallery: Gallery, shots: int, seed: int) -> Run:

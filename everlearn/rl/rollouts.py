@@ -93,7 +93,12 @@ async def play_group(
             await _bounded(group.cleanup(), limits.seconds)
         except Exception as error:  # noqa: BLE001
             failures.append(_failure("environment", error))
-    return TrajectoryGroup(trajectories, rewards, metrics, list(group.logging_tags()), failures)
+    try:
+        tags = _checked_tags(group.logging_tags())
+    except Exception as error:  # noqa: BLE001
+        tags = []
+        failures.append(_failure("environment", error))
+    return TrajectoryGroup(trajectories, rewards, metrics, tags, failures)
 
 
 async def play(env: Env, policy: Policy, limits: Limits | None = None, seed: int | None = None) -> Trajectory:
@@ -140,11 +145,22 @@ async def _episode(env: Env, policy: Policy, limits: Limits, seed: int | None, t
 
 
 def _transition(observation: tinker.ModelInput, action: Action, result: StepResult) -> Transition:
-    for name, value in result.metrics.items():
+    metrics, reward = _checked_metrics(result.metrics), Reward.of(result.reward).check()
+    return Transition(observation, action, reward, bool(result.episode_done), metrics, dict(result.logs))
+
+
+def _checked_metrics(metrics: Metrics) -> dict[str, float]:
+    for name, value in metrics.items():
         if not math.isfinite(value):
             raise InvalidRequest(f"the metric {name!r} is {value}; it must be a finite number", param="metrics")
-    reward = Reward.of(result.reward).check()
-    return Transition(observation, action, reward, bool(result.episode_done), dict(result.metrics), dict(result.logs))
+    return dict(metrics)
+
+
+def _checked_tags(tags: Any) -> list[str]:
+    found = list(tags)
+    if isinstance(tags, str) or not all(isinstance(tag, str) for tag in found):
+        raise InvalidRequest(f"logging_tags() gave {tags!r:.200}; it must give a list of strings", param="tags")
+    return found
 
 
 async def _compared(
@@ -160,11 +176,11 @@ async def _compared(
         shown = [trajectories[index] for index in scored]
         results = list(await _bounded(group.compute_group_rewards(shown, [envs[index] for index in scored]), limits.seconds))
         for index, (reward, own) in zip(scored, results, strict=True):
-            rewards[index], metrics[index] = Reward.of(reward).check(), dict(own)
+            rewards[index], metrics[index] = Reward.of(reward).check(), _checked_metrics(own)
     except Exception as error:  # noqa: BLE001
         failure = _failure("group", error)
         marked = [msgspec.structs.replace(one, failure=one.failure or failure) for one in trajectories]
-        return marked, [Reward()] * len(trajectories), metrics
+        return marked, [Reward()] * len(trajectories), [{} for _ in trajectories]
     return trajectories, rewards, metrics
 
 
@@ -199,7 +215,7 @@ def _failure(kind: FailureKind, error: BaseException, turn: int = 0) -> Failure:
 
 
 def count(groups: Iterable[TrajectoryGroup]) -> dict[str, int]:
-    """`episodes`, `failed`, and `failed/KIND` for each kind that occurred; `groups_failed`: could not be made or cleaned up."""
+    """`episodes`, `failed`, and `failed/KIND` for each kind that occurred; `groups_failed`: could not be made, named or cleaned up."""
     counted: Counter[str] = Counter(episodes=0, failed=0, groups_failed=0)
     for group in groups:
         counted["episodes"] += len(group.trajectories_G)

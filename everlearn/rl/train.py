@@ -24,7 +24,7 @@ from everlearn.rl.datums import datums_of
 from everlearn.rl.env import Dataset
 from everlearn.rl.policy import TinkerPolicy, seed_of
 from everlearn.rl.records import Decode, write_records
-from everlearn.rl.rollouts import Limits, play_now
+from everlearn.rl.rollouts import Limits, count, play_now
 from everlearn.rl.trajectory import TrajectoryGroup
 
 SHOWN_GROUPS = 2  # of each batch in rollouts.jsonl
@@ -35,7 +35,9 @@ class Settings(msgspec.Struct, frozen=True):
     """What a run is. `substeps` cuts each batch into so many optimizer steps, whose later ones are slightly off policy (see `ppo`).
 
     `max_failed`: the run stops when a larger share of a batch's episodes failed, since a policy that learns from the rest would learn
-    something else than was meant.
+    something else than was meant; so does an evaluation, whose means would be those of other tasks. `temperature` is 1: at another one the
+    log-probabilities that come back aren't those of what was drawn from. With the estimator `max_rl`, an environment that ever gives a
+    negative reward ends the run at that step: what a reward may be is only known when it comes.
     """
 
     base_model: str
@@ -66,6 +68,12 @@ class Settings(msgspec.Struct, frozen=True):
             raise InvalidRequest(
                 "dro needs the log-probabilities of prompts too, which rollouts don't have; choose another loss", param="loss"
             )
+        if self.temperature != 1.0:
+            raise InvalidRequest(
+                f"temperature is {self.temperature:g}; training takes 1: the log-probabilities that come back are those of temperature 1, "
+                "so the ratios of what was drawn at another would be biased; leave it out",
+                param="temperature",
+            )
         if self.learning_rate <= 0 or not 0 <= self.max_failed <= 1:
             raise InvalidRequest("learning_rate must be above 0, and max_failed a share from 0 to 1", param="learning_rate")
         return self
@@ -91,7 +99,7 @@ def train(
     """Runs, or continues what `folder` holds, and returns the metrics of all steps, the last being those after the last step.
 
     `on_step` gets each step's metrics as they are written. Raises Conflict if the folder holds a run with other settings (`steps` may
-    be raised), and Unavailable when too many episodes fail.
+    be raised) or one of more steps, and Unavailable when too many episodes fail, held-out ones included.
     """
     settings.check()
     folder.mkdir(parents=True, exist_ok=True)
@@ -144,7 +152,7 @@ class _Run:
         write_records(self.folder / "rollouts.jsonl", groups[:SHOWN_GROUPS], self.decode, step=step)
         advantages = [advantages_of(group, settings.estimator, mask_over_long=settings.mask_over_long) for group in groups]
         row |= measures.of_rollouts(groups, advantages)
-        self._check_failures(groups, row)
+        self._check_failures(groups)
         row |= self._train(groups, advantages)
         ended = time.monotonic()
         row |= {"seconds/playing": played - begun, "seconds/training": ended - played, "seconds/step": ended - started}
@@ -163,6 +171,7 @@ class _Run:
         groups: list[TrajectoryGroup] = []
         for index in range(len(self.held_out)):
             groups += self._play(sampler, self.held_out, index, 0.0, seed_of(self.settings.seed, "held out", index))
+        self._check_failures(groups, "held-out ")
         return {f"held_out/{name}": value for name, value in measures.of_rollouts(groups).items()}
 
     def _play(self, sampler: tinker.SamplingClient, dataset: Dataset, index: int, temperature: float, seed: int) -> list[TrajectoryGroup]:
@@ -189,15 +198,16 @@ class _Run:
             row |= measures.of_training(data, output.loss_fn_outputs) | {f"loss/{name}": float(x) for name, x in output.metrics.items()}
         return row
 
-    def _check_failures(self, groups: list[TrajectoryGroup], row: Metrics) -> None:
-        failed = row["failed"] + row["groups_failed"]
-        if failed <= self.settings.max_failed * max(row["episodes"], 1):
+    def _check_failures(self, groups: list[TrajectoryGroup], which: str = "") -> None:
+        counted = count(groups)
+        failed = counted["failed"] + counted["groups_failed"]
+        if failed <= self.settings.max_failed * max(counted["episodes"], 1):
             return
         failures = [one.failure for group in groups for one in group.trajectories_G if one.failure] + [
             f for g in groups for f in g.failures
         ]
         raise Unavailable(
-            f"{failed:.0f} of {row['episodes']:.0f} episodes failed, more than max_failed ({self.settings.max_failed:g}) allows; "
+            f"{failed} of {counted['episodes']} {which}episodes failed, more than max_failed ({self.settings.max_failed:g}) allows; "
             f"the first: {failures[0].kind}: {failures[0].message}"
         )
 
@@ -220,6 +230,12 @@ def _read_state(folder: Path, settings: Settings) -> State | None:
         state = msgspec.json.decode(path.read_bytes(), type=State)
     except (msgspec.DecodeError, OSError) as error:
         raise InvalidRequest(f"{path} can't be read ({error}); continue from another folder, or remove it", param="folder") from None
+    if settings.steps < state.step:
+        raise Conflict(
+            f"{folder} holds a run of which {state.step} steps were made, and steps is {settings.steps}; a model can't go back: "
+            "ask for at least as many, or use another folder",
+            param="steps",
+        )
     free = {"steps": settings.steps}
     if msgspec.structs.replace(state.settings, **free) != settings:
         old, new = msgspec.to_builtins(state.settings), msgspec.to_builtins(settings)

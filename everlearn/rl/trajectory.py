@@ -69,7 +69,7 @@ class Failure(msgspec.Struct, frozen=True):
     | turns | the episode was not over after the limit of turns |
     | not_finite | a reward was NaN or infinite, or had two parts of one name |
     | verifier | what judges the answer hung, raised or died |
-    | group | the reward that compares the group's trajectories could not be computed |
+    | group | the reward that compares the group's trajectories could not be computed, or its metrics are no finite numbers |
     """
 
     kind: FailureKind
@@ -103,7 +103,7 @@ class Trajectory(msgspec.Struct, frozen=True):
 class TrajectoryGroup(msgspec.Struct, frozen=True):
     """What came of one group: a trajectory and a group reward for each member, failed ones included.
 
-    `failures` are those of the group as a whole (it could not be made, or not given back).
+    `failures` are those of the group as a whole (it could not be made or named, or not given back).
     """
 
     trajectories_G: list[Trajectory]

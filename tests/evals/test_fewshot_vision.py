@@ -19,7 +19,7 @@ from everlearn.cli.main import run as everlearn
 from everlearn.errors import InvalidRequest, NotFound, Unsupported
 from everlearn.evals import fewshot_vision as study
 from everlearn.evals.fewshot_report import curves, points
-from everlearn.evals.fewshot_study import Finished, Run
+from everlearn.evals.fewshot_study import Finished, Gallery, Run
 from everlearn.evals.fewshot_vision import Photo
 from everlearn.evals.prompts import VisionPrompt
 from everlearn.models.catalog import read_info
@@ -94,10 +94,29 @@ def test_a_data_set_without_a_test_folder_is_split_once(tmp_path: Path):
 
 def test_intervals_are_students():
     centre, low, high = study.interval([0.5, 0.6, 0.7])
-    assert centre == pytest.approx(0.6) and high - centre == pytest.approx(4.303 * 0.1 / math.sqrt(3)) == pytest.approx(centre - low)
+    assert centre == pytest.approx(0.6) and high - centre == pytest.approx(4.3026527 * 0.1 / math.sqrt(3)) == pytest.approx(centre - low)
     assert study.interval([0.0, 1.0])[1:] == (0.0, 1.0)
     assert study.interval([0.4]) == (0.4, None, None)
-    assert study.interval([0.4, 0.6] * 6)[2] - 0.5 == pytest.approx(2.228 * np.std([0.4, 0.6] * 6, ddof=1) / math.sqrt(12))
+    assert study.interval([0.4, 0.6] * 6)[2] - 0.5 == pytest.approx(2.2009852 * np.std([0.4, 0.6] * 6, ddof=1) / math.sqrt(12))
+
+
+@pytest.mark.parametrize(
+    ("degrees", "factor"),
+    [
+        (1, 12.7062),
+        (2, 4.3027),
+        (3, 3.1824),
+        (4, 2.7764),
+        (10, 2.2281),
+        (11, 2.2010),
+        (30, 2.0423),
+        (31, 2.0395),
+        (120, 1.9799),
+        (5000, 1.9604),
+    ],
+)
+def test_student_s_t_is_that_of_the_tables(degrees: int, factor: float):
+    assert study.student(degrees) == pytest.approx(factor, abs=6e-5)
 
 
 def test_a_photo_is_sent_turned_small_and_mirrored(tmp_path: Path):
@@ -179,10 +198,12 @@ def test_models_that_read_text_alone_and_broken_photos_are_refused(data: Path, t
     broken.write_bytes(study.shown_bytes(study.read_split(data).train["Red_fox"][0])[:300])
     with pytest.raises(InvalidRequest, match=r"broken\.jpg can't be read as a photo"):
         study.shown_bytes(Photo(broken, "a"))
-    from everlearn.evals.probes import Probe
+    from everlearn.evals.probes import Probe, probes_of
 
     with pytest.raises(InvalidRequest, match="write KIND:FOLDER"):
         Probe("svm:x", {})
+    with pytest.raises(InvalidRequest, match="both called 'linear-probe on tower'; name each once"):
+        probes_of([f"linear-probe:{tmp_path}/a/tower", f"nearest-centroid:{tmp_path}/a/tower", f"linear-probe:{tmp_path}/b/tower"])
     with pytest.raises(NotFound, match=r"holds no config\.json"):
         Probe(f"linear-probe:{tmp_path}", {})
     with pytest.raises(Unsupported, match="reads no pixels"):
@@ -236,3 +257,16 @@ def test_an_interrupted_study_finds_what_is_finished(tmp_path: Path):
     again = Finished(path, {"shots": (2,)})
     assert again.runs == [run] and path.read_bytes().count(b"\n") == 2
     assert Finished(path, {"shots": (4,)}).runs == []
+
+
+def test_a_study_is_known_by_its_photos_too(tmp_path: Path):
+    def digest(folder: Path) -> str:
+        split = study.read_split(folder)
+        return Gallery(split, (1, 2), range(2), study.tests_of(split, 6)).digest()
+
+    known = digest(make_photos(tmp_path / "a" / "photos", 6))
+    assert known == digest(make_photos(tmp_path / "b" / "photos", 6)), "the same photos in another place"
+    assert known != digest(make_photos(tmp_path / "c" / "photos", 6, seed=1)), "others in a folder of the same name"
+    path, run = tmp_path / "runs.jsonl", Run("m", 2, 1, 3, 4, ["a"])
+    Finished(path, {"data": "photos"}).add(run)  # as it was written before photos were digested
+    assert Finished(path, {"data": "photos", "photos": known}).runs == []

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from everlearn.models.catalog import read_info
 from everlearn.models.load import load_base
@@ -47,7 +48,24 @@ def test_the_projector_learns_and_goes_on(recipe: ModuleType, tmp_path: Path, mo
     base = load_base(read_info("made", out, []), torch.device("cpu"), torch.float32)
     assert base.vision is not None and len(base.vision.sizes()) == 2
     options[options.index("3")] = "1"
-    assert len(build()) == 1, "other settings begin anew"
+    begun = build()
+    assert len(begun) == 1, "other settings begin anew"
+
+    def is_known() -> bool:
+        kept = (tmp_path / "made-parts" / "projector.safetensors").stat().st_mtime_ns
+        build()
+        return (tmp_path / "made-parts" / "projector.safetensors").stat().st_mtime_ns == kept
+
+    assert is_known()
+    photo, other = sorted(data.rglob("*.png"))[:2]
+    photo.write_bytes(other.read_bytes())
+    assert not is_known(), "a photo that was changed begins anew"
+    for part in (tower, text):
+        weights = load_file(part / "model.safetensors")
+        name = next(name for name, tensor in sorted(weights.items()) if tensor.is_floating_point())
+        save_file({**weights, name: weights[name] * 1.01}, part / "model.safetensors", {"format": "pt"})
+        assert not is_known(), f"and so does another {part.name}"
+    assert is_known()
 
 
 def test_without_weights_it_says_what_to_install(recipe: ModuleType, monkeypatch: pytest.MonkeyPatch):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
 import pytest
 import tinker
@@ -15,8 +18,9 @@ from recipes import moe_expert_lora as lessons
 from recipes.moe_from_scratch import Recipe, ensure
 from tests.live import KEY, LiveServer, start_server
 
-# Two layers of four narrow experts: enough to sort short strings sometimes, after a few seconds.
-SMALL = Recipe(steps=150, batch=64, learning_rate=5e-3, warmup=10, hidden=64, layers=2, experts=4, expert_width=64)
+# Two layers of four narrow experts: enough to sort short strings about every third time, after ten seconds.
+SMALL = Recipe(steps=270, batch=64, learning_rate=5e-3, warmup=10, hidden=64, layers=2, experts=4, expert_width=64)
+ROUNDING = 5e-5  # of a log-probability, between two ways of computing it in float32; several times what was seen
 
 
 @pytest.fixture(scope="module")
@@ -73,24 +77,39 @@ def test_the_default_is_nine_million_parameters_in_experts() -> None:
     assert sum(size for name, size in sizes.items() if "experts" in name) > 0.97 * sum(sizes.values())
 
 
+def expected_accuracy(training: Any, problems: list[chains.Problem]) -> float:
+    """The mean probability of the right answer: what drawing would give on the average, without the luck of the draw."""
+    data = [lessons.as_datum(problem.prompt_ids, problem.answer_ids, weights=[1.0] * len(problem.answer_ids)) for problem in problems]
+    outputs = training.forward(data, "cross_entropy").result().loss_fn_outputs
+    return mean(
+        math.exp(sum(output["logprobs"].data[-len(problem.answer_ids) :])) for output, problem in zip(outputs, problems, strict=True)
+    )
+
+
 @pytest.mark.parametrize("on", ["experts", "attention"])
 def test_adapters_learn_by_sft_and_the_sampler_agrees(server: LiveServer, on: str) -> None:
-    lesson = lessons.Lesson(steps=12, batch=16, learning_rate=5e-3, every=12)
+    """A pair that the base model never saw: its loss falls to a third and less, whatever the base's seed."""
+    lesson = lessons.Lesson(steps=30, batch=16, learning_rate=5e-3, every=30, chains=("SR",))
     training = lessons.open_training(tinker.ServiceClient(base_url=server.url, api_key=KEY), server.model, on, lesson)
     rows = lessons.sft(training, lesson, lessons.measure_tasks(8))
-    assert [row["step"] for row in rows if "shifted" in row] == [0, 12]
-    assert rows[-1]["loss"] < 0.9 * rows[1]["loss"], rows
+    assert [row["step"] for row in rows if "shifted" in row] == [0, 30]
+    losses = [row["loss"] for row in rows[1:]]
+    assert mean(losses[-4:]) < 0.6 * losses[0], losses
     agreed = lessons.agreement(training)
-    assert agreed["tokens"] >= 1000 and agreed["gap"] <= 1e-5, agreed
+    assert agreed["tokens"] >= 500 and agreed["gap"] <= ROUNDING, agreed
 
 
 def test_experts_learn_by_rewards_alone(server: LiveServer) -> None:
-    """Sorting, which this model sometimes gets right: what is drawn is compared with the trainer at every step."""
-    lesson = lessons.Lesson(steps=8, batch=8, learning_rate=1e-2, every=8, chains=("S",))
+    """Sorting, which this model sometimes gets right: what is drawn is compared with the trainer at every step. What was learnt is asked
+    on the same held-out strings before and after, which differ by about ten times the standard error of their difference."""
+    lesson = lessons.Lesson(steps=30, batch=16, learning_rate=3e-3, every=30, chains=("S",))
     training = lessons.open_training(tinker.ServiceClient(base_url=server.url, api_key=KEY), server.model, "experts", lesson)
+    held_out = chains.problems(("S",), 200, random.Random(3), held_out=True)
+    before = expected_accuracy(training, held_out)
     rows = lessons.grpo(training, lesson, lessons.measure_tasks(8))
+    after = expected_accuracy(training, held_out)
     rewards = [row["reward"] for row in rows if "reward" in row]
-    assert len(rewards) == 8 and rows[0]["taught"] > 0, rows
-    assert sum(rewards[-3:]) > sum(rewards[:3]), rows
+    assert len(rewards) == 30 and rows[0]["taught"] > 0, rows
+    assert after > before + 0.02, (before, after, rewards)
     compared = [row for row in rows if "gap" in row]
-    assert max(row["gap"] for row in compared) <= 1e-5 and sum(row["tokens"] for row in compared) >= 1000
+    assert max(row["gap"] for row in compared) <= ROUNDING and sum(row["tokens"] for row in compared) >= 500

@@ -144,17 +144,17 @@ class Broken:
 
     def score_answer(self, answer: str, entry: dict[str, Any]) -> float:
         if answer == "hang":
-            time.sleep(20)
+            time.sleep(60)
         raise ZeroDivisionError("mistake")
 
 
-@pytest.mark.parametrize(("answer", "word"), [("hang", "within 0.5 s"), ("raise", "ZeroDivisionError: mistake")])
-def test_a_score_that_does_not_come_fails_the_episode(chat: ChatMl, answer: str, word: str):
+@pytest.mark.parametrize(("answer", "seconds", "word"), [("hang", 0.5, "within 0.5 s"), ("raise", 30, "ZeroDivisionError: mistake")])
+def test_a_score_that_does_not_come_fails_the_episode(chat: ChatMl, answer: str, seconds: float, word: str):
     started = time.monotonic()
     with pytest.raises(VerifierFailed, match=word):
-        say(ReasoningEnv(Broken(), {"question": "?", "answer": ""}, chat, seconds=0.5), f"<answer>{answer}</answer>")
-    assert time.monotonic() - started < 10, "nobody waits for a thread that hangs"
+        say(ReasoningEnv(Broken(), {"question": "?", "answer": ""}, chat, seconds=seconds), f"<answer>{answer}</answer>")
+    assert time.monotonic() - started < 30, "nobody waits for a thread that hangs"
 
 
 def test_a_judgement_comes_back():
-    assert asyncio.run(judge(divmod, 7, 2, seconds=5)) == (3, 1)
+    assert asyncio.run(judge(divmod, 7, 2, seconds=60)) == (3, 1)

@@ -36,6 +36,15 @@ def test_the_splits_share_no_pair(recipe: ModuleType):
     assert [recipe.reward_of(text, 2, 3) for text in ("5", " 5\n", "6", "five", "5!")] == [1.0, 1.0, 0.0, -0.1, -0.1]
 
 
+def test_what_cannot_be_written_leaves_the_last_state(recipe: ModuleType, tmp_path: Path):
+    file = tmp_path / "state.json"
+    recipe.keep(file, {"step": 1, "path": "tinker://a"})
+    (tmp_path / "state.new").mkdir()  # so the next can't be written
+    with pytest.raises(OSError):
+        recipe.keep(file, {"step": 2, "path": "tinker://b"})
+    assert json.loads(file.read_text()) == {"step": 1, "path": "tinker://a"}
+
+
 def test_it_runs_and_goes_on(root: Path, server: LiveServer, tmp_path: Path):
     environment = {"TINKER_BASE_URL": server.url, "TINKER_API_KEY": "tml-test", "TINKER_TELEMETRY": "0", "HF_HUB_OFFLINE": "1"}
     out = tmp_path / "run"
@@ -66,10 +75,10 @@ def test_its_step_is_on_policy_and_raises_what_was_rewarded(recipe: ModuleType, 
         return [(prompt, found, np.array([-one.tokens[0] / 512 for one in found])) for prompt, found, _ in groups]
 
     means = []
-    for step in range(6):
+    for step in range(10):
         groups = play(step)
         means.append(np.mean([rewards for *_, rewards in groups]))
         data = [recipe.datum_of(p, one, a) for p, found, r in groups for one, a in zip(found, r - r.mean(), strict=True)]
         found = recipe.train(client, data, args)
         assert found["kl_k3"] < 1e-8 and found["ratio_max"] == pytest.approx(1.0, abs=1e-4) and found["ess"] == pytest.approx(1.0)
-    assert np.mean(means[-2:]) > means[0]
+    assert np.mean(means[-3:]) > np.mean(means[:2]) + 0.1, "it rises by 0.2 to 0.4, whatever the seed"
