@@ -4,8 +4,8 @@ Started by `sandbox.py` as `python -I cage.py STATUS RESULTS` (two descriptors),
 everlearn. What confines it (Linux on x86_64 and aarch64):
 
 - namespaces: no network; process ids of its own, under a first process that is ours and whose end is the end of all; every file
-  system read-only, and a small one in memory for its folder, of bounded size and number of files, gone with it;
-- Landlock: it reads Python and system libraries, writes its folder, and opens nothing else;
+  system read-only, an empty /proc, and a small one in memory for its folder, of bounded size and number of files, gone with it;
+- Landlock: it reads /usr, /lib and the folders of this Python, writes its folder, and opens nothing else;
 - a filter of system calls (seccomp): no sockets, so that no server's socket file can be reached; nothing that changes modes, owners
   or times of files; nothing that looks into other processes, mounts, or makes namespaces;
 - no capabilities; limits on each process's memory, processor time, descriptors and size of a file, and on the number of processes.
@@ -83,6 +83,7 @@ REFUSED_EVERYWHERE: dict[str, int] = {
     "fchmodat2": 452, "setxattrat": 463, "removexattrat": 466, "open_tree_attr": 467, "file_setattr": 469,
 }  # fmt: skip
 
+LINUX = os.uname().sysname == "Linux"
 USER, GROUP = os.geteuid(), os.getegid()  # before there is a namespace, in which they have no number yet
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -98,7 +99,7 @@ def isolate(folder: Path | None = None, room: str = "", keep: int | None = None)
     which only waits, and whose end, by whatever cause, the kernel makes the end of all that it and its children started. `keep` is a
     descriptor that the second process alone keeps.
     """
-    if libc.unshare(CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWPID | CLONE_NEWIPC) != 0:
+    if not LINUX or libc.unshare(CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWNET | CLONE_NEWPID | CLONE_NEWIPC) != 0:
         return False
     held = _own_ids() and _own_files(folder, room)
     ended, alive = os.pipe()
@@ -109,7 +110,7 @@ def isolate(folder: Path | None = None, room: str = "", keep: int | None = None)
     os.close(alive)
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if select.select([ended], [], [], 0)[0]:
-        os._exit(1)  # the process outside ended before it was asked for its last signal
+        os._exit(1)  # the process outside has ended already, and nothing more comes of that
     os.close(ended)
     second = os.fork()
     if second:
@@ -141,13 +142,15 @@ def _own_ids() -> bool:
 
 
 def _own_files(folder: Path | None, room: str) -> bool:
-    """Every file system read-only for us, and `folder` one of its own."""
+    """Every file system read-only for us, nothing in /proc, which tells of processes outside, and `folder` a file system of its own."""
     attributes = struct.pack("QQQQ", MOUNT_ATTR_RDONLY, 0, MS_PRIVATE, 0)
     if system_call(MOUNT_SETATTR, AT_FDCWD, b"/", AT_RECURSIVE, attributes, len(attributes)) != 0:
         return False
+    flags = ctypes.c_ulong(MS_NOSUID | MS_NODEV)
+    if libc.mount(b"none", b"/proc", b"tmpfs", flags, b"mode=000,size=4096,nr_inodes=1") != 0:
+        return False
     if folder is None:
         return True
-    flags = ctypes.c_ulong(MS_NOSUID | MS_NODEV)
     if libc.mount(b"none", os.fsencode(folder), b"tmpfs", flags, f"mode=700,{room}".encode()) != 0:
         return False
     os.chdir(folder)
@@ -156,7 +159,7 @@ def _own_files(folder: Path | None, room: str) -> bool:
 
 def restrict_files(folder: Path | None, more: Iterable[str] = ()) -> bool:
     """Landlock: Python, the system's libraries and `more` can be read, `folder` can be written. False where the kernel has none."""
-    abi = libc.syscall(LANDLOCK_CREATE_RULESET, None, 0, 1)
+    abi = libc.syscall(LANDLOCK_CREATE_RULESET, None, 0, 1) if LINUX else -1
     if abi < 1:
         return False
     everything = (1 << RIGHTS_OF_ABI.get(abi, 16)) - 1
@@ -183,7 +186,7 @@ def restrict_files(folder: Path | None, more: Iterable[str] = ()) -> bool:
 def restrict_calls() -> bool:
     """No capabilities, and no system calls but harmless ones. False where the kernel refuses, or we don't know the processor's numbers."""
     numbers = ARCHITECTURES.get(os.uname().machine)
-    if numbers is None or struct.calcsize("P") != 8:
+    if not LINUX or numbers is None or struct.calcsize("P") != 8:
         return False
     for capability in range(64):
         libc.prctl(PR_CAPBSET_DROP, ctypes.c_ulong(capability), 0, 0, 0)  # what isn't there, or isn't ours, can't be dropped
@@ -276,7 +279,8 @@ def main() -> None:
     os.dup2(nothing, 0)
     os.close(nothing)
     folder = Path.cwd()
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if LINUX:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # the trainer's end is ours
     held = [PROCESSES] if isolate(folder, f"size={job['folder_bytes']},nr_inodes={job['files']}", status) else []
     held += [FILES] if restrict_files(folder) else []
     held += [CALLS] if restrict_calls() else []

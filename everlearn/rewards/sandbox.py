@@ -145,8 +145,10 @@ def _process(files: tuple[IO[bytes], IO[bytes], IO[bytes], IO[bytes]], folder: P
 def _wait_until_ready(pipe: IO[bytes], err: IO[bytes]) -> None:
     """Returns when the code is about to start. What happens before that is no fault of the code's, and no judgement of it."""
     line, deadline = b"", time.monotonic() + START_SECONDS
+    poll = select.poll()  # not select.select, which takes no descriptor over 1023
+    poll.register(pipe, select.POLLIN)
     while not line.endswith(b"\n"):
-        if not select.select([pipe], [], [], max(deadline - time.monotonic(), 0.0))[0]:
+        if not poll.poll(1000 * max(deadline - time.monotonic(), 0.0)):
             raise Unavailable(f"the sandbox was not ready within {START_SECONDS:g} s; is the machine overloaded?")
         piece = pipe.read(4096)
         if not piece:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import resource
 import socket
 import subprocess
 import sys
@@ -53,6 +54,7 @@ def test_results_before_the_end_are_kept():
         ("while True: print('x' * 1000)", "raised", "File too large"),
         ("open('/etc/passwd').read()", "raised", "PermissionError"),
         ("import os; os.listdir('/')", "raised", "PermissionError"),
+        ("import os; os.stat('/proc/1')", "raised", "Error"),
         ("import os; os.remove('/usr/bin/env')", "raised", "Read-only"),
         ("import socket; socket.create_connection(('127.0.0.1', 1), 1)", "raised", "PermissionError"),
         ("import socket; socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)", "raised", "PermissionError"),
@@ -181,6 +183,29 @@ def test_nothing_that_it_started_lives_on(way: str, ending: str):
     assert _soon(lambda: not alive()), alive()
 
 
+def test_it_ends_with_the_trainer(tmp_path: Path):
+    run("pass")  # skips where nothing can be confined
+    mark = f"time.sleep({random.randrange(10**8, 10**9)})"
+    trainer = (
+        "import asyncio\nfrom everlearn.rewards.sandbox import SandboxLimits, run_code\n"
+        "source = 'import subprocess, sys; subprocess.run([sys.executable, \"-c\", \"import time; MARK\"])'.replace('MARK', input())\n"
+        "asyncio.run(run_code(source, limits=SandboxLimits(seconds=120)))"
+    )
+
+    def alive() -> list[Path]:
+        return [path for path in Path("/proc").glob("[0-9]*/cmdline") if mark.encode() in _read(path)]
+
+    with subprocess.Popen(
+        [sys.executable, "-c", trainer], stdin=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(tmp_path)}
+    ) as process:
+        assert process.stdin is not None
+        process.stdin.write(f"{mark}\n")
+        process.stdin.close()
+        started = _soon(lambda: bool(alive()), 60)
+        process.kill()
+    assert started and _soon(lambda: not alive()), alive()
+
+
 def _soon(holds: Callable[[], bool], seconds: float = 20.0) -> bool:
     deadline = time.monotonic() + seconds
     while not holds():
@@ -256,3 +281,17 @@ def test_many_at_once_do_not_wait_for_each_other():
     assert [outcome.ended for outcome in outcomes] == ["well"] * 4
     starts, ends = zip(*([float(line) for line in outcome.stdout.split()] for outcome in outcomes), strict=True)
     assert max(starts) < min(ends), "the last one started before the first one ended"
+
+
+def test_a_trainer_with_many_descriptors_has_a_sandbox():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 1200:
+        pytest.skip(f"this machine allows a process {hard} descriptors; this takes 1200")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1200), hard))
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1050)]
+    try:
+        assert run("print(1)").stdout == "1\n"
+    finally:
+        for one in held:
+            os.close(one)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
