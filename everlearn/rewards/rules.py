@@ -19,10 +19,15 @@ from everlearn.rewards.reward import Part
 from everlearn.rewards.sandbox import SandboxLimits, run_code
 from everlearn.rewards.verifiers import Verifiers
 
-NUMBER = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,3})?|[-+]?\.[0-9]+", re.ASCII)
-FRACTION = re.compile(rf"({NUMBER.pattern})\s*/\s*({NUMBER.pattern})", re.ASCII)
-FENCE = re.compile(r"```[\w+-]*[ \t]*\n(.*?)^```", re.S | re.M)
+# Nothing is given back once it is taken (?+, ++, *+): a text of n characters costs n steps from each place where a number may begin.
+NUMBER = re.compile(
+    r"[-+]?+(?:[0-9]{1,3}+(?:,[0-9]{3})++(?![0-9])|[0-9]++)(?:\.[0-9]++)?+(?:[eE][-+]?+[0-9]{1,3})?+|[-+]?+\.[0-9]++", re.ASCII
+)
+FRACTION = re.compile(rf"({NUMBER.pattern})\s*+/\s*+({NUMBER.pattern})", re.ASCII)
+CUT_OFF = re.compile(r"[-+0-9.,eE/\s]*+", re.ASCII)  # what may belong to a number that began before
+LANGUAGE = re.compile(r"[\w+-]*[ \t\r]*")
 MAX_ANSWER = 100_000  # characters; a longer one is wrong, unread
+MAX_TAIL = 1000  # characters from the end, in which the last number is looked for
 MAX_DIGITS = 400  # of a number; Python takes quadratic time to read them
 
 
@@ -39,7 +44,8 @@ def exact(answer: str, wanted: str, weight: float = 1.0, ignore_case: bool = Fal
 def number(answer: str, wanted: float | Fraction, weight: float = 1.0, tolerance: float = 0.0, anywhere: bool = False) -> Part:
     """`number`: weight if the answer is that number, within `tolerance`; compared as fractions, so 0.1 is 1/10.
 
-    The answer is a number and nothing else, or with `anywhere` the last number in it. 1,234.5 and 1e3 and 3/4 are numbers.
+    The answer is a number and nothing else, or with `anywhere` the last number in its last 1000 characters. 1,234.5 and 1e3 and 3/4
+    are numbers.
     """
     found = read_number(answer, anywhere)
     if found is None:
@@ -50,10 +56,15 @@ def number(answer: str, wanted: float | Fraction, weight: float = 1.0, tolerance
 
 
 def read_number(text: str, anywhere: bool = False) -> Fraction | None:
-    """The number that a text is, or with `anywhere` the last one in it; None where there is none."""
-    text = text[-MAX_ANSWER:] if anywhere else text.strip()
-    matches = [match for pattern in (FRACTION, NUMBER) for match in ([pattern.fullmatch(text)] if not anywhere else pattern.finditer(text))]
-    found = max((match for match in matches if match is not None), key=lambda match: (match.end(), -match.start()), default=None)
+    """The number that a text is, or with `anywhere` the last one in its last 1000 characters; None where there is none."""
+    text = text.strip()
+    if anywhere:
+        tail = text[-MAX_TAIL:]
+        tail = tail if len(text) <= MAX_TAIL else CUT_OFF.sub("", tail, count=1)
+        matches = [match for pattern in (FRACTION, NUMBER) for match in pattern.finditer(tail)]
+        found = max(matches, key=lambda match: (match.end(), -match.start()), default=None)
+    else:
+        found = None if len(text) > MAX_DIGITS else FRACTION.fullmatch(text) or NUMBER.fullmatch(text)
     if found is None or len(found[0]) > MAX_DIGITS:
         return None
     above, _, below = found[0].replace(",", "").replace(" ", "").partition("/")
@@ -118,6 +129,8 @@ async def code(
     The code is the answer's last fenced block, or the answer. It runs in a sandbox, which gets the arguments and never the values that
     are wanted, so that it can't just print them. Code that raises, hangs or ends itself is wrong.
     """
+    if len(answer) > MAX_ANSWER:
+        return Part("code", 0.0, f"{len(answer)} characters; {MAX_ANSWER} are read")
     outcome = await run_code(code_in(answer), [(function, list(arguments)) for arguments, _ in cases], limits=limits)
     wanted = [value for _, value in cases]
     right = [_same(result.get("value"), value) for result, value in zip(outcome.results, wanted, strict=False) if "value" in result]
@@ -125,25 +138,42 @@ async def code(
     earned = share if partial else float(share == 1.0)
     reason = f"{sum(right)} of {len(cases)} cases"
     errors = [str(result["error"]) for result in outcome.results if "error" in result]
-    told = outcome.message or (errors[0] if errors else "")
+    told = (outcome.message or (errors[0] if errors else "")).encode("utf-8", "replace").decode()  # half a surrogate can't be written
     return Part("code", weight * earned, f"{reason}; {told}"[:500] if told else reason)
 
 
 def code_in(answer: str) -> str:
-    blocks = FENCE.findall(answer)
-    return blocks[-1] if blocks else answer
+    """The last block between lines of fences (```), whatever language it names; the answer itself where there is none."""
+    found = answer
+    block: list[str] | None = None
+    for line in answer.split("\n"):
+        if block is None:
+            _, fence, language = line.rpartition("```")
+            block = [] if fence and LANGUAGE.fullmatch(language) else None
+        elif line.startswith("```"):
+            found, block = "".join(f"{one}\n" for one in block), None
+        else:
+            block.append(line)
+    return found
 
 
 def _same(one: Any, other: Any) -> bool:
     """Equality of JSON values: true is not 1, and floats may differ by rounding."""
+    try:
+        return _equal(one, other)
+    except (OverflowError, RecursionError):  # an integer that no float can hold; lists in lists without an end
+        return False
+
+
+def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, bool) or isinstance(other, bool):
         return one is other
     if isinstance(one, int | float) and isinstance(other, int | float):
         return one == other if isinstance(one, int) and isinstance(other, int) else math.isclose(one, other, rel_tol=1e-9, abs_tol=1e-12)
     if isinstance(one, list) and isinstance(other, list | tuple):
-        return len(one) == len(other) and all(map(_same, one, other))
+        return len(one) == len(other) and all(map(_equal, one, other))
     if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+        return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
     return bool(one == other)
 
 

@@ -20,7 +20,8 @@ from typing import Any, Self, TypeVar
 from everlearn.errors import InvalidRequest, Unavailable
 
 T = TypeVar("T")
-START_SECONDS = 60.0  # what a process gets for its first answer, imports included
+START_SECONDS = 60.0  # what a process gets to start, and to import what a verifier needs; a question's own time begins after that
+MAX_JUDGEMENT = 1 << 20  # bytes
 
 
 class VerifierFailed(Unavailable):
@@ -51,7 +52,10 @@ async def judge(function: Callable[..., T], *given: Any, seconds: float) -> T:
 
 
 class Verifiers:
-    """At most `processes` at a time, each question answered within `seconds`. Close it, or use it as a context manager."""
+    """At most `processes` at a time, each question answered within `seconds`, which begin when the process is ready for that verifier.
+
+    Close it, or use it as a context manager.
+    """
 
     def __init__(self, processes: int = 2, seconds: float = 5.0):
         if processes < 1 or seconds <= 0:
@@ -70,13 +74,14 @@ class Verifiers:
     def _ask(self, verifier: str, given: tuple[Any, ...]) -> dict[str, Any]:
         worker = self._idle.get()
         try:
-            fresh = worker is None
             if worker is None:
                 worker = _Worker()
                 with self._lock:
                     self._alive.add(worker)
-            answer = worker.ask({"verifier": verifier, "given": given}, START_SECONDS if fresh else self.seconds)
-        except (TimeoutError, OSError, ValueError) as error:
+            answer = worker.make_ready(verifier)
+            if "raised" not in answer:
+                answer = worker.ask({"verifier": verifier, "given": given}, self.seconds)
+        except (TimeoutError, OSError, ValueError, TypeError, RecursionError) as error:
             self._drop(worker)
             worker = None
             raise VerifierFailed(f"the verifier {verifier!r} gave no judgement: {error}") from None
@@ -109,7 +114,23 @@ class _Worker:
 
     def __init__(self) -> None:
         command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}\nfrom everlearn.rewards.worker import main\nmain()"]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={"PATH": "/usr/bin:/bin", "HOME": "/", "OMP_NUM_THREADS": "1"},  # nothing secret
+        )
+        self.ready: set[str] = set()
+
+    def make_ready(self, verifier: str) -> dict[str, Any]:
+        """Has it imported what the verifier needs; what it says to that, {"raised": ...} where it can't."""
+        if verifier in self.ready:
+            return {}
+        answer = self.ask({"verifier": verifier}, START_SECONDS)
+        if "raised" not in answer:
+            self.ready.add(verifier)
+        return answer
 
     def ask(self, question: dict[str, Any], seconds: float) -> dict[str, Any]:
         assert self.process.stdin is not None and self.process.stdout is not None
@@ -119,12 +140,15 @@ class _Worker:
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)
             while not answer.endswith(b"\n"):
-                if not selector.select(max(deadline - time.monotonic(), 0.0)):
+                left = deadline - time.monotonic()
+                if left <= 0 or not selector.select(left):
                     raise TimeoutError(f"not over after {seconds:g} s")
                 piece = self.process.stdout.read1()  # type: ignore[attr-defined]
                 if not piece:
                     raise OSError(f"its process ended with {self.process.wait()}")
                 answer += piece
+                if len(answer) > MAX_JUDGEMENT:
+                    raise ValueError(f"it said more than {MAX_JUDGEMENT} bytes")
         return dict(json.loads(answer))
 
     def kill(self) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Iterator
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -49,6 +51,25 @@ def test_number():
     assert number("3.14", 3.14159).value == 0.0 and number("3.14", 3.14159, tolerance=0.01).value == 1.0
     assert number("The sum is 12, so 12 + 1 = 13", 13).value == 0.0
     assert number("The sum is 12, so 12 + 1 = 13", 13, anywhere=True).value == 1.0
+
+
+def test_the_last_number_is_looked_for_at_the_end():
+    assert read_number("12 apples" + " x" * 450, anywhere=True) == 12
+    assert read_number("12 apples" + " x" * 600, anywhere=True) is None
+    assert read_number("9" * 20 + " y" * 495, anywhere=True) is None, "half of it is no number"
+    assert read_number("1,2345", anywhere=True) == 2345
+
+
+@pytest.mark.parametrize(
+    "text", ["9" * 100_000, "9 " * 50_000, "1,234" * 20_000, "9" + " " * 100_000, "```" * 33_000, "```a\n" * 25_000, "`" * 99_999]
+)
+def test_long_answers_cost_no_more_than_their_length(text: str):
+    """What is quadratic takes from seconds to minutes for these."""
+    started = time.process_time()
+    read_number(text)
+    read_number(text, anywhere=True)
+    code_in(text)
+    assert time.process_time() - started < 1.0
 
 
 @given(st.integers(-(10**12), 10**12), st.integers(1, 999))
@@ -100,7 +121,32 @@ def test_a_verifier_that_hangs_or_raises_gives_no_score_and_the_next_question_is
         Verifiers(processes=0)
 
 
-def test_a_verifier_s_process_is_confined():
+def test_starting_has_a_time_of_its_own():
+    """A question gets its seconds and no more, also where the process has to be started for it, or has to import something."""
+    pytest.importorskip("jsonschema")
+    endless = '"' + "a" * 40 + '!"', {"type": "string", "pattern": "^(a+)+$"}
+    with Verifiers(processes=1, seconds=1) as hurried:
+        for _ in range(2):
+            with pytest.raises(VerifierFailed, match="not over after 1 s"):
+                asyncio.run(json_schema(*endless, hurried))
+        assert asyncio.run(json_schema("1", {"type": "integer"}, hurried)).value == 1.0
+        (worker,) = hurried._alive
+        assert worker.ready == {"schema"}
+        pytest.importorskip("math_verify")
+        assert asyncio.run(maths("$1$", "1", hurried)).value == 1.0
+        assert hurried._alive == {worker} and worker.ready == {"schema", "maths"}
+
+
+def test_a_verifier_s_process_knows_nothing_of_the_environment(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("jsonschema")
+    monkeypatch.setenv("SECRET_OF_THE_TRAINER", "x")
+    with Verifiers(processes=1) as started:
+        asyncio.run(json_schema("1", {"type": "integer"}, started))
+        (worker,) = started._alive
+        assert b"SECRET_OF_THE_TRAINER" not in Path(f"/proc/{worker.process.pid}/environ").read_bytes()
+
+
+def test_a_verifier_s_process_is_confined(tmp_path: Path):
     """Through the front door of the process, with a verifier that looks around."""
     import subprocess
     import sys
@@ -108,18 +154,22 @@ def test_a_verifier_s_process_is_confined():
     probe = (
         "import sys; from everlearn.rewards import worker\n"
         "def look(path):\n"
-        "    import socket\n"
-        "    try:\n        socket.create_connection(('127.0.0.1', 1), 1)\n"
-        "    except OSError as error:\n        network = str(error)\n"
-        "    return {'network': network, 'text': open(path).read()}\n"
+        "    import os, socket\n"
+        "    tries = [lambda: socket.socket(socket.AF_UNIX), lambda: os.utime(path), lambda: open(path, 'a'), lambda: open(path)]\n"
+        "    said = []\n"
+        "    for attempt in tries:\n"
+        "        try:\n            attempt()\n            said.append('done')\n"
+        "        except OSError as error:\n            said.append(type(error).__name__)\n"
+        "    return {'said': said, 'inside': os.getuid()}\n"
         "worker.VERIFIERS['look'] = look\nworker.main()"
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", probe], input='{"verifier": "look", "given": ["/etc/passwd"]}\n', capture_output=True, text=True, timeout=60
-    )
-    if "root:" in ran.stdout:
-        pytest.skip("this machine can't confine: no user namespaces, or no Landlock")
-    assert "PermissionError" in ran.stdout, ran
+    judge("def gcd(a, b): pass")  # skips where nothing can be confined
+    looked_at = tmp_path / "file"
+    looked_at.touch()
+    question = json.dumps({"verifier": "look", "given": [str(looked_at)]})
+    ran = subprocess.run([sys.executable, "-c", probe], input=question + "\n", capture_output=True, text=True, timeout=60)
+    answer = json.loads(ran.stdout)
+    assert answer["said"][0] == answer["said"][1] == "PermissionError" and "done" not in answer["said"], ran
 
 
 @pytest.mark.parametrize(
@@ -181,8 +231,31 @@ def test_code():
         ("class Same(int):\n    __eq__ = lambda *_: True\ndef gcd(a, b): return Same(0)", "0 of 3"),
         ("def gcd(a, b): return True", "0 of 3"),
         ("def gcd(a, b): return 10 ** 100000", "0 of 3"),
+        ("def gcd(a, b): return 10 ** 400", "0 of 3"),
+        ("def gcd(a, b):\n    raise ValueError('\\ud800')", "ValueError"),
+        ("import os\nos._exit(77)", "ended with status 77"),
+        ("x" * 200_000, "characters"),
     ],
 )
 def test_code_that_cheats_or_hangs_is_wrong(answer: str, word: str):
     part = judge(answer, limits=SandboxLimits(seconds=1 if word == "not over" else 20))
     assert part.value == 0.0 and word in part.reason
+
+
+def test_values_that_no_float_can_hold_are_wrong():
+    huge = [([], 0.5), ([], 0.5), ([], 0.5)]
+    answer = "def f(): return 10 ** 400"
+    try:
+        part = asyncio.run(code(answer, "f", huge))
+    except Unsupported as error:
+        pytest.skip(str(error))
+    assert part.value == 0.0 and part.reason == "0 of 3 cases"
+    part = asyncio.run(
+        code(
+            "import os\ndef f():\n    for n in range(3, 64):\n        try: os.write(n, b'{\"value\": ' + b'[' * 900 + b']' * 900 + b'}\\n')\n        except OSError: pass\n    return 0.5",
+            "f",
+            huge,
+            partial=True,
+        )
+    )
+    assert part.value < 1.0, "a value of its own is compared, and wrong"
