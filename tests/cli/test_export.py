@@ -102,7 +102,8 @@ def test_a_full_folder_is_kept(server: LiveServer, saved: dict[str, str], capsys
 
 def test_without_peft_nothing_is_written(server: LiveServer, saved: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)  # as if it were not installed
-    argv = ["--config", str(server.home / "everlearn.toml"), "--home", str(server.home), "checkpoint", "export", saved["weights"], "--out", "o"]
+    config = ["--config", str(server.home / "everlearn.toml"), "--home", str(server.home)]
+    argv = [*config, "checkpoint", "export", saved["weights"], "--out", "o"]
     assert run([*argv, "--format", "peft"]) == 1
     assert "pip install peft" in capsys.readouterr().err and not Path("o").exists()
     assert run([*argv, "--format", "peft", "--no-check"]) == 0

@@ -86,6 +86,26 @@ def test_chat_says_one_message(server, named, capsys):
     assert base == first, "a fresh adapter changes nothing"
 
 
+def test_a_conversation_has_defaults_of_its_own(server, named, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("/set top_p 0.5\n/set max_completion_tokens 3\n/set\nhello\n/set top_p\n/set\n"))
+    _, err = said(capsys, server, "chat", named)
+    shown = [line for line in err.splitlines() if line.startswith("temperature=")]
+    assert shown == [
+        "temperature=0.2 top_p=0.5 max_completion_tokens=3",
+        "temperature=0.2 top_p=0.9 max_completion_tokens=3",
+    ]
+    record = json.loads(server.get("/v1/records/" + err.partition("rec_")[1] + err.partition("rec_")[2].split("]")[0])[1])
+    params = record["content"]["params"]
+    assert (params["temperature"], params["top_p"], params["max_completion_tokens"]) == (0.2, 0.5, 3) and "max_tokens" not in params
+
+
+def test_a_wrong_value_is_not_called_a_fault(server, named, paths, capsys):
+    _, err = said(capsys, server, "chat", named, "-m", "hi", "--set", "temperature", "hot", code=2)
+    assert "temperature" in err and "everlearn chat --help" in err and "--debug" not in err
+    _, err = said(capsys, server, "adapter", "name", "bad name!", paths[0], code=2)
+    assert "everlearn adapter --help" in err and "--debug" not in err
+
+
 def test_chat_obeys_commands(server, named, capsys, monkeypatch):
     script = [
         "/set max_tokens 4",
