@@ -99,8 +99,8 @@ def create(console: Console, name: str, tenant: str, scopes: tuple[str, ...], no
     console.note("keep the key: only its hash is stored. From now on every request needs a key")
     if runs or names:
         console.note(
-            f"warning: this key doesn't see the training runs ({runs}) and names of adapters ({names}) of tenant {DEFAULT_TENANT}, among them "
-            f"all that were made without a key; `everlearn key create NAME --tenant {DEFAULT_TENANT}` makes one that does"
+            f"warning: this key doesn't see the training runs ({runs}) and names of adapters ({names}) of tenant {DEFAULT_TENANT}, with "
+            f"all that was made without a key; `everlearn key create NAME --tenant {DEFAULT_TENANT}` makes one that does"
         )
 
 
