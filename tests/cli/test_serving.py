@@ -106,6 +106,15 @@ def test_a_wrong_value_is_not_called_a_fault(server, named, paths, capsys):
     assert "everlearn adapter --help" in err and "--debug" not in err
 
 
+def test_a_wrong_name_gets_the_nearest_and_a_wrong_version_those_there_are(server, named, capsys):
+    _, err = said(capsys, server, "chat", "tolk", "-m", "hi", code=4)
+    assert "there is no model 'tolk'" in err and "did you mean 'talk'?" in err
+    _, err = said(capsys, server, "chat", "talk@9", "-m", "hi", code=4)
+    assert "there is no model 'talk@9'; talk has versions 2, 1" in err
+    _, err = said(capsys, server, "chat", "xyzzy", "-m", "hi", code=4)
+    assert "did you mean" not in err and "GET /v1/models" in err
+
+
 def test_chat_obeys_commands(server, named, capsys, monkeypatch):
     script = [
         "/set max_tokens 4",
