@@ -5,6 +5,7 @@ What is said goes to stdout, everything around it to stderr, so that `everlearn 
 
 from __future__ import annotations
 
+import difflib
 import math
 import shlex
 import sys
@@ -145,7 +146,9 @@ class Chat:
             return
         found = [item["id"] for item in self._models()]
         if "://" not in name and name not in found and name.partition("@")[0] not in found:
-            raise InvalidRequest(f"there is no model {name!r} here; /adapters lists what there is")
+            near = difflib.get_close_matches(name, found)
+            hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+            raise InvalidRequest(f"there is no model {name!r} here; {hint}/adapters lists what there is")
         if "@" in name and "://" not in name:
             self.client.get(f"/v1/adapters/{name}")
         self.model = name

@@ -140,6 +140,7 @@ def test_chat_obeys_commands(server, named, capsys, monkeypatch):
     ("script", "what"),
     [
         ("/adapter nobody", "no model 'nobody'"),
+        ("/adapter tinny", "did you mean 'tiny'?"),
         ("/dance", "no command /dance"),
         ("/logprobs 99", "from 0 to 20"),
         ("/set top_k -7\nhi", "top_k"),
