@@ -6,17 +6,21 @@ to the end.
 
 from __future__ import annotations
 
+import contextlib
+import difflib
 import hashlib
 
 import msgspec
 
+from everlearn.api.auth import Caller
 from everlearn.api.services import Services
 from everlearn.api.tinker.sampling import of_checkpoint
-from everlearn.errors import InvalidRequest, NotFound
+from everlearn.errors import Forbidden, InvalidRequest, NotFound
 from everlearn.store import names
 from everlearn.types import BaseModelInfo
 
 MAX_NAME = 512
+SHOWN = 10  # versions that an error lists, the newest
 
 
 class Target(msgspec.Struct, frozen=True):
@@ -40,12 +44,12 @@ class Target(msgspec.Struct, frozen=True):
         return "fp_" + hashlib.sha256(f"{self.base.name}\n{self.version}".encode()).hexdigest()[:12]
 
 
-async def resolve(svc: Services, tenant: str, model: str) -> Target:
-    """Raises NotFound(param="model") for what this tenant has not got, InvalidRequest for what can't be a model's name."""
+async def resolve(svc: Services, caller: Caller, model: str) -> Target:
+    """Raises NotFound(param="model") for what the caller's tenant has not got, InvalidRequest for what can't be a model's name."""
     if not model or len(model) > MAX_NAME:
         raise InvalidRequest(f"model must be 1 to {MAX_NAME} characters; GET /v1/models lists what there is", param="model")
     if "tinker://" in model:
-        return await _of_path(svc, tenant, model)
+        return await _of_path(svc, caller.tenant, model)
     if svc.catalog.knows(model):
         base = svc.catalog.resolve(model)
         return Target(base.name, base)
@@ -53,11 +57,33 @@ async def resolve(svc: Services, tenant: str, model: str) -> Target:
     if at and not (number.isascii() and number.isdigit() and len(number) < 10):
         raise InvalidRequest(f"model {model[:100]!r}: a version is a whole number, as in {name[:80]}@3", param="model")
     try:
-        found = await svc.read(lambda conn: names.get(conn, tenant, name, int(number) if at else None))
+        found = await svc.read(lambda conn: names.get(conn, caller.tenant, name, int(number) if at else None))
     except (NotFound, InvalidRequest):
-        raise NotFound(f"there is no model {model[:200]!r}; GET /v1/models lists what there is", param="model") from None
+        hint = await _hint(svc, caller, name, model)
+        raise NotFound(f"there is no model {model[:200]!r}; {hint}GET /v1/models lists what there is", param="model") from None
     base = svc.catalog.resolve(found.base_model)
     return Target(f"{found.name}@{found.number}", base, found.version, found.folder, found.name, found.number)
+
+
+async def _hint(svc: Services, caller: Caller, name: str, model: str) -> str:
+    """What `model` may have meant, of that which the caller may use: the versions of its name, else the names spelled like it; or ""."""
+    with contextlib.suppress(NotFound):
+        found = await svc.read(lambda conn: names.versions(conn, caller.tenant, name))
+        numbers = [str(version.number) for version in found if may_use(svc, caller, str(version))][:SHOWN]
+        return f"{name} has {'version' if len(numbers) == 1 else 'versions'} {', '.join(numbers)}; " if numbers else ""
+    bases = [name for info in svc.catalog.list() for name in (info.name, *info.aliases)]
+    adapters = await svc.read(lambda conn: names.list_names(conn, caller.tenant))
+    usable = [name for name in (*bases, *(adapter.name for adapter in adapters)) if may_use(svc, caller, name)]
+    near = difflib.get_close_matches(model[:MAX_NAME], usable)
+    return f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+
+
+def may_use(svc: Services, caller: Caller, model: str) -> bool:
+    try:
+        svc.limiter.check_model(caller, model)
+    except Forbidden:
+        return False
+    return True
 
 
 async def _of_path(svc: Services, tenant: str, model: str) -> Target:

@@ -3,7 +3,7 @@
 A dialect (everlearn/api/openai, ...) turns its request into a `Turn` (what was said, with which tools) and a `Draw` (how to draw), in the
 shapes of chat templates and of no API. What it gets is `Opened`: the spec for `svc.serving.generate`, and a `Reply` for each sequence.
 
-    target = await resolve(svc, tenant, model)
+    target = await resolve(svc, caller, model)
     opened = await open_turn(svc, tenant, target, turn, draw, stream=True)
     generation = await svc.serving.generate(opened.spec)
     replies = opened.replies()

@@ -5,7 +5,9 @@ What is said goes to stdout, everything around it to stderr, so that `everlearn 
 
 from __future__ import annotations
 
+import difflib
 import math
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,11 +22,14 @@ if TYPE_CHECKING:
     from everlearn.cli.client import Client
 
 SHADES = ((0.9, None), (0.5, "green"), (0.1, "yellow"), (0.0, "red"))  # of a token, by its probability
+# Small models talk nonsense at the API's default temperature of 1, and without a limit some never end. Those are a conversation's
+# defaults alone: who asks the API and says nothing gets the API's.
+DEFAULTS: dict[str, Any] = {"temperature": 0.2, "top_p": 0.9, "max_tokens": 1024}
 HELP = """/adapter NAME   talk to another model: an adapter, NAME@NUMBER, a base model, a tinker:// path
 /adapters       what there is
 /logprobs [N]   shade tokens by their probability and show N alternatives of each; again: off
 /system TEXT    another system prompt (empty: none), in a new conversation
-/set NAME VALUE temperature, top_p, max_tokens, seed or another parameter of the API
+/set NAME VALUE temperature (0.2 here), top_p (0.9), max_tokens (1024), seed or another parameter of the API; without VALUE: as it was
 /new            a new conversation
 /quit           or Ctrl-D; Ctrl-C ends an answer"""
 
@@ -79,7 +84,11 @@ class Chat:
         body = {"model": self.model, "messages": [*system, *self.messages], "stream": True, "stream_options": {"include_usage": True}}
         if self.logprobs is not None:
             body |= {"logprobs": True, "top_logprobs": self.logprobs}
-        return body | self.params
+        return body | self._settings()
+
+    def _settings(self) -> dict[str, Any]:
+        limited = "max_completion_tokens" in self.params  # the newer name of max_tokens; a request may have only one of the two
+        return {name: value for name, value in DEFAULTS.items() if not (limited and name == "max_tokens")} | self.params
 
     # -- how it is shown ---------------------------------------------------------------------------------------------------
 
@@ -137,7 +146,9 @@ class Chat:
             return
         found = [item["id"] for item in self._models()]
         if "://" not in name and name not in found and name.partition("@")[0] not in found:
-            raise InvalidRequest(f"there is no model {name!r} here; /adapters lists what there is")
+            near = difflib.get_close_matches(name, found)
+            hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+            raise InvalidRequest(f"there is no model {name!r} here; {hint}/adapters lists what there is")
         if "@" in name and "://" not in name:
             self.client.get(f"/v1/adapters/{name}")
         self.model = name
@@ -167,11 +178,11 @@ class Chat:
     def _set(self, text: str) -> None:
         name, _, value = text.partition(" ")
         if not name:
-            self.console.note(str(self.params or "nothing is set"))
-            return
-        self.params[name] = parsed(value)
-        if not value:
-            del self.params[name]
+            self.console.note(" ".join(f"{name}={value}" for name, value in self._settings().items()))
+        elif value:
+            self.params[name] = parsed(value)
+        else:
+            self.params.pop(name, None)
 
     def _begin(self) -> None:
         self.messages.clear()
@@ -222,13 +233,18 @@ def lines(console: Console, terminal: bool) -> Iterator[str]:
             click.echo(err=True)
 
 
-@click.command("chat", cls=Verb)
+@click.command("chat", cls=Verb, context_settings={"allow_extra_args": True})
 @click.argument("model", required=False)
 @click.option("-m", "--message", metavar="TEXT", help="say this, print the answer and end")
 @click.option("--system", default="", metavar="TEXT", help="a system prompt")
 @click.option("--logprobs", type=click.IntRange(0, 20), metavar="N", help="show log-probabilities, with N alternatives of each token")
 @click.option(
-    "--set", "settings", nargs=2, multiple=True, metavar="NAME VALUE", help="a parameter of the API: temperature 0.2; may be repeated"
+    "--set",
+    "settings",
+    nargs=2,
+    multiple=True,
+    metavar="NAME VALUE",
+    help="a parameter of the API [default here: temperature 0.2, top_p 0.9, max_tokens 1024]; may be repeated",
 )
 @pass_console
 def command(
@@ -240,6 +256,10 @@ def command(
     """
     from everlearn.config import client_environ
 
+    context = click.get_current_context()
+    if context.args:
+        said = " ".join(context.args)
+        raise click.UsageError(f"{said!r} follows the model's name; what is to be said stands behind -m: -m {shlex.quote(said)}", context)
     client = console.client()
     if model is None:
         model = str(client.get("/v1/capabilities")["models"][0]["id"])

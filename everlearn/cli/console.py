@@ -5,6 +5,7 @@ Results go to stdout, everything else to stderr. Nothing heavy is imported at th
 
 from __future__ import annotations
 
+import difflib
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -91,9 +92,10 @@ class Console:
         click.echo(f"error: {what}\n       {remedy}", err=True)
 
     @contextmanager
-    def progress(self, label: str, total: float | None = None) -> Iterator[Progress]:
-        """A bar on a terminal, silence elsewhere."""
-        progress = Progress(label, total, shown=not self.quiet and sys.stderr.isatty())
+    def progress(self, label: str, total: float | None = None, lines: bool = False) -> Iterator[Progress]:
+        """A bar on a terminal; elsewhere silence, or with `lines` a line for each tenth: for what takes minutes."""
+        terminal = sys.stderr.isatty()
+        progress = Progress(label, total, shown=not self.quiet and terminal, lines=lines and not self.quiet and not terminal)
         try:
             yield progress
         finally:
@@ -109,11 +111,11 @@ class Console:
 
 
 class Progress:
-    """One line on stderr, redrawn at whole per cents."""
+    """One line on stderr, redrawn at whole per cents (`shown`), or a line of its own for each tenth but the last (`lines`)."""
 
-    def __init__(self, label: str, total: float | None, shown: bool):
-        self.label, self.total, self.shown = label, total, shown
-        self.done = 0.0
+    def __init__(self, label: str, total: float | None, shown: bool, lines: bool = False):
+        self.label, self.total, self.shown, self.lines = label, total, shown, lines
+        self.done, self._tenth = 0.0, 0
         self._drawn = ""
 
     def advance(self, amount: float = 1) -> None:
@@ -125,6 +127,9 @@ class Progress:
         if self.total:
             share = min(done / self.total, 1.0)
             text = f"{self.label} [{'#' * round(30 * share):<30}] {share:4.0%} {note}"
+            if self.lines and self._tenth < int(10 * share) < 10:
+                self._tenth = int(10 * share)
+                click.echo(f"{self.label}: {share:.0%} {note}".rstrip(), err=True)
         else:
             text = f"{self.label} {done:g} {note}"
         if self.shown and text != self._drawn:
@@ -190,6 +195,16 @@ class Noun(click.Group):
     """A group of verbs."""
 
     command_class = Verb
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        """An unknown verb's error names the ones that are spelled like it, as click does for options."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            near = difflib.get_close_matches(args[0], self.list_commands(ctx))
+            if not near:
+                raise
+            raise click.UsageError(f"{error.message} Did you mean {' or '.join(map(repr, near))}?", ctx) from None
 
 
 pass_console = click.make_pass_decorator(Console)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import shutil
 import sys
 import time
@@ -31,7 +32,7 @@ def command(console: Console, open_report: bool) -> None:
     """Teach the embedded model twenty facts and show before and after.
 
     Starts a server of its own (or uses the one named by --url), trains an adapter through the official Tinker SDK, prints the
-    table and writes an HTML report under HOME/demo. About five minutes on two CPU cores.
+    table and writes an HTML report under HOME/demo. Four to six minutes on two free CPU cores; longer on a busy machine.
     """
     from everlearn.demo import handbook, run, teach
     from everlearn.models import embedded
@@ -50,17 +51,18 @@ def command(console: Console, open_report: bool) -> None:
     seconds = {"model": round(prepared, 1), "server": round(ready, 1), **outcome.seconds, "total": round(time.monotonic() - started, 1)}
     report = _write(home / "demo", lesson.company, outcome, seconds)
     _show(console, outcome, seconds, report)
+    next_steps(console, outcome)
     if open_report and sys.stdout.isatty():
         webbrowser.open(report.as_uri())
 
 
 def _stages(console: Console) -> Callable[[str, float], AbstractContextManager[Progress]]:
-    """A bar for each stage on a terminal; elsewhere one line when it is over."""
+    """A bar for each stage on a terminal; elsewhere a line for each tenth of it, and one when it is over."""
 
     @contextmanager
     def stage(label: str, total: float) -> Iterator[Progress]:
         started = time.monotonic()
-        with console.progress(label, total) as bar:
+        with console.progress(label, total, lines=True) as bar:
             yield bar
         if not sys.stderr.isatty():
             console.note(f"{label}: {time.monotonic() - started:.1f} s")
@@ -81,6 +83,17 @@ def _server(console: Console, home: Path, stage: Callable[[str, float], Abstract
             log = home / "demo" / "server.log"
             url = stack.enter_context(serving(home, log, console.config, lambda seconds, state: bar.update(round(seconds), state)))
         yield url
+
+
+def next_steps(console: Console, outcome: Outcome) -> None:
+    """What to type now, to talk to what was taught; a server that the demo started has ended."""
+    home = f" --home {shlex.quote(str(console.home))}" if console.home else ""
+    config = f" --config {shlex.quote(str(console.config))}" if console.config else ""
+    where = f" --url {shlex.quote(console.url)}" if console.url else home + config
+    console.note("Next, ask it yourself:" if console.url else "Next, ask it yourself, with two terminals:")
+    if not console.url:
+        console.note(f"  everlearn serve{where}")
+    console.note(f"  everlearn chat {outcome.path} -m {shlex.quote(outcome.rows[0].question)}{where}")
 
 
 def _write(folder: Path, company: str, outcome: Outcome, seconds: dict[str, float]) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import re
 import tempfile
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from urllib.parse import quote
 import click
 
 from everlearn.cli.console import Console, Verb, global_options, pass_console
-from everlearn.errors import EverlearnError, InternalError, InvalidRequest, NotFound
+from everlearn.errors import EverlearnError, InternalError, InvalidRequest, NotFound, Unavailable
 
 if TYPE_CHECKING:
     from everlearn.config import Settings
@@ -57,6 +58,8 @@ def export_command(console: Console, path: str, form: str, out: Path, base: str 
     """Write the checkpoint at PATH (tinker://RUN/KIND/NAME or its folder) for other software."""
     from everlearn.models import vllm
 
+    if check and form != "merged" and importlib.util.find_spec("peft") is None:  # said before anything is fetched or written
+        raise Unavailable("the reload check of an adapter needs peft; `pip install peft`, or skip the check with --no-check")
     settings = console.settings()
     with adapter_at(console, settings, path, base) as adapter:
         info = base_model(console, settings, base or adapter.base)

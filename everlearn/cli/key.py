@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from everlearn.store.keys import Key, Limits
 
 command = Noun("key", help="API keys and their tenants.")
+DEFAULT_TENANT = "default"  # whose everything is as long as there is no key
 SCOPES = ("train", "sample", "read", "admin")
 
 
@@ -82,7 +83,7 @@ def _limits(rpm: int | None, tpm: int | None, concurrency: int | None, models: t
 
 @command.command("create")
 @click.argument("name")
-@click.option("--tenant", default="default", show_default=True, help="whose runs, checkpoints and samples the key opens")
+@click.option("--tenant", default=DEFAULT_TENANT, show_default=True, help="whose runs, checkpoints and samples the key opens")
 @click.option("--scope", "scopes", type=click.Choice(SCOPES), multiple=True, help="what the key may do; may be repeated [default: all]")
 @limit_options
 @pass_console
@@ -93,8 +94,14 @@ def create(console: Console, name: str, tenant: str, scopes: tuple[str, ...], no
     given = _limits(**limits)
     with _store(console) as database:
         key, secret = database.write(lambda conn: keys.create(conn, tenant, name, scopes or SCOPES, given, not no_content)).result()
+        runs, names = (0, 0) if tenant == DEFAULT_TENANT else database.read(lambda conn: keys.belongings(conn, DEFAULT_TENANT))
     console.result({"key": secret, **_row(key)})
     console.note("keep the key: only its hash is stored. From now on every request needs a key")
+    if runs or names:
+        console.note(
+            f"warning: this key doesn't see the training runs ({runs}) and names of adapters ({names}) of tenant {DEFAULT_TENANT}, with "
+            f"all that was made without a key; `everlearn key create NAME --tenant {DEFAULT_TENANT}` makes one that does"
+        )
 
 
 @command.command("list")

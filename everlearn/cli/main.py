@@ -12,7 +12,7 @@ import click
 
 from everlearn import __version__
 from everlearn.cli.console import Console, Noun, global_options
-from everlearn.errors import EverlearnError
+from everlearn.errors import EverlearnError, UserError
 
 # name -> its line in `everlearn --help`; the command lives in everlearn/cli/<name>.py as `command`.
 ACTS = {
@@ -90,7 +90,7 @@ def run(argv: list[str]) -> int:
         if console.debug:
             raise
         what, _, remedy = error.message.rpartition("; ")
-        console.error(what or remedy, remedy if what else "run the same command with --debug for the traceback")
+        console.error(what or remedy, remedy if what else _way_out(error, argv))
         return EXIT_CODES.get(error.code, 1)
     except Exception as error:
         if console.debug:
@@ -99,6 +99,14 @@ def run(argv: list[str]) -> int:
             f"{type(error).__name__}: {error}", "this is a fault of everlearn: run it again with --debug and report the traceback"
         )
         return 1
+
+
+def _way_out(error: EverlearnError, argv: list[str]) -> str:
+    """What to do about an error that doesn't say so itself: a wish that was wrong needs the help, not a traceback."""
+    if not isinstance(error, UserError):
+        return "run the same command with --debug for the traceback"
+    words = [word for word in argv if word in ACTS or word in NOUNS][:1]
+    return f"`{' '.join(['everlearn', *words])} --help` shows how it is used"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from everlearn.errors import Unavailable
 from everlearn.models.attention import PackedBatch
 from everlearn.models.export import Adapter, weight_files
 from everlearn.models.load import BaseModel, load_base
@@ -89,8 +88,6 @@ def _load(folder: Path) -> Any:
 
 
 def _load_peft(folder: Path, base: BaseModelInfo) -> Any:
-    try:
-        from peft import PeftModel
-    except ImportError:
-        raise Unavailable("the reload check needs peft; `pip install everlearn[export]`, or skip it with --no-check") from None
+    from peft import PeftModel
+
     return PeftModel.from_pretrained(_load(Path(base.path)), folder).eval()

@@ -127,6 +127,14 @@ def any_keys(conn: Connection) -> bool:
     return conn.execute(sa.select(tables.keys.c.key_id).limit(1)).first() is not None
 
 
+def belongings(conn: Connection, tenant: str) -> tuple[int, int]:
+    """How many training runs and names of adapters a tenant has."""
+    runs = sa.select(sa.func.count()).select_from(tables.runs).where(tables.runs.c.tenant == tenant)
+    here = (tables.adapter_names.c.tenant == tenant) & (tables.adapter_names.c.number > 0)  # 0: a name that was given up
+    names = sa.select(sa.func.count()).select_from(tables.adapter_names).where(here)
+    return conn.execute(runs).scalar_one(), conn.execute(names).scalar_one()
+
+
 def _digest(secret: str) -> str:
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()
 

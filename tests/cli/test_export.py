@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,12 @@ def test_a_full_folder_is_kept(server: LiveServer, saved: dict[str, str], capsys
     config = ["--config", str(server.home / "everlearn.toml"), "--home", str(server.home)]
     assert run([*config, "checkpoint", "export", saved["weights"], "--format", "peft", "--out", "mine"]) == 2
     assert "isn't empty" in capsys.readouterr().err and Path("mine/thesis.txt").exists()
+
+
+def test_without_peft_nothing_is_written(server: LiveServer, saved: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)  # as if it were not installed
+    config = ["--config", str(server.home / "everlearn.toml"), "--home", str(server.home)]
+    argv = [*config, "checkpoint", "export", saved["weights"], "--out", "o"]
+    assert run([*argv, "--format", "peft"]) == 1
+    assert "pip install peft" in capsys.readouterr().err and not Path("o").exists()
+    assert run([*argv, "--format", "peft", "--no-check"]) == 0

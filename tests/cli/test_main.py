@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,9 @@ def test_help_of_everything(path, capsys):
     ("argv", "code", "what"),
     [
         (["nonsense"], 2, "No such command 'nonsense'"),
+        (["chatt"], 2, "No such command 'chatt'. Did you mean 'chat'?"),
+        (["checkpoint", "exprot"], 2, "No such command 'exprot'. Did you mean 'export'"),
+        (["chat", "support", "some", "words"], 2, "-m 'some words'"),
         (["run", "show"], 2, "Missing argument 'RUN_ID'"),
         (["run", "list", "--limit", "0"], 2, "0 is not in the range"),
         (["-f", "xml", "ps"], 2, "'xml' is not one of"),
@@ -100,6 +104,23 @@ def test_keys_from_making_to_revoking(capsys, tmp_path: Path):
     assert run(["key", "revoke", "key-unknown", "--yes", *home]) == 4
 
 
+def test_a_key_of_another_tenant_says_what_it_does_not_see(capsys, tmp_path: Path):
+    from everlearn.config import Settings
+    from everlearn.store.db import open_database
+    from tests.store.acts import new_run
+
+    home = tmp_path / "home"
+    assert run(["key", "create", "first", "--tenant", "research", "--home", str(home)]) == 0
+    assert "warning" not in capsys.readouterr().err
+    database = open_database(Settings(home=home).store_url)
+    new_run(database, "default")
+    database.close()
+    assert run(["key", "create", "second", "--tenant", "research", "--home", str(home)]) == 0
+    assert "doesn't see the training runs (1) and names of adapters (0) of tenant default" in capsys.readouterr().err
+    assert run(["key", "create", "third", "--home", str(home)]) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_keys_with_limits(capsys, tmp_path: Path):
     home = ["--home", str(tmp_path / "home"), "-f", "json"]
     limits = ["--rpm", "60", "--tpm", "1000", "--concurrency", "2", "--models", "support,tiny", "--models", "x@3", "--no-content"]
@@ -132,3 +153,35 @@ def test_doctor_finds_a_home_that_can_not_be_written(capsys, tmp_path: Path):
     assert "--home" in checks["home"]["fix"]
     assert checks["torch"]["state"] == "ok"
     assert "checks failed" in err
+
+
+def test_progress_is_lines_where_no_terminal_is(capsys):
+    from everlearn.cli.console import Console
+
+    console = Console()
+    with console.progress("teaching", 40, lines=True) as bar:
+        for step in range(40):
+            bar.update(step + 1, "loss 0.5")
+    assert capsys.readouterr().err.splitlines() == [f"teaching: {10 * tenth}% loss 0.5" for tenth in range(1, 10)]
+    with console.progress("merging", 40) as bar:
+        bar.update(20)
+    console.quiet = True
+    with console.progress("teaching", 40, lines=True) as bar:
+        bar.update(20)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_demo_ends_with_what_to_type_next(capsys, tmp_path: Path):
+    from everlearn.cli.console import Console
+    from everlearn.cli.demo import next_steps
+    from everlearn.demo.grade import Row
+    from everlearn.demo.run import Outcome
+
+    row = Row("taught", "Who's there?", ["a dog"], "", "", False, True)
+    outcome, console = Outcome([], [row], [], "tinker://r/sampler_weights/handbook", {}), Console()
+    next_steps(console, outcome)
+    lines = capsys.readouterr().err.splitlines()
+    assert [shlex.split(line) for line in lines[1:]] == [["everlearn", "serve"], ["everlearn", "chat", outcome.path, "-m", "Who's there?"]]
+    console.home = tmp_path / "my home"
+    next_steps(console, outcome)
+    assert all(shlex.split(line)[-2:] == ["--home", str(console.home)] for line in capsys.readouterr().err.splitlines()[1:])

@@ -86,6 +86,35 @@ def test_chat_says_one_message(server, named, capsys):
     assert base == first, "a fresh adapter changes nothing"
 
 
+def test_a_conversation_has_defaults_of_its_own(server, named, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("/set top_p 0.5\n/set max_completion_tokens 3\n/set\nhello\n/set top_p\n/set\n"))
+    _, err = said(capsys, server, "chat", named)
+    shown = [line for line in err.splitlines() if line.startswith("temperature=")]
+    assert shown == [
+        "temperature=0.2 top_p=0.5 max_completion_tokens=3",
+        "temperature=0.2 top_p=0.9 max_completion_tokens=3",
+    ]
+    record = json.loads(server.get("/v1/records/" + err.partition("rec_")[1] + err.partition("rec_")[2].split("]")[0])[1])
+    params = record["content"]["params"]
+    assert (params["temperature"], params["top_p"], params["max_completion_tokens"]) == (0.2, 0.5, 3) and "max_tokens" not in params
+
+
+def test_a_wrong_value_is_not_called_a_fault(server, named, paths, capsys):
+    _, err = said(capsys, server, "chat", named, "-m", "hi", "--set", "temperature", "hot", code=2)
+    assert "temperature" in err and "everlearn chat --help" in err and "--debug" not in err
+    _, err = said(capsys, server, "adapter", "name", "bad name!", paths[0], code=2)
+    assert "everlearn adapter --help" in err and "--debug" not in err
+
+
+def test_a_wrong_name_gets_the_nearest_and_a_wrong_version_those_there_are(server, named, capsys):
+    _, err = said(capsys, server, "chat", "tolk", "-m", "hi", code=4)
+    assert "there is no model 'tolk'" in err and "did you mean 'talk'?" in err
+    _, err = said(capsys, server, "chat", "talk@9", "-m", "hi", code=4)
+    assert "there is no model 'talk@9'; talk has versions 2, 1" in err
+    _, err = said(capsys, server, "chat", "xyzzy", "-m", "hi", code=4)
+    assert "did you mean" not in err and "GET /v1/models" in err
+
+
 def test_chat_obeys_commands(server, named, capsys, monkeypatch):
     script = [
         "/set max_tokens 4",
@@ -111,6 +140,7 @@ def test_chat_obeys_commands(server, named, capsys, monkeypatch):
     ("script", "what"),
     [
         ("/adapter nobody", "no model 'nobody'"),
+        ("/adapter tinny", "did you mean 'tiny'?"),
         ("/dance", "no command /dance"),
         ("/logprobs 99", "from 0 to 20"),
         ("/set top_k -7\nhi", "top_k"),

@@ -1,4 +1,4 @@
-"""The Python that the README and the quickstart show runs as it stands there, against a real server."""
+"""The Python that the README, the quickstart and the guide to reinforcement learning show runs as it stands there, on a real server."""
 
 from __future__ import annotations
 
@@ -12,14 +12,31 @@ import pytest
 from tests.live import LiveServer
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
-def test_the_page_s_python_trains_and_samples(root: Path, server: LiveServer, page: str):
-    blocks = re.findall(r"^```python\n(.*?)^```$", (root / page).read_text(encoding="utf-8"), flags=re.M | re.S)
-    program = "\n".join(blocks).replace('"smollm2"', f'"{server.model}"')
+def printed_by(text: str, server: LiveServer, folder: Path, **replaced: str) -> str:
+    """What the Python of a page prints, run in `folder` with the server's model in place of the embedded one."""
+    program = "\n".join(re.findall(r"^```python\n(.*?)^```$", text, flags=re.M | re.S)).replace('"smollm2"', f'"{server.model}"')
+    for name, value in replaced.items():
+        assert f"{name}=" in program
+        program = re.sub(rf"\b{name}=\d+", f"{name}={value}", program)
     environ = {"TINKER_BASE_URL": server.url, "TINKER_API_KEY": "tml-local", "TINKER_TELEMETRY": "0", "HF_HUB_OFFLINE": "1"}
+    environ |= {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-W", "error::FutureWarning", "-c", program]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=180, env={"PATH": "/usr/bin:/bin", **environ}, check=False)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environ, cwd=folder, check=False)
     assert ran.returncode == 0, ran.stderr[-2000:]
-    losses = [float(line.split()[1]) for line in ran.stdout.splitlines() if re.fullmatch(r"\d+ [\d.]+", line)]
+    return ran.stdout
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+def test_the_page_s_python_trains_and_samples(root: Path, server: LiveServer, tmp_path: Path, page: str):
+    printed = printed_by((root / page).read_text(encoding="utf-8"), server, tmp_path)
+    losses = [float(line.split()[1]) for line in printed.splitlines() if re.fullmatch(r"\d+ [\d.]+", line)]
     assert len(losses) == 10
     assert losses[-1] < losses[0]
+
+
+def test_the_guide_to_reinforcement_learning_plays_and_trains(root: Path, server: LiveServer, tmp_path: Path):
+    """Up to the environments of others, which need packages and models that aren't everywhere; two steps instead of forty."""
+    text = (root / "docs/guides/reinforcement-learning.md").read_text(encoding="utf-8")
+    printed = printed_by(text.partition("## Environments of others")[0], server, tmp_path, steps="2")
+    assert "'episodes': 16" in printed and "'failed': 0" in printed
+    assert len((tmp_path / "runs/sums/metrics.jsonl").read_text().splitlines()) >= 2

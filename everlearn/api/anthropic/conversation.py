@@ -189,7 +189,7 @@ def read_tool(raw: dict[str, Any], place: int) -> ToolForm:
     try:
         return msgspec.convert(raw, ToolForm)
     except msgspec.ValidationError as error:
-        raise named(str(error), f"tools[{place}]") from None
+        raise named(str(error), ToolForm, f"tools[{place}]") from None
 
 
 def tool_of(form: ToolForm, place: str) -> dict[str, Any]:

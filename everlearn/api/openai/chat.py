@@ -26,7 +26,7 @@ async def create_chat_completion(request: Request) -> Response:
     svc, caller = services(request), auth.caller(request)
     form = await types.read(request, types.ChatForm)
     draw = checks.chat_draw(form)
-    target = await resolve(svc, caller.tenant, form.model)
+    target = await resolve(svc, caller, form.model)
     chat = await svc.chat_models.get(target.base)
     turn = checks.chat_turn(form, chat.thinking, len(await request.body()))
     call = Call(svc, caller, target, checks.asked(form, caller, "chat.completions", turn.messages, "messages"))

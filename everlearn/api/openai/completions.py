@@ -46,7 +46,7 @@ async def create_completion(request: Request) -> Response:
     svc, caller = services(request), auth.caller(request)
     form = await types.read(request, types.CompletionForm)
     draw = draw_of(form)
-    target = await resolve(svc, caller.tenant, form.model)
+    target = await resolve(svc, caller, form.model)
     chat = await svc.chat_models.get(target.base)
     prompts = [await encoded(chat, prompt, form.suffix) for prompt in prompts_of(form)]
     grammar = checks.structured(form.structured_outputs)

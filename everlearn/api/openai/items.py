@@ -114,7 +114,7 @@ def read_item(raw: dict[str, Any], place: int) -> Item:
     try:
         item: Item = msgspec.convert(raw, Item)
     except msgspec.ValidationError as error:
-        raise named(str(error), f"input[{place}]") from None
+        raise named(str(error), Item, f"input[{place}]") from None
     return item
 
 

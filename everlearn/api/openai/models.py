@@ -8,8 +8,7 @@ from fastapi import APIRouter, Request
 
 from everlearn.api import auth
 from everlearn.api.services import Services, services
-from everlearn.api.target import resolve
-from everlearn.errors import Forbidden
+from everlearn.api.target import may_use, resolve
 from everlearn.store import names
 from everlearn.types import BaseModelInfo
 
@@ -33,7 +32,7 @@ async def list_models(request: Request) -> dict[str, Any]:
 @router.get("/models/{model:path}", dependencies=[auth.scope("train", "sample", "read")])
 async def retrieve_model(request: Request, model: str) -> dict[str, Any]:
     svc, caller = services(request), auth.caller(request)
-    target = await resolve(svc, caller.tenant, model)
+    target = await resolve(svc, caller, model)
     svc.limiter.check_model(caller, target.name)
     if not target.version:
         return of_base(svc, target.base, model)
@@ -48,11 +47,3 @@ def entry(name: str, created: int, base: BaseModelInfo, root: str, parent: str |
     """`root`, `parent` and `max_model_len` as vLLM has them: what the name means, and which base model is below."""
     shown = {"id": name, "object": "model", "created": created, "owned_by": OWNER, "root": root, "parent": parent}
     return {**shown, "max_model_len": base.max_context}
-
-
-def may_use(svc: Services, caller: auth.Caller, model: str) -> bool:
-    try:
-        svc.limiter.check_model(caller, model)
-    except Forbidden:
-        return False
-    return True

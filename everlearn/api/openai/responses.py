@@ -40,7 +40,7 @@ async def create_response(request: Request) -> Response:
     svc, caller = services(request), auth.caller(request)
     form = await types.read(request, forms.ResponsesForm)
     draw = forms.draw_of(form)
-    target = await resolve(svc, caller.tenant, form.model)
+    target = await resolve(svc, caller, form.model)
     chat = await svc.chat_models.get(target.base)
     forms.check(form, chat.format.thinks)
     said = [*await earlier(svc, caller, form.previous_response_id), *items.messages_of(form.input)]

@@ -7,12 +7,14 @@ accepted and ignored. Fields that OpenAI doesn't have, and vLLM does, have vLLM'
 from __future__ import annotations
 
 import asyncio
+import difflib
 import re
 from typing import Any, Literal, TypeVar
 
 import msgspec
 from fastapi import Request
 
+from everlearn.api.openai.choices import choices, fields
 from everlearn.errors import InvalidRequest, Unsupported
 
 BIG_BODY = 256 * 1024  # bytes; decoding more than this would hold up the event loop
@@ -265,23 +267,27 @@ def parse(body: bytes, form: type[F]) -> F:
     try:
         return msgspec.json.decode(body, type=form)
     except msgspec.ValidationError as error:
-        raise named(str(error)) from None
+        raise named(str(error), form) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"the body is not valid JSON: {error}") from None
     except RecursionError:
         raise InvalidRequest("the body is nested too deeply") from None
 
 
-def named(message: str, prefix: str = "") -> InvalidRequest:
-    """msgspec's finding, with the field's name where clients look for it."""
+def named(message: str, form: Any, prefix: str = "") -> InvalidRequest:
+    """msgspec's finding about a `form`, with the field's name where clients look for it, and what might have been meant."""
     place = PLACE.search(message)
     path = prefix + (place[1] if place else "")
     path = path.removeprefix(".")
     what = message[: place.start()] if place else message
     if unknown := UNKNOWN.fullmatch(what):
+        near = [] if path else difflib.get_close_matches(unknown[1], [name for name in fields(form) if name not in REFUSED], n=1)
         path = f"{path}.{unknown[1]}" if path else unknown[1]
-        return InvalidRequest(f"{path} is not known to this server, so it can't be honoured; leave it out", param=path)
+        way_out = f"did you mean {near[0]}?" if near else "leave it out"
+        return InvalidRequest(f"{path} is not known to this server, so it can't be honoured; {way_out}", param=path)
     if what.startswith("Object missing required field `"):
         path = f"{path}." * bool(path) + what.split("`")[1]
         return InvalidRequest(f"{path} is missing; it is required", param=path)
-    return InvalidRequest(f"{path or 'the body'}: {what[:1].lower()}{what[1:]}", param=path or None)
+    taken = choices(form, place[1]) if place and what.startswith("Invalid ") else []
+    rule = f"; it must be one of {', '.join(taken)}" if taken else ""
+    return InvalidRequest(f"{path or 'the body'}: {what[:1].lower()}{what[1:]}{rule}", param=path or None)

@@ -289,3 +289,29 @@ def test_a_kept_message_becomes_its_items_again() -> None:
     found = items.items_of("s", {"role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": calls}, "completed")
     assert [item["type"] for item in found] == ["reasoning", "function_call"]
     assert items.messages_of(found) == [{"role": "assistant", "content": "", "tool_calls": calls, "reasoning_content": "hm"}]
+
+
+@pytest.mark.parametrize(
+    ("sent", "param", "hint"),
+    [
+        ({"temprature": 1}, "temprature", "did you mean temperature?"),
+        ({"audioo": 1}, "audioo", "leave it out"),  # audio isn't offered either
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", "one of system, developer, user, assistant, tool"),
+        ({"messages": [{"role": "user", "content": [{"type": "smell"}]}]}, "messages[0].content[0].type", "'smell'"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "one of text, json_object, json_schema"),
+        ({"tool_choice": "perhaps"}, "tool_choice", "one of auto, none, required"),
+    ],
+)
+def test_what_might_have_been_meant_is_said(sent: dict[str, Any], param: str, hint: str):
+    with pytest.raises(InvalidRequest) as error:
+        chat(**sent)
+    assert error.value.param == param and error.value.message.endswith(hint)
+
+
+def test_the_roles_of_the_other_apis_are_said_too():
+    from everlearn.api.anthropic.types import MessagesForm
+
+    with pytest.raises(InvalidRequest, match=r"input\[0\].role: .* one of assistant, developer, system, user$"):
+        items.read_item({"role": "robot", "content": "x"}, 0)
+    with pytest.raises(InvalidRequest, match=r"messages\[0\].role: .* one of user, assistant, system$"):
+        types.parse(json.dumps({"model": "m", "max_tokens": 1, "messages": [{"role": "robot", "content": "x"}]}).encode(), MessagesForm)
