@@ -100,7 +100,7 @@ def _no_constant(name: str) -> float:
 async def maths(answer: str, wanted: str, verifiers: Verifiers, weight: float = 1.0) -> Part:
     """`maths`: weight if the answer is mathematically equal to `wanted` (LaTeX or plain), as math-verify judges.
 
-    Needs the package math-verify: `pip install 'everlearn[rl]'`.
+    Needs the package math-verify: `pip install math-verify`.
     """
     _needs("math_verify", "math-verify")
     if len(answer) > MAX_ANSWER:
@@ -179,7 +179,7 @@ def _equal(one: Any, other: Any) -> bool:
 
 def _needs(module: str, package: str) -> None:
     if importlib.util.find_spec(module) is None:
-        raise Unsupported(f"this reward needs the package {package}, which isn't installed: pip install 'everlearn[rl]'")
+        raise Unsupported(f"this reward needs the package {package}, which isn't installed: pip install {package}")
 
 
 def _short(text: str) -> str:
