@@ -98,3 +98,10 @@ class Dataset(Protocol):
     def __len__(self) -> int:
         """How many batches there are."""
         ...
+
+
+def deal(index: int, batches: int, groups_per_batch: int, group: Callable[[int], EnvGroup]) -> Sequence[EnvGroup]:
+    """Batch `index` of a dataset whose groups are numbered on through its batches. Raises InvalidRequest for one that isn't there."""
+    if not 0 <= index < batches:
+        raise InvalidRequest(f"there is no batch {index}; batches go from 0 to {batches - 1}", param="index")
+    return [group(index * groups_per_batch + place) for place in range(groups_per_batch)]

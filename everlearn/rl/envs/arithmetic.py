@@ -16,7 +16,7 @@ import tinker
 from everlearn.errors import InvalidRequest
 from everlearn.rewards.reward import Part, Reward
 from everlearn.rewards.rules import read_number
-from everlearn.rl.env import EnvGroup, SameTask, StepResult, StopCondition
+from everlearn.rl.env import EnvGroup, SameTask, StepResult, StopCondition, deal
 from everlearn.rl.prompts import ChatMl
 
 HELD_OUT = 5  # one pair of numbers in so many is held out
@@ -85,9 +85,7 @@ class Sums:
         return self.batches
 
     def get_batch(self, index: int) -> Sequence[EnvGroup]:
-        if not 0 <= index < self.batches:
-            raise InvalidRequest(f"there is no batch {index}; batches go from 0 to {self.batches - 1}", param="index")
-        return [self.group(index * self.groups_per_batch + place) for place in range(self.groups_per_batch)]
+        return deal(index, self.batches, self.groups_per_batch, self.group)
 
     def group(self, number: int) -> SameTask:
         a, b = self.task(number)

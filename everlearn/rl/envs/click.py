@@ -17,7 +17,7 @@ from tinker import types
 
 from everlearn.errors import InvalidRequest
 from everlearn.rewards.reward import Part, Reward
-from everlearn.rl.env import EnvGroup, SameTask, StepResult, StopCondition
+from everlearn.rl.env import EnvGroup, SameTask, StepResult, StopCondition, deal
 from everlearn.rl.envs.forms import Form, Widget, make_form
 from everlearn.rl.prompts import ChatMl
 
@@ -126,9 +126,7 @@ class ClickTasks:
         return self.batches
 
     def get_batch(self, index: int) -> Sequence[EnvGroup]:
-        if not 0 <= index < self.batches:
-            raise InvalidRequest(f"there is no batch {index}; batches go from 0 to {self.batches - 1}", param="index")
-        return [self.group(index * self.groups_per_batch + place) for place in range(self.groups_per_batch)]
+        return deal(index, self.batches, self.groups_per_batch, self.group)
 
     def group(self, number: int) -> SameTask:
         form, target = self.task(number)
