@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from io import BytesIO
+from functools import partial
 from pathlib import Path
 
-from PIL import Image
-
-from everlearn.types import ImageSpan, VisionInfo
+from everlearn.types import VisionInfo
+from tests import tiny_vision
 from tests.tiny import make_tiny_model, make_tokenizer
-from tests.tiny_vision import SPECIAL
+from tests.tiny_vision import END, PAD, SPECIAL, START
 
-START, END, PAD = 3, 4, 5
 SIDE, GRID = 32, 2
 STAGES = ((1, 3, 1, 1, 8), (2, 3, 2, 3, 12), (2, 5, 2, 3, 16))
 MEAN, STD = 127 / 255, 128 / 255
@@ -42,22 +40,4 @@ def make_tiny_lite_model(folder: Path) -> Path:
     return lite_folder.write(lite_folder.assemble(text, tower, GRID), text, folder / "model")
 
 
-def span(start: int, data: bytes) -> ImageSpan:
-    from everlearn.render.patches import grid_of
-
-    with Image.open(BytesIO(data)) as image:
-        return ImageSpan(start, *grid_of(*image.size, VISION, "image"), data)
-
-
-def row_of(parts: list[list[int] | bytes]) -> tuple[list[int], list[ImageSpan]]:
-    """Tokens and images of a row: texts are token ids, images are files (and stand between START and END)."""
-    tokens: list[int] = []
-    images: list[ImageSpan] = []
-    for part in parts:
-        if isinstance(part, bytes):
-            tokens.append(START)
-            images.append(span(len(tokens), part))
-            tokens += [PAD] * images[-1].num_tokens + [END]
-        else:
-            tokens += part
-    return tokens, images
+span, row_of = partial(tiny_vision.span, vision=VISION), partial(tiny_vision.row_of, vision=VISION)

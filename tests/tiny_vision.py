@@ -109,21 +109,21 @@ def picture(seed: int, width: int = 40, height: int = 32, format: str = "PNG") -
     return out.getvalue()
 
 
-def span(start: int, data: bytes) -> ImageSpan:
+def span(start: int, data: bytes, vision: VisionInfo = VISION) -> ImageSpan:
     from everlearn.render.patches import grid_of
 
     with Image.open(BytesIO(data)) as image:
-        return ImageSpan(start, *grid_of(*image.size, VISION, "image"), data)
+        return ImageSpan(start, *grid_of(*image.size, vision, "image"), data)
 
 
-def row_of(parts: list[list[int] | bytes]) -> tuple[list[int], list[ImageSpan]]:
+def row_of(parts: list[list[int] | bytes], vision: VisionInfo = VISION) -> tuple[list[int], list[ImageSpan]]:
     """Tokens and images of a row: texts are token ids, images are files (and stand between START and END)."""
     tokens: list[int] = []
     images: list[ImageSpan] = []
     for part in parts:
         if isinstance(part, bytes):
             tokens.append(START)
-            images.append(span(len(tokens), part))
+            images.append(span(len(tokens), part, vision))
             tokens += [PAD] * images[-1].num_tokens + [END]
         else:
             tokens += part
