@@ -14,8 +14,9 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
+from everlearn.models.few_rows import are_few, product_of_few
+
 ALIGNED_BYTES = 16  # what the kernel asks of addresses and strides
-FEW_ROWS = 32
 
 
 class Pairs:
@@ -95,13 +96,11 @@ def runs_fused(x: torch.Tensor) -> bool:
 
 
 def linear_into(x_NI: torch.Tensor, weight_OI: torch.Tensor, out_NO: torch.Tensor) -> None:
-    """out = x W^T. With few rows CPU libraries are quicker with the weight on the left (see lora.frozen_product)."""
-    if x_NI.device.type != "cpu" or len(x_NI) > FEW_ROWS:
-        torch.mm(x_NI, weight_OI.t(), out=out_NO)
-    elif len(x_NI) == 1:
-        torch.mv(weight_OI, x_NI[0], out=out_NO[0])
+    """out = x W^T."""
+    if are_few(x_NI):
+        out_NO.copy_(product_of_few(x_NI, weight_OI))
     else:
-        out_NO.copy_((weight_OI @ x_NI.t()).t())
+        torch.mm(x_NI, weight_OI.t(), out=out_NO)
 
 
 def _padded(tensor: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:

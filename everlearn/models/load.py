@@ -24,7 +24,7 @@ from everlearn.models.attention import Batch, running
 from everlearn.models.experts import LoraExperts, install_experts, top_k_of
 from everlearn.models.head import Head
 from everlearn.models.hooks import fuse_norms, hook_attention, refuse_what_the_hooks_miss
-from everlearn.models.lora import FEW_ROWS, HEAD, LoraLinear, PairShape, install, kind_of
+from everlearn.models.lora import HEAD, LoraLinear, PairShape, install, kind_of
 from everlearn.models.quant import count_parameters
 from everlearn.models.quant_experts import PackedStack
 from everlearn.models.routing import install_routing
@@ -37,9 +37,9 @@ log = logging.getLogger(__name__)
 # Tile sizes of the head: a CPU tile's logits fit its cache, a GPU wants large products.
 CPU_CHUNK, CPU_TILE = 256, 4096
 GPU_CHUNK, GPU_TILE = 2048, 32768
-# A decoding step of a model without larger weights is hundreds of products of a few microseconds. Sharing each of them with other
-# threads gains nothing, and every one then waits for the slowest thread: ten times as long when the machine has other work.
-SERIAL_WEIGHT = 2**20
+# Multiply-adds of a step's largest product. A decoding step of less is hundreds of products of a few microseconds: sharing each of them
+# with other threads gains little, and every one then waits for the slowest thread, ten times as long when the machine has other work.
+SERIAL_WORK = 2**22
 
 
 class BaseModel:
@@ -66,8 +66,7 @@ class BaseModel:
         self.position_axes = info.vision.position_axes if info.vision is not None else 1
         self.vision = find_tower(info, model, device, dtype)
         self.num_parameters = count_parameters(model)
-        largest = max((layer.weight.numel() for layer in self.lora_modules.values()), default=0)
-        self.runs_few_rows_serially = device.type == "cpu" and largest <= SERIAL_WEIGHT
+        self.largest_weight = max((layer.weight.numel() for layer in self.lora_modules.values()), default=0)
         # A loop over the experts that have rows asks the device which those are, and a recording can't.
         fused = dtype == torch.bfloat16 and not any(isinstance(experts.up, PackedStack) for experts in self.expert_modules.values())
         self.steps_can_be_recorded = fused or not self.expert_modules
@@ -75,7 +74,8 @@ class BaseModel:
     def hidden(self, token_ids_T: torch.Tensor, positions: torch.Tensor, batch: Batch, visual: Visual | None = None) -> torch.Tensor:
         """Final hidden states [T, D] of one packed row; `batch` says what attends to what and which adapter each token uses. `positions`
         are [T], or [3, T] in a row that shows images (all the same where the model's have one axis); `visual` is what it shows."""
-        small = self.runs_few_rows_serially and len(token_ids_T) <= FEW_ROWS and not torch.is_grad_enabled()
+        work = self.largest_weight * len(token_ids_T)
+        small = self.device.type == "cpu" and work <= SERIAL_WORK and not torch.is_grad_enabled()
         if positions.ndim > 1 and self.position_axes == 1:
             positions = positions[0]
         inputs: dict[str, Any] = {"position_ids": positions.unsqueeze(-2), "use_cache": False}

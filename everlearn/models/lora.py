@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from everlearn.models.few_rows import are_few, product_of_few
 from everlearn.models.grouped import accumulate
 from everlearn.models.quant import PackedLinear, dense_of
 
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 Pair = tuple[torch.Tensor, torch.Tensor]
 Block = tuple[slice, slice, torch.Tensor]  # rows of y, rows of A x, and the B [O, R] that leads from the one to the other
 HEAD = "lm_head"
-FEW_ROWS = 32
-PIECE_ROWS = 4096
 ROUTERS = ("gate", "router", "shared_expert_gate")  # linear layers that choose experts; they are never adapted
 
 
@@ -128,43 +127,18 @@ def frozen_parts(segments: list[Segment], path: str) -> list[FrozenPart]:
 
 
 def frozen_product(x_NI: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None, parts: list[FrozenPart]) -> torch.Tensor:
-    """x W^T + b with the parts' low-rank updates [N, O]; no gradient.
-
-    For the few rows of a decoding step CPU libraries are up to twice as quick with the weight on the left. A single row is a
-    matrix-vector product; a large one is cut, because they run it on one thread otherwise.
-    """
-    num_rows = x_NI.shape[0]
-    if x_NI.device.type != "cpu" or num_rows > FEW_ROWS:
-        y_NO = F.linear(x_NI, weight_OI, bias_O)
-        for rows, scale, a_RI, blocks in parts:
-            h_NR = x_NI[rows] @ a_RI.t()
-            for outs, ranks, b_OR in blocks:
-                y_NO[rows, outs].addmm_(h_NR[:, ranks], b_OR.t(), alpha=scale)
-        return y_NO
-    if num_rows == 1:
-        return _single_row(x_NI[0], weight_OI, bias_O, parts)[None]
-    y_ON = weight_OI @ x_NI.t()
-    for rows, scale, a_RI, blocks in parts:
-        h_RN = a_RI @ x_NI[rows].t()
-        for outs, ranks, b_OR in blocks:
-            y_ON[outs, rows].addmm_(b_OR, h_RN[ranks], alpha=scale)
-    y_NO = y_ON.t().contiguous()
-    return y_NO if bias_O is None else y_NO.add_(bias_O)
-
-
-def _single_row(x_I: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None, parts: list[FrozenPart]) -> torch.Tensor:
-    num_out, num_in = weight_OI.shape
-    if num_out % PIECE_ROWS == 0 and num_out >= 2 * PIECE_ROWS:
-        # The vector as the column of a row-major matrix: laid out the other way the library takes four times as long.
-        pieces = num_out // PIECE_ROWS
-        y_O = torch.bmm(weight_OI.view(pieces, PIECE_ROWS, num_in), x_I[None].t().expand(pieces, -1, 1)).view(num_out)
+    """x W^T + b with the parts' low-rank updates [N, O]; no gradient."""
+    if are_few(x_NI):
+        y_NO = product_of_few(x_NI, weight_OI)
+        if bias_O is not None:
+            y_NO += bias_O
     else:
-        y_O = torch.mv(weight_OI, x_I)
-    for _, scale, a_RI, blocks in parts:
-        h_R = torch.mv(a_RI, x_I)
+        y_NO = F.linear(x_NI, weight_OI, bias_O)
+    for rows, scale, a_RI, blocks in parts:
+        h_NR = F.linear(x_NI[rows], a_RI)
         for outs, ranks, b_OR in blocks:
-            y_O[outs].addmv_(b_OR, h_R[ranks], alpha=scale)
-    return y_O if bias_O is None else y_O.add_(bias_O)
+            y_NO[rows, outs].addmm_(h_NR[:, ranks], b_OR.t(), alpha=scale)
+    return y_NO
 
 
 def add_low_rank(y_TO: torch.Tensor, x_TI: torch.Tensor, segment: Segment, a_RI: torch.Tensor, b_OR: torch.Tensor) -> torch.Tensor:
