@@ -31,3 +31,19 @@ assert torch.compiler.disable(abs)(-1) == 1
 def test_the_compiler_comes_only_when_it_is_asked_for(tiny_model: Path, root: Path) -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT, str(tiny_model)], cwd=root, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+PARTS = """
+import sys
+from everlearn.models.imports import import_lean
+import_lean()
+from torch._dynamo.utils import counters  # as torchvision and others begin
+import torch
+assert sys.modules["torch._dynamo.utils"] is torch._dynamo.utils and counters is torch._dynamo.utils.counters
+assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2)).tolist() == [2, 2]
+"""
+
+
+def test_a_part_of_the_compiler_can_be_imported_first(root: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", PARTS], cwd=root, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
