@@ -124,7 +124,7 @@ def _row(path: Path, number: int, line: str) -> Instructed | Question:
             checks = list(zip(row["instruction_id_list"], row["kwargs"], strict=True))
             found = Instructed(key, row["prompt"], [(name, dict(parameters)) for name, parameters in checks])
             _try(found)
-            return msgspec.convert(found, Instructed)
+            return msgspec.convert(msgspec.to_builtins(found), Instructed)
         answer = row["answer"]
         if isinstance(answer, str) and "####" in answer:  # as GSM8K has it: the way there, and then the number
             return Question(key, row["question"], [answer.rpartition("####")[2].strip()], number=True)

@@ -156,6 +156,7 @@ def test_pieces_lose_no_words():
         "not json",
         '{"prompt": "a", "instruction_id_list": ["no:such"], "kwargs": [{}]}',
         '{"question": 1, "answer": "a"}',
+        '{"prompt": 1, "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}',
     ],
 )
 def test_rows_that_are_none_are_named(tmp_path: Path, line: str):
