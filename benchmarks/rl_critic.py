@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=8, help="of each task, at most, to train on; half as many, but two, to test on")
     parser.add_argument("--parts", type=int, default=2, help="that the refresh is cut into; after each the critic is tested")
     parser.add_argument("--test-subjects", type=int, default=TEST_SUBJECTS, help="at most 16")
+    parser.add_argument("--epochs", type=int, default=1, help="of each part")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--collect", nargs="+", type=Path, metavar="FILE", help="makes the result file of runs, and measures nothing")
@@ -129,7 +130,7 @@ class Run:
         test_pairs = [pair for one in test for pair in self.pairs(known_pairs, one, few)]
         pairs = [pair for one in train for pair in self.pairs(known_pairs, one, args.pairs)]
         tested, losses = [self.test(test_pairs, 0)], []
-        settings = RefreshSettings(batch=8, learning_rate=args.learning_rate, seed=args.seed)
+        settings = RefreshSettings(batch=8, epochs=args.epochs, learning_rate=args.learning_rate, seed=args.seed)
         for number in range(args.parts):
             part = pairs[len(pairs) * number // args.parts : len(pairs) * (number + 1) // args.parts]
             losses += refresh(self.client, part, self.render, settings)
@@ -141,17 +142,18 @@ class Run:
         planted = {name: self.plant(test[:8], found["text"], name == "with") for name in ("without", "with")}
         print(f"exploit {found['text']!r}: wins {planted['without']['wins']:.2f} without the check, {planted['with']['wins']:.2f} with it")
         cpu["exploit"] = self.live.cpu_seconds()
-        gold = {"train": [one.gold for one in train], "test": [one.gold for one in test]}
+        answers = {name: [one._asdict() for one in split] for name, split in (("train", train), ("test", test))}
         return {
             "seed": args.seed,
             "model": common.short(args.model),
             "learning_rate": args.learning_rate,
+            "epochs": args.epochs,
             "rank": args.rank,
             "tested": tested,
             "losses": losses,
             "exploit": found,
             "planted": planted,
-            "gold": gold,
+            "answers": answers,
             "seconds": time.perf_counter() - started,
             "server_cpu_seconds_until": cpu,
             "memory": self.live.memory(),
