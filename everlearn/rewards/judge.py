@@ -208,12 +208,14 @@ def verdict(first: float, second: float) -> Verdict:
 
 
 def read_logprobs(logprobs: dict[str, float], words: Sequence[str], least: float) -> dict[str, float]:
-    """Shares of the words among the alternatives of one token; spellings that differ in case and space are one word. A word that isn't
-    among the alternatives has the share 0. Raises _BadVerdict where all words together are less probable than `least`, or none is there."""
+    """Shares of the words among the alternatives of one token; spellings that differ in space are one word, and those that differ in case
+    unless the word is a letter ("a" begins a sentence, and is no A). A word that isn't among the alternatives has the share 0. Raises
+    _BadVerdict where all words together are less probable than `least`, or none is there."""
     found = dict.fromkeys(words, 0.0)
     for token, logprob in logprobs.items():
         for word in words:
-            if token.strip().casefold() == word.casefold() and not math.isnan(logprob):
+            said = token.strip()
+            if (said == word if len(word) == 1 else said.casefold() == word.casefold()) and not math.isnan(logprob):
                 found[word] += math.exp(min(logprob, 0.0))
     total = sum(found.values())
     if total <= 0 or total < least:

@@ -58,8 +58,9 @@ def asked(url: str, work, model: str = "m", **options: Any) -> Any:
 
 def test_spellings_of_a_word_are_added_up():
     half = math.log(0.3)
-    found = read_logprobs({"A": half, " a": half, "B": math.log(0.2), "x": math.log(0.2)}, WORDS, 0.5)
-    assert found == {"A": pytest.approx(0.75), "B": pytest.approx(0.25)}
+    found = read_logprobs({"A": half, " A": half, "B": math.log(0.2), "a": math.log(0.2)}, WORDS, 0.5)
+    assert found == {"A": pytest.approx(0.75), "B": pytest.approx(0.25)}, "a letter in lowercase is a word of its own"
+    assert read_logprobs({"Yes": half, "no": half, "a": half}, ("yes", "no"), 0.5) == {"yes": 0.5, "no": 0.5}
 
 
 @pytest.mark.parametrize("logprobs", [{}, {"The": 0.0}, {"A": math.log(0.2), "The": math.log(0.8)}, {"A": float("nan")}])
