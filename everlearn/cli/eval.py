@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from everlearn.cli.console import Console, Noun, pass_console
+from everlearn.cli.retained import retained
 
 if TYPE_CHECKING:
     from everlearn.evals.fewshot_report import Point
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
     from everlearn.evals.fewshot_vision import Photo
     from everlearn.types import BaseModelInfo
 
-command = Noun("eval", help="Study what a model learns.")
+command = Noun("eval", help="Study what a model learns, and what it forgets.")
+command.add_command(retained)
 LOCAL_KEY = "tml-local"  # the SDK wants a key of this form; a server without keys takes any
 
 

@@ -30,7 +30,7 @@ NOUNS = {
     "adapter": "Names of adapters and the versions that they mean.",
     "key": "API keys and their tenants.",
     "bench": "Measure a running server.",
-    "eval": "Study what a model learns.",
+    "eval": "Study what a model learns, and what it forgets.",
     "config": "Settings and where each one came from.",
 }
 # By EverlearnError.code; everything else that goes wrong is 1. click itself exits 2 on a usage error.
