@@ -218,7 +218,7 @@ def one_run(args: argparse.Namespace) -> None:
         learning_rate=args.learning_rate,
         substeps=args.substeps,
         max_tokens=subject.max_tokens,
-        limits=Limits(episodes_at_once=256),
+        limits=Limits(episodes_at_once=64),
         seed=args.seed,
         evaluate_every=max(1, args.steps // 8),
         save_every=args.steps,

@@ -44,6 +44,7 @@ class Players:
         self._loop = asyncio.new_event_loop()
         self._places = asyncio.Semaphore(room)
         self._beat = 0.0
+        self._ending = False
         self._thread = threading.Thread(target=self._run, name="everlearn-players", daemon=True)
 
     def __enter__(self) -> Players:
@@ -99,6 +100,7 @@ class Players:
         except BaseException as error:  # noqa: BLE001 - raised again by who takes groups
             self._played.put(error)
         finally:
+            self._ending = True  # end_loop cancels by itself, and must not be cancelled
             end_loop(self._loop)
 
     async def _play(self) -> None:
@@ -134,7 +136,7 @@ class Players:
             await asyncio.sleep(POLL_SECONDS / 2)
 
     def _cancel(self) -> None:
-        for task in asyncio.all_tasks(self._loop):
+        for task in () if self._ending else asyncio.all_tasks(self._loop):
             task.cancel()
 
     def _tell(self, act: Callable[[], None]) -> None:
