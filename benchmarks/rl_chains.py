@@ -169,10 +169,10 @@ class Chains:
 # ---- figures ----
 
 
-def interval(values: Sequence[float]) -> dict[str, float]:
-    """Mean, and half the width of its 95 % interval by Student's t over the seeds."""
+def interval(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean, and half the width of its 95 % interval by Student's t over the seeds; one seed has none."""
     mean = statistics.mean(values)
-    half = T_95[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    half = T_95[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return {"mean": mean, "half": half, "least": min(values), "most": max(values)}
 
 

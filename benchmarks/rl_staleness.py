@@ -275,7 +275,8 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         table.append(row)
         end = row["final"]
         what = f"{row['kind']} {row['amount']:<6g} rate {row['rate']:<6g} {arm:10}"
-        print(f"{what} {end['mean']:6.1%} +- {end['half']:5.1%}  ({end['least']:.1%} to {end['most']:.1%})  KL {row['kl_k3']:.3g}")
+        half = "      " if end["half"] is None else f"{end['half']:6.1%}"
+        print(f"{what} {end['mean']:6.1%} +- {half}  ({end['least']:.1%} to {end['most']:.1%})  KL {row['kl_k3']:.3g}")
     return table
 
 
