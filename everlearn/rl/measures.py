@@ -10,6 +10,7 @@ log-probabilities came back. On tokens that mu drew, with l = log pi - log mu:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -65,6 +66,36 @@ def of_training(data: Sequence[Any], outputs: Sequence[Mapping[str, Any]]) -> di
         "ratio/min": float(ratios.min()),
         "ess": float(ratios.sum() ** 2 / (gap.size * (ratios**2).sum())),
     }
+
+
+def of_staleness(ages: Sequence[tuple[int, int]]) -> dict[str, float]:
+    """`ages`: for each group that is trained on, how many versions ago its own was the newest, and how many tokens it sampled.
+
+    `staleness/K` is how many tokens are K versions old; mean and max are over tokens.
+    """
+    tokens: Counter[int] = Counter()
+    for age, number in ages:
+        tokens[age] += number
+    total = sum(tokens.values())
+    if not total:
+        return {}
+    mean = sum(age * number for age, number in tokens.items()) / total
+    histogram = {f"staleness/{age}": float(tokens[age]) for age in sorted(tokens)}
+    return {"staleness/mean": mean, "staleness/max": float(max(tokens)), **histogram}
+
+
+def merged(rows: Sequence[Mapping[str, float]], tokens: str = "trained_tokens:sum") -> dict[str, float]:
+    """The server's metrics of requests whose gradients made one step: `:sum` adds up, `:max` and `:min` are what they say, `:mean` is
+    weighted by the tokens of each request. Others add up."""
+    found: dict[str, float] = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values, weights = [row[name] for row in rows if name in row], [row.get(tokens, 1.0) for row in rows if name in row]
+        how = name.rpartition(":")[2]
+        if how == "mean":
+            found[name] = float(np.average(values, weights=weights if sum(weights) else None))
+        else:
+            found[name] = float(np.max(values) if how == "max" else np.min(values) if how == "min" else np.sum(values))
+    return found
 
 
 def _metrics(group: TrajectoryGroup, index: int) -> dict[str, float]:

@@ -57,14 +57,19 @@ def play_now(groups: Sequence[EnvGroup], policy: Policy, limits: Limits | None =
     try:
         return loop.run_until_complete(play_batch(groups, policy, limits, seed))
     finally:
-        if left := asyncio.all_tasks(loop):
-            for task in left:
-                task.cancel()
-            loop.run_until_complete(asyncio.wait(left, timeout=GRACE_SECONDS))
-        for task in asyncio.all_tasks(loop):
-            with contextlib.suppress(RuntimeError):  # it doesn't even let go of its last await
-                task.get_coro().close()
-        loop.close()
+        end_loop(loop)
+
+
+def end_loop(loop: asyncio.AbstractEventLoop) -> None:
+    """Cancels what is left in a loop that doesn't run any more, gives it GRACE_SECONDS, and closes the loop."""
+    if left := asyncio.all_tasks(loop):
+        for task in left:
+            task.cancel()
+        loop.run_until_complete(asyncio.wait(left, timeout=GRACE_SECONDS))
+    for task in asyncio.all_tasks(loop):
+        with contextlib.suppress(RuntimeError):  # it doesn't even let go of its last await
+            task.get_coro().close()
+    loop.close()
 
 
 async def play_group(

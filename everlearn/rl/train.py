@@ -1,4 +1,5 @@
 """The loop: play a batch, compare, train, measure, save. Synchronous: what is trained on was sampled by the weights that are trained.
+`asynchronous.py` is the other loop; both are made of the same `Learner`.
 
 A run lives in a folder: `metrics.jsonl` has a line for each step, `rollouts.jsonl` shows some of what was played, `state.json` says where
 it can be continued. The same command continues it. With one episode at a time (`Limits(episodes_at_once=1)`) on a CPU, a run that was
@@ -7,28 +8,44 @@ killed and continued gives bit for bit what it would have given; with more, batc
 
 from __future__ import annotations
 
-import json
-import os
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import tinker
+from tinker import types
 
 from everlearn.errors import Conflict, InvalidRequest, Unavailable
 from everlearn.rl import measures
 from everlearn.rl.advantages import NAMES, advantages_of
-from everlearn.rl.datums import datums_of
+from everlearn.rl.datums import datums_of_group
 from everlearn.rl.env import Dataset
 from everlearn.rl.policy import TinkerPolicy, seed_of
+from everlearn.rl.ptx import Ptx
 from everlearn.rl.records import Decode, write_records
+from everlearn.rl.reference import Reference
 from everlearn.rl.rollouts import Limits, count, play_now
+from everlearn.rl.runfolder import append, cut_back, read_state, write_state
 from everlearn.rl.trajectory import TrajectoryGroup
 
 SHOWN_GROUPS = 2  # of each batch in rollouts.jsonl
+DECOUPLED = ("importance_sampling", "ppo", "cispo", "gspo")  # losses that take old_logprobs
+FREE = ("steps", "kl_budget")  # settings in which a run that goes on may differ from what it was
 Metrics = dict[str, float]
+SamplerOf = Callable[[tinker.TrainingClient, int], tinker.SamplingClient]
+log = logging.getLogger("everlearn.rl")
+
+
+class Pace(msgspec.Struct, frozen=True):
+    """How an asynchronous run goes: `staleness` bounds how many versions old a group may be when it is trained on (0: as old as the
+    weights, and playing waits for training), `minibatches` is in how many parts a batch is sent, each as soon as its groups are there.
+    """
+
+    staleness: int = 4
+    minibatches: int = 1
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -38,6 +55,12 @@ class Settings(msgspec.Struct, frozen=True):
     something else than was meant; so does an evaluation, whose means would be those of other tasks. `temperature` is 1: at another one the
     log-probabilities that come back aren't those of what was drawn from. With the estimator `max_rl`, an environment that ever gives a
     negative reward ends the run at that step: what a reward may be is only known when it comes.
+
+    `decoupled` asks for the batch's log-probabilities under the weights that a step starts from, and sends them as `old_logprobs`: the
+    ratio is to those, and the drift from what sampled weighs apart (docs/design/objectives.md). `kl_budget`, in nats for each sampled
+    token, ends the run after the step whose KL is above it: `kl/base`, from the policy that sampled to the base model, or `kl/k3`, from
+    the policy that sampled to the one that is trained (`kl_budget_of="sampler"`). `ptx_weight` and `ptx_batch`: see `Ptx`.
+    `pace` is for `train_asynchronously`.
     """
 
     base_model: str
@@ -45,7 +68,7 @@ class Settings(msgspec.Struct, frozen=True):
     rank: int = 32
     learning_rate: float = 1e-4
     loss: str = "importance_sampling"
-    loss_config: dict[str, float] = {}
+    loss_config: dict[str, float | str] = {}
     estimator: str = "group_mean"
     mask_over_long: bool = False
     substeps: int = 1
@@ -56,6 +79,12 @@ class Settings(msgspec.Struct, frozen=True):
     evaluate_every: int = 0  # steps; 0: only at the end, if there is something to evaluate on
     save_every: int = 10
     max_failed: float = 0.5
+    decoupled: bool = False
+    kl_budget: float = 0.0  # 0: none
+    kl_budget_of: Literal["base", "sampler"] = "base"
+    ptx_weight: float = 0.0
+    ptx_batch: int = 8
+    pace: Pace | None = None
 
     def check(self) -> Settings:
         """Itself. Raises InvalidRequest for what can't be meant."""
@@ -76,15 +105,31 @@ class Settings(msgspec.Struct, frozen=True):
             )
         if self.learning_rate <= 0 or not 0 <= self.max_failed <= 1:
             raise InvalidRequest("learning_rate must be above 0, and max_failed a share from 0 to 1", param="learning_rate")
+        if self.decoupled and self.loss not in DECOUPLED:
+            raise InvalidRequest(f"{self.loss} takes no old_logprobs; decoupled goes with {', '.join(DECOUPLED)}", param="decoupled")
+        if not 0 <= self.kl_budget < float("inf") or not 0 <= self.ptx_weight < float("inf") or self.ptx_batch < 1:
+            raise InvalidRequest("kl_budget and ptx_weight must be finite and at least 0, ptx_batch at least 1", param="kl_budget")
+        if self.pace is not None:
+            if self.pace.staleness < 0 or self.pace.minibatches < 1:
+                raise InvalidRequest(f"{self.pace} can't be kept; staleness must be at least 0, minibatches at least 1", param="pace")
+            if self.substeps != 1:
+                raise InvalidRequest(
+                    f"substeps is {self.substeps}; an asynchronous run makes one optimizer step of each batch: deal smaller batches",
+                    param="substeps",
+                )
         return self
 
 
 class State(msgspec.Struct, frozen=True):
-    """Where a run can be continued: `step` steps were made, and `path` holds the weights and the optimizer's state after them."""
+    """Where a run can be continued: `step` steps were made, and `path` holds the weights and the optimizer's state after them.
+
+    `stopped` says why it ended before its last step, if it did.
+    """
 
     step: int
     path: str
     settings: Settings
+    stopped: str = ""
 
 
 def train(
@@ -95,74 +140,114 @@ def train(
     held_out: Dataset | None = None,
     decode: Decode | None = None,
     on_step: Callable[[Metrics], None] = lambda _: None,
+    ptx: Sequence[types.Datum] = (),
+    sampler_of: SamplerOf | None = None,
 ) -> list[Metrics]:
     """Runs, or continues what `folder` holds, and returns the metrics of all steps, the last being those after the last step.
 
-    `on_step` gets each step's metrics as they are written. Raises Conflict if the folder holds a run with other settings (`steps` may
-    be raised) or one of more steps, and Unavailable when too many episodes fail, held-out ones included.
+    `on_step` gets each step's metrics as they are written. `ptx`: datums to imitate, for `ptx_weight`. `sampler_of(client, step)`: who
+    plays the batch of a step, in place of the weights as they are: another engine's copy of them, or older ones in a study.
+
+    Raises Conflict if the folder holds a run with other settings (`steps` may be raised, `kl_budget` changed) or one of more steps, and
+    Unavailable when too many episodes fail, held-out ones included.
     """
-    settings.check()
-    folder.mkdir(parents=True, exist_ok=True)
-    state = _read_state(folder, settings)
-    if state is None:
-        client = service.create_lora_training_client(settings.base_model, rank=settings.rank, seed=settings.seed).result()
-    else:
-        client = service.create_training_client_from_state_with_optimizer(state.path).result()
-    run = _Run(client, settings, dataset, folder, held_out, decode)
-    rows = _cut_back(folder, 0 if state is None else state.step)
-    for step in range(0 if state is None else state.step, settings.steps):
-        row = run.step(step)
-        _append(folder / "metrics.jsonl", row)
-        rows.append(row)
-        on_step(row)
-        if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
-            run.save(step + 1)
-    if held_out is not None and not (rows and rows[-1]["step"] == settings.steps):
-        row = {"step": settings.steps, **run.evaluate(run.sampler())}
-        _append(folder / "metrics.jsonl", row)
-        rows.append(row)
-        on_step(row)
-    return rows
+    if settings.pace is not None:
+        raise InvalidRequest("pace is for train_asynchronously (everlearn/rl/asynchronous.py); call that, or leave it out", param="pace")
+    learner = Learner(service, settings, folder, held_out, decode, ptx)
+    return learner.run(lambda step: _step(learner, dataset, step, sampler_of), on_step)
 
 
-class _Run:
-    """One training client and what its steps need."""
+def _step(learner: Learner, dataset: Dataset, step: int, sampler_of: SamplerOf | None) -> Metrics:
+    settings, started = learner.settings, time.monotonic()
+    row: Metrics = {"step": step}
+    if sampler_of is None or learner.evaluates(step):
+        sampler = learner.sampler()
+    if learner.evaluates(step):
+        row |= learner.evaluate(sampler)
+    begun = time.monotonic()
+    if sampler_of is not None:
+        sampler = sampler_of(learner.client, step)
+    groups = learner.play(sampler, dataset, step, settings.temperature, seed_of(settings.seed, "train", step))
+    played = time.monotonic()
+    write_records(learner.folder / "rollouts.jsonl", groups[:SHOWN_GROUPS], learner.decode, step=step)
+    advantages = learner.compare(groups)
+    row |= measures.of_rollouts(groups, advantages)
+    learner.check_failures(groups)
+    row |= learner.train(groups, advantages, step)
+    ended = time.monotonic()
+    row |= {"seconds/playing": played - begun, "seconds/training": ended - played, "seconds/step": ended - started}
+    row["tokens/second"] = row.get("tokens/sampled", 0.0) / (ended - begun)
+    return row
+
+
+class Sent(msgspec.Struct, frozen=True):
+    """Datums whose gradient was asked for, and the answer to come."""
+
+    data: list[types.Datum]
+    output: tinker.APIFuture[types.ForwardBackwardOutput]
+
+
+class Learner:
+    """A run's training client, its folder, and what the steps of both loops are made of."""
 
     def __init__(
         self,
-        client: tinker.TrainingClient,
+        service: tinker.ServiceClient,
         settings: Settings,
-        dataset: Dataset,
         folder: Path,
-        held_out: Dataset | None,
-        decode: Decode | None,
+        held_out: Dataset | None = None,
+        decode: Decode | None = None,
+        ptx: Sequence[types.Datum] = (),
     ):
-        self.client, self.settings, self.dataset, self.folder = client, settings, dataset, folder
-        self.held_out, self.decode = held_out, decode
+        """Opens the run that the folder holds where it can be continued, or a new one."""
+        self.settings, self.folder, self.held_out, self.decode = settings.check(), folder, held_out, decode
+        if bool(ptx) != bool(settings.ptx_weight):
+            raise InvalidRequest("ptx are datums to imitate and ptx_weight is what they weigh; give both or neither", param="ptx")
+        self.ptx = Ptx(ptx, settings.ptx_weight, settings.ptx_batch, settings.seed) if ptx else None
+        self.reference = Reference(service, settings.base_model)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.state = _checked(read_state(folder, State), folder, settings)
+        if self.state is None:
+            self.client = service.create_lora_training_client(settings.base_model, rank=settings.rank, seed=settings.seed).result()
+        else:
+            self.client = service.create_training_client_from_state_with_optimizer(self.state.path).result()
 
-    def step(self, step: int) -> Metrics:
-        settings, started = self.settings, time.monotonic()
-        row: Metrics = {"step": step}
-        sampler = self.sampler()
-        if settings.evaluate_every and step % settings.evaluate_every == 0:
-            row |= self.evaluate(sampler)
-        begun = time.monotonic()
-        groups = self._play(sampler, self.dataset, step, settings.temperature, seed_of(settings.seed, "train", step))
-        played = time.monotonic()
-        write_records(self.folder / "rollouts.jsonl", groups[:SHOWN_GROUPS], self.decode, step=step)
-        advantages = [advantages_of(group, settings.estimator, mask_over_long=settings.mask_over_long) for group in groups]
-        row |= measures.of_rollouts(groups, advantages)
-        self._check_failures(groups)
-        row |= self._train(groups, advantages)
-        ended = time.monotonic()
-        row |= {"seconds/playing": played - begun, "seconds/training": ended - played, "seconds/step": ended - started}
-        row["tokens/second"] = row.get("tokens/sampled", 0.0) / (ended - begun)
-        return row
+    @property
+    def first(self) -> int:
+        """The step that is to be made next when the run is opened."""
+        return 0 if self.state is None else self.state.step
+
+    def run(self, make: Callable[[int], Metrics], on_step: Callable[[Metrics], None]) -> list[Metrics]:
+        """All steps that are left, as `make(step)` makes them, and the last evaluation."""
+        settings, made = self.settings, self.first
+        rows = cut_back(self.folder, made)
+
+        def write(row: Metrics) -> None:
+            append(self.folder / "metrics.jsonl", row)
+            rows.append(row)
+            on_step(row)
+
+        stopped = self.state.stopped if self.state is not None and self.state.settings.kl_budget == settings.kl_budget else ""
+        while made < settings.steps and not stopped:
+            row = make(made)
+            stopped = self._over_budget(row)
+            write(row)
+            made += 1
+            if made % settings.save_every == 0 or made == settings.steps or stopped:
+                self._save(made, stopped)
+        if stopped:
+            log.warning("the run in %s stopped after %d of %d steps: %s", self.folder, made, settings.steps, stopped)
+        if self.held_out is not None and not (rows and rows[-1]["step"] == made):
+            write({"step": made, **self.evaluate(self.sampler())})
+        return rows
 
     def sampler(self) -> tinker.SamplingClient:
         """Of the weights as they are now."""
         recording = self.settings.loss == "stable_reinforce"
         return self.client.save_weights_and_get_sampling_client(record_stability_info=recording).result()
+
+    def evaluates(self, step: int) -> bool:
+        return bool(self.settings.evaluate_every) and step % self.settings.evaluate_every == 0 and self.held_out is not None
 
     def evaluate(self, sampler: tinker.SamplingClient) -> Metrics:
         """Means over one pass through the held-out dataset, by the likeliest answers."""
@@ -170,35 +255,64 @@ class _Run:
             return {}
         groups: list[TrajectoryGroup] = []
         for index in range(len(self.held_out)):
-            groups += self._play(sampler, self.held_out, index, 0.0, seed_of(self.settings.seed, "held out", index))
-        self._check_failures(groups, "held-out ")
+            groups += self.play(sampler, self.held_out, index, 0.0, seed_of(self.settings.seed, "held out", index))
+        self.check_failures(groups, "held-out ")
         return {f"held_out/{name}": value for name, value in measures.of_rollouts(groups).items()}
 
-    def _play(self, sampler: tinker.SamplingClient, dataset: Dataset, index: int, temperature: float, seed: int) -> list[TrajectoryGroup]:
+    def play(self, sampler: tinker.SamplingClient, dataset: Dataset, index: int, temperature: float, seed: int) -> list[TrajectoryGroup]:
         policy = TinkerPolicy(sampler, self.settings.max_tokens, temperature)
         return play_now(dataset.get_batch(index % len(dataset)), policy, self.settings.limits, seed)
 
-    def _train(self, groups: list[TrajectoryGroup], advantages: list[list[list[float]]]) -> Metrics:
-        """Each substep takes every so-manieth group, so that all have about as many. A substep without anything to learn is left out."""
-        settings, row = self.settings, Metrics()
-        for substep in range(settings.substeps):
-            data = [
-                datum
-                for group, members in list(zip(groups, advantages, strict=True))[substep :: settings.substeps]
-                for trajectory, own in zip(group.trajectories_G, members, strict=True)
-                if any(own)
-                for datum in datums_of(trajectory, own, settings.loss == "stable_reinforce", settings.loss == "gspo")
-            ]
-            if not data:
-                continue
-            losses = self.client.forward_backward(data, settings.loss, settings.loss_config or None)
-            stepped = self.client.optim_step(tinker.AdamParams(learning_rate=settings.learning_rate))
-            output = losses.result()
-            stepped.result()
-            row |= measures.of_training(data, output.loss_fn_outputs) | {f"loss/{name}": float(x) for name, x in output.metrics.items()}
+    def compare(self, groups: Sequence[TrajectoryGroup]) -> list[list[list[float]]]:
+        return [advantages_of(group, self.settings.estimator, mask_over_long=self.settings.mask_over_long) for group in groups]
+
+    def train(self, groups: list[TrajectoryGroup], advantages: list[list[list[float]]], step: int) -> Metrics:
+        """A batch. Each substep takes every so-manieth group, so that all have about as many; one without anything to learn is left out."""
+        substeps = self.settings.substeps
+        row = self.distance(groups)
+        data_G = self.data_of(groups, advantages)
+        for substep in range(substeps):
+            data = [datum for members in data_G[substep::substeps] for datum in members]
+            if data:
+                row |= self.update([self.send(data)], step * substeps + substep)
         return row
 
-    def _check_failures(self, groups: list[TrajectoryGroup], which: str = "") -> None:
+    def data_of(self, groups: Sequence[TrajectoryGroup], advantages: Sequence[list[list[float]]]) -> list[list[types.Datum]]:
+        """For each group its datums, with all that the loss wants to know of the weights as they are now."""
+        loss, config = self.settings.loss, self.settings.loss_config
+        provenance, sequence_mask = loss == "stable_reinforce", loss in ("gspo", "mirror_descent")
+        data_G = [datums_of_group(group, own, provenance, sequence_mask) for group, own in zip(groups, advantages, strict=True)]
+        data = [datum for members in data_G for datum in members]
+        if data and self.settings.decoupled:
+            for datum, output in zip(data, self.client.forward(data, loss).result().loss_fn_outputs, strict=True):
+                datum.loss_fn_inputs["old_logprobs"] = output["logprobs"]
+        if data and loss != "stable_reinforce" and config.get("kl_coeff"):
+            for datum, logprobs in zip(data, self.reference.logprobs(data), strict=True):
+                datum.loss_fn_inputs["reference_logprobs"] = logprobs
+        return data_G
+
+    def send(self, data: list[types.Datum]) -> Sent:
+        """Asks for the gradient of these datums, which joins those that were asked for since the last optimizer step."""
+        return Sent(data, self.client.forward_backward(data, self.settings.loss, self.settings.loss_config or None))
+
+    def update(self, sent: Sequence[Sent], number: int) -> Metrics:
+        """Optimizer step `number` of the run, with the gradients of all that was sent."""
+        text = self.ptx.send(self.client, number) if self.ptx is not None else None
+        stepped = self.client.optim_step(tinker.AdamParams(learning_rate=self.settings.learning_rate))
+        outputs = [one.output.result() for one in sent]
+        stepped.result()
+        data = [datum for one in sent for datum in one.data]
+        row = measures.of_training(data, [found for output in outputs for found in output.loss_fn_outputs])
+        row |= {f"loss/{name}": value for name, value in measures.merged([output.metrics for output in outputs]).items()}
+        if self.ptx is not None and text is not None:
+            row |= self.ptx.measured(text.result(), number)
+        return row
+
+    def distance(self, groups: Sequence[TrajectoryGroup]) -> Metrics:
+        """`kl/base`, if a budget asks for it."""
+        return self.reference.distance(groups) if self.settings.kl_budget and self.settings.kl_budget_of == "base" else {}
+
+    def check_failures(self, groups: Sequence[TrajectoryGroup], which: str = "") -> None:
         counted = count(groups)
         failed = counted["failed"] + counted["groups_failed"]
         if failed <= self.settings.max_failed * max(counted["episodes"], 1):
@@ -211,32 +325,30 @@ class _Run:
             f"the first: {failures[0].kind}: {failures[0].message}"
         )
 
-    def save(self, step: int) -> None:
+    def _over_budget(self, row: Metrics) -> str:
+        """Why the run must stop after this step; empty where it needn't."""
+        name = "kl/base" if self.settings.kl_budget_of == "base" else "kl/k3"
+        if not self.settings.kl_budget or row.get(name, 0.0) <= self.settings.kl_budget:
+            return ""
+        row["stopped"] = 1.0
+        return f"{name} is {row[name]:.4g}, above kl_budget ({self.settings.kl_budget:g}); raise it to go on"
+
+    def _save(self, step: int, stopped: str) -> None:
         path = self.client.save_state(f"step-{step:06}").result().path
-        text = msgspec.json.format(msgspec.json.encode(State(step, path, self.settings)), indent=1)
-        new = self.folder / "state.json.new"
-        with new.open("wb") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(self.folder / "state.json")
+        write_state(self.folder, State(step, path, self.settings, stopped))
 
 
-def _read_state(folder: Path, settings: Settings) -> State | None:
-    path = folder / "state.json"
-    if not path.exists():
+def _checked(state: State | None, folder: Path, settings: Settings) -> State | None:
+    """The state, if these settings may go on from it."""
+    if state is None:
         return None
-    try:
-        state = msgspec.json.decode(path.read_bytes(), type=State)
-    except (msgspec.DecodeError, OSError) as error:
-        raise InvalidRequest(f"{path} can't be read ({error}); continue from another folder, or remove it", param="folder") from None
     if settings.steps < state.step:
         raise Conflict(
             f"{folder} holds a run of which {state.step} steps were made, and steps is {settings.steps}; a model can't go back: "
             "ask for at least as many, or use another folder",
             param="steps",
         )
-    free = {"steps": settings.steps}
+    free: dict[str, Any] = {name: getattr(settings, name) for name in FREE}
     if msgspec.structs.replace(state.settings, **free) != settings:
         old, new = msgspec.to_builtins(state.settings), msgspec.to_builtins(settings)
         changed = ", ".join(f"{name} {old[name]!r} -> {new[name]!r}" for name in new if old[name] != new[name] and name not in free)
@@ -244,28 +356,3 @@ def _read_state(folder: Path, settings: Settings) -> State | None:
             f"{folder} holds a run with other settings ({changed}); use another folder, or the settings of that run", param="folder"
         )
     return state
-
-
-def _cut_back(folder: Path, step: int) -> list[Metrics]:
-    """The metrics of the steps before `step`. Lines of later ones, which are about to be made again, are removed."""
-    for name in ("metrics.jsonl", "rollouts.jsonl"):
-        path = folder / name
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if _step_of(line) < step]
-        new = path.with_suffix(".new")
-        new.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        new.replace(path)
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def _step_of(line: str) -> float:
-    """A line that was cut short by a kill belongs to no step that was completed."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
-
-
-def _append(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")

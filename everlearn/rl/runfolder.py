@@ -1,0 +1,61 @@
+"""The folder of a run: `metrics.jsonl` has a line for each step, `rollouts.jsonl` shows some of what was played, `state.json` says where
+the run can be continued. What was not saved is made again, so lines of later steps are removed when a run goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from everlearn.errors import InvalidRequest
+
+T = TypeVar("T")
+
+
+def read_state(folder: Path, type_: type[T]) -> T | None:
+    """What `write_state` wrote, or None. Raises InvalidRequest for a file that can't be read."""
+    path = folder / "state.json"
+    if not path.exists():
+        return None
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=type_)
+    except (msgspec.DecodeError, OSError) as error:
+        raise InvalidRequest(f"{path} can't be read ({error}); continue from another folder, or remove it", param="folder") from None
+
+
+def write_state(folder: Path, state: Any) -> None:
+    """Whole or not at all: who is killed meanwhile continues from what was there before."""
+    new = folder / "state.json.new"
+    with new.open("wb") as file:
+        file.write(msgspec.json.format(msgspec.json.encode(state), indent=1))
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(folder / "state.json")
+
+
+def cut_back(folder: Path, step: int) -> list[dict[str, float]]:
+    """The metrics of the steps before `step`. Lines of later ones, which are about to be made again, are removed."""
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        path = folder / name
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = [line for line in lines if _step_of(line) < step]
+        new = path.with_suffix(".new")
+        new.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        new.replace(path)
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _step_of(line: str) -> float:
+    """A line that was cut short by a kill belongs to no step that was completed."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
