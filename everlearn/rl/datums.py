@@ -17,7 +17,7 @@ import tinker
 from tinker import types
 
 from everlearn.errors import InvalidRequest
-from everlearn.rl.trajectory import Trajectory, Transition
+from everlearn.rl.trajectory import Trajectory, TrajectoryGroup, Transition
 
 Element: TypeAlias = Any  # int: one token; or a chunk that is an image
 Span: TypeAlias = Any  # types.PromptProvenanceSpan | types.SampledProvenanceSpan
@@ -52,6 +52,18 @@ def datums_of(
             rows.append(_Row())
         rows[-1].add(seen, transition, float(advantage))
     return [row.datum(provenance, sequence_mask) for row in rows]
+
+
+def datums_of_group(
+    group: TrajectoryGroup, advantages_GT: Sequence[Sequence[float]], provenance: bool = False, sequence_mask: bool = False
+) -> list[types.Datum]:
+    """Those of all members that have an advantage other than 0 in any turn; the rest has nothing to say."""
+    return [
+        datum
+        for trajectory, own in zip(group.trajectories_G, advantages_GT, strict=True)
+        if any(own)
+        for datum in datums_of(trajectory, own, provenance, sequence_mask)
+    ]
 
 
 class _Row:

@@ -20,7 +20,8 @@ import tinker
 from everlearn.errors import Conflict, InvalidRequest, Unavailable
 from everlearn.rl import measures
 from everlearn.rl.advantages import NAMES, advantages_of
-from everlearn.rl.datums import datums_of
+from everlearn.rl.critic import GAE, Critic, judged
+from everlearn.rl.datums import datums_of_group
 from everlearn.rl.env import Dataset
 from everlearn.rl.policy import TinkerPolicy, seed_of
 from everlearn.rl.records import Decode, write_records
@@ -37,7 +38,7 @@ class Settings(msgspec.Struct, frozen=True):
     `max_failed`: the run stops when a larger share of a batch's episodes failed, since a policy that learns from the rest would learn
     something else than was meant; so does an evaluation, whose means would be those of other tasks. `temperature` is 1: at another one the
     log-probabilities that come back aren't those of what was drawn from. With the estimator `max_rl`, an environment that ever gives a
-    negative reward ends the run at that step: what a reward may be is only known when it comes.
+    negative reward ends the run at that step: what a reward may be is only known when it comes. `critic` is for the estimator `gae`.
     """
 
     base_model: str
@@ -47,6 +48,7 @@ class Settings(msgspec.Struct, frozen=True):
     loss: str = "importance_sampling"
     loss_config: dict[str, float] = {}
     estimator: str = "group_mean"
+    critic: Critic = Critic()
     mask_over_long: bool = False
     substeps: int = 1
     max_tokens: int = 64
@@ -62,8 +64,9 @@ class Settings(msgspec.Struct, frozen=True):
         for name, least in (("steps", 1), ("rank", 1), ("substeps", 1), ("max_tokens", 1), ("save_every", 1), ("evaluate_every", 0)):
             if getattr(self, name) < least:
                 raise InvalidRequest(f"{name} is {getattr(self, name)}; it must be at least {least}", param=name)
-        if self.estimator not in NAMES:
-            raise InvalidRequest(f"there is no estimator {self.estimator!r}; there are {', '.join(NAMES)}", param="estimator")
+        if self.estimator not in (*NAMES, GAE):
+            raise InvalidRequest(f"there is no estimator {self.estimator!r}; there are {', '.join((*NAMES, GAE))}", param="estimator")
+        self.critic.check(self.estimator, self.loss, self.loss_config)
         if self.loss == "dro":
             raise InvalidRequest(
                 "dro needs the log-probabilities of prompts too, which rollouts don't have; choose another loss", param="loss"
@@ -150,7 +153,7 @@ class _Run:
         groups = self._play(sampler, self.dataset, step, settings.temperature, seed_of(settings.seed, "train", step))
         played = time.monotonic()
         write_records(self.folder / "rollouts.jsonl", groups[:SHOWN_GROUPS], self.decode, step=step)
-        advantages = [advantages_of(group, settings.estimator, mask_over_long=settings.mask_over_long) for group in groups]
+        advantages = None if settings.estimator == GAE else self._compare(groups)
         row |= measures.of_rollouts(groups, advantages)
         self._check_failures(groups)
         row |= self._train(groups, advantages)
@@ -178,20 +181,26 @@ class _Run:
         policy = TinkerPolicy(sampler, self.settings.max_tokens, temperature)
         return play_now(dataset.get_batch(index % len(dataset)), policy, self.settings.limits, seed)
 
-    def _train(self, groups: list[TrajectoryGroup], advantages: list[list[list[float]]]) -> Metrics:
-        """Each substep takes every so-manieth group, so that all have about as many. A substep without anything to learn is left out."""
-        settings, row = self.settings, Metrics()
+    def _compare(self, groups: list[TrajectoryGroup]) -> list[list[list[float]]]:
+        return [advantages_of(group, self.settings.estimator, mask_over_long=self.settings.mask_over_long) for group in groups]
+
+    def _train(self, groups: list[TrajectoryGroup], advantages: list[list[list[float]]] | None) -> Metrics:
+        """Each substep takes every so-manieth group, so that all have about as many. A substep without anything to learn is left out.
+
+        Without advantages the value head is asked for them, once for all substeps.
+        """
+        settings, config, row = self.settings, self.settings.loss_config, Metrics()
+        if advantages is None:
+            config = config | settings.critic.weights()
+            data_G, row = judged(self.client, groups, settings.critic, settings.mask_over_long)
+        else:
+            provenance, sequence_mask = settings.loss == "stable_reinforce", settings.loss == "gspo"
+            data_G = [datums_of_group(group, own, provenance, sequence_mask) for group, own in zip(groups, advantages, strict=True)]
         for substep in range(settings.substeps):
-            data = [
-                datum
-                for group, members in list(zip(groups, advantages, strict=True))[substep :: settings.substeps]
-                for trajectory, own in zip(group.trajectories_G, members, strict=True)
-                if any(own)
-                for datum in datums_of(trajectory, own, settings.loss == "stable_reinforce", settings.loss == "gspo")
-            ]
+            data = [datum for members in data_G[substep :: settings.substeps] for datum in members]
             if not data:
                 continue
-            losses = self.client.forward_backward(data, settings.loss, settings.loss_config or None)
+            losses = self.client.forward_backward(data, settings.loss, config or None)
             stepped = self.client.optim_step(tinker.AdamParams(learning_rate=settings.learning_rate))
             output = losses.result()
             stepped.result()
