@@ -34,7 +34,9 @@ class Critic(msgspec.Struct, frozen=True):
     """`gamma` and `lam` count in tokens. `value_coeff` weighs the value head's loss beside the policy's, and of its gradient the share
     `value_trunk` reaches the adapter. `standardise` brings a batch's advantages to mean 0 and standard deviation 1.
 
-    The head is stepped with the adapter, at its learning rate. Its loss isn't clipped: each batch is trained on once.
+    The head is stepped with the adapter, at its learning rate, and Adam's steps don't grow with the error: rewards of which an episode's
+    sum varies by far less than 1 leave the head trembling by as much as it should tell. Its loss isn't clipped: each batch is trained on
+    once.
     """
 
     gamma: float = 1.0

@@ -27,7 +27,7 @@ def test_one_reward_at_the_exit_pays_for_all_doors():
     env = CorridorEnv(["sun", "moon", "sun", "moon"], [0, 3, 1, 0], house, chat())
     *before, last = walk(env, ["b", " C.<|im_end|>", "cat", "a"])
     assert [(result.reward, result.episode_done, dict(result.metrics)) for result in before] == [(0.0, False, {})] * 3
-    assert last.episode_done and last.reward.values == {"right": 0.5, "floor": 1.0} and last.metrics == {"right": 0.5}
+    assert last.episode_done and last.reward.values == {"right": 2.0, "floor": 4.0} and last.metrics == {"right": 0.5}
     assert "2 of 4" in last.reward.parts[0].reason
 
 

@@ -51,8 +51,8 @@ class CorridorEnv:
         doors = len(self.signs)
         right = sum(handle == self.house[sign] for handle, sign in zip(self.chosen, self.signs, strict=True))
         parts = (
-            Part("right", right / doors, f"{right} of {doors} handles were right: {' '.join(map(str, self.chosen))}"),
-            Part("floor", sum(self.floor) / doors, f"{sum(self.floor)} coins lay on the floor"),
+            Part("right", float(right), f"{right} of {doors} handles were right: {' '.join(map(str, self.chosen))}"),
+            Part("floor", float(sum(self.floor)), f"{sum(self.floor)} coins lay on the floor"),
         )
         return StepResult(Reward(parts), True, metrics={"right": right / doors})
 
