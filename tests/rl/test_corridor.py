@@ -27,7 +27,7 @@ def test_one_reward_at_the_exit_pays_for_all_doors():
     env = CorridorEnv(["sun", "moon", "sun", "moon"], [0, 3, 1, 0], house, chat())
     *before, last = walk(env, ["b", " C.<|im_end|>", "cat", "a"])
     assert [(result.reward, result.episode_done, dict(result.metrics)) for result in before] == [(0.0, False, {})] * 3
-    assert last.episode_done and last.reward.values == {"right": 2.0, "floor": 4.0} and last.metrics == {"right": 0.5}
+    assert last.episode_done and last.reward.values == {"right": 2.0, "floor": 4.0, "toll": -6.0} and last.metrics == {"right": 0.5}
     assert "2 of 4" in last.reward.parts[0].reason
 
 
@@ -38,7 +38,7 @@ def test_each_prompt_goes_on_from_the_last():
     assert text.endswith("Door 1 shows: sun. 2 coins lie on the floor. Which handle?<|im_end|>\n<|im_start|>assistant\n")
     second = asyncio.run(env.step([ord("b")])).next_observation.to_ints()
     assert second[: first.length] == first.to_ints() and "Door 2 shows: moon. 0 coins" in chat().decode(second)
-    assert "floor" not in chat().decode(asyncio.run(CorridorEnv(["sun"], [0], {}, chat()).initial_observation())[0].to_ints())
+    assert "floor" not in chat().decode(asyncio.run(CorridorEnv(["sun"], [], {}, chat()).initial_observation())[0].to_ints())
 
 
 def test_tasks_are_the_same_by_number_and_luck_differs_between_members():
@@ -49,7 +49,8 @@ def test_tasks_are_the_same_by_number_and_luck_differs_between_members():
     envs = asyncio.run(first.make_envs())
     assert len(envs) == 4 and {tuple(env.signs) for env in envs} == {tuple(first.signs)}
     assert CorridorTasks(chat(), seed=3, split="test").group(5).signs != first.signs
-    assert not any(any(floor) for floor in CorridorTasks(chat()).group(0).floors)
+    assert not any(CorridorTasks(chat()).group(0).floors)
+    assert {sign for number in range(20) for sign in CorridorTasks(chat(), signs=2).group(number).signs} == set(SIGNS[:2])
 
 
 def test_every_house_has_its_own_secret():
@@ -58,7 +59,9 @@ def test_every_house_has_its_own_secret():
     assert len({tuple(house.items()) for house in houses}) > 3 and houses[0] == house_of(0)
 
 
-@pytest.mark.parametrize("wrong", [{"doors": 0}, {"group_size": 0}, {"batches": 0}, {"groups_per_batch": 0}, {"split": "dev"}])
+@pytest.mark.parametrize(
+    "wrong", [{"doors": 0}, {"group_size": 0}, {"batches": 0}, {"groups_per_batch": 0}, {"signs": 9}, {"split": "dev"}]
+)
 def test_tasks_that_cannot_be_meant(wrong: dict[str, object]):
     with pytest.raises(InvalidRequest):
         CorridorTasks(chat(), **wrong)  # type: ignore[arg-type]
