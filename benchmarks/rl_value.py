@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2", help="of all runs, without --only")
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--learning-rates", default="3e-4,1e-3,3e-3", help="of all runs, without --only")
+    parser.add_argument("--learning-rates", default="1e-3,3e-3,1e-2", help="of all runs, without --only")
     parser.add_argument("--runs", type=Path, default=Path(tempfile.gettempdir()) / "everlearn-rl-value", help="a file for each run")
     parser.add_argument("--collect", action="store_true", help="run nothing; make the result file of what is there")
     args = parser.parse_args()
