@@ -118,7 +118,7 @@ class Server:
 
 
 @contextmanager
-def server(args: argparse.Namespace, wait: bool = True, **settings: Any) -> Iterator[Server]:
+def server(args: argparse.Namespace, wait: bool = True, name: str = "bench", **settings: Any) -> Iterator[Server]:
     """Starts `everlearn serve` on `args.model`, or points at `args.base_url`."""
     folder = model_folder(args.model)
     if args.base_url:
@@ -127,14 +127,14 @@ def server(args: argparse.Namespace, wait: bool = True, **settings: Any) -> Iter
     home = Path(tempfile.mkdtemp(prefix="everlearn-bench-"))
     port = free_port()
     options = {"engine.threads": args.threads, **settings}
-    lines = ['models.default = "bench"', *(f"{key} = {json.dumps(value)}" for key, value in options.items())]
-    (home / "everlearn.toml").write_text("\n".join([*lines, "[[models.base]]", 'name = "bench"', f'path = "{folder}"', ""]))
+    lines = [f'models.default = "{name}"', *(f"{key} = {json.dumps(value)}" for key, value in options.items())]
+    (home / "everlearn.toml").write_text("\n".join([*lines, "[[models.base]]", f'name = "{name}"', f'path = "{folder}"', ""]))
     command = [sys.executable, "-m", "everlearn.cli.main", "--config", str(home / "everlearn.toml"), "serve", "--port", str(port)]
     environment = {**os.environ, "EVERLEARN_HOME": str(home), "PYTHONPATH": str(ROOT)}
     started = time.perf_counter()
     with (home / "server.log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    live = Server(f"http://127.0.0.1:{port}", "bench", process.pid, started)
+    live = Server(f"http://127.0.0.1:{port}", name, process.pid, started)
     try:
         if wait:
             until(lambda: answers(live.url + "/readyz"), process)

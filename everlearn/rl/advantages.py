@@ -178,7 +178,7 @@ def advantages_of(
     if is_collapsed([group.reward(index).total for index in scored]) and (estimator != PER_TURN or len(scored) < 2):
         return advantages
     if estimator == PER_TURN:
-        found = per_turn([_turn_rewards(group, index) for index in scored], gamma)
+        found = per_turn([turn_rewards(group, index) for index in scored], gamma)
     else:
         numbers = ESTIMATORS[estimator]([group.reward(index).total for index in scored])
         found = [np.full(len(group.trajectories_G[index].transitions), number) for index, number in zip(scored, numbers, strict=True)]
@@ -188,7 +188,8 @@ def advantages_of(
     return advantages
 
 
-def _turn_rewards(group: TrajectoryGroup, index: int) -> list[float]:
+def turn_rewards(group: TrajectoryGroup, index: int) -> list[float]:
+    """What each turn of a scored member earned; the group's own reward comes with the last."""
     rewards = [transition.reward.total for transition in group.trajectories_G[index].transitions]
     rewards[-1] += group.group_rewards_G[index].total
     return rewards

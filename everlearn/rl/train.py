@@ -30,6 +30,7 @@ from everlearn.rl.reference import Reference
 from everlearn.rl.rollouts import Limits, count, play_now
 from everlearn.rl.runfolder import append, cut_back, read_state, write_state
 from everlearn.rl.trajectory import TrajectoryGroup
+from everlearn.rl.values import GAE, ValueFunction, valued
 
 SHOWN_GROUPS = 2  # of each batch in rollouts.jsonl
 DECOUPLED = ("importance_sampling", "ppo", "cispo", "gspo")  # losses that take old_logprobs
@@ -60,7 +61,7 @@ class Settings(msgspec.Struct, frozen=True):
     ratio is to those, and the drift from what sampled weighs apart (docs/design/objectives.md). `kl_budget`, in nats for each sampled
     token, ends the run after the step whose KL is above it: `kl/base`, from the policy that sampled to the base model, or `kl/k3`, from
     the policy that sampled to the one that is trained (`kl_budget_of="sampler"`). `ptx_weight` and `ptx_batch`: see `Ptx`.
-    `pace` is for `train_asynchronously`.
+    `pace` is for `train_asynchronously`, `value_function` for the estimator `gae`.
     """
 
     base_model: str
@@ -70,6 +71,7 @@ class Settings(msgspec.Struct, frozen=True):
     loss: str = "importance_sampling"
     loss_config: dict[str, float | str] = {}
     estimator: str = "group_mean"
+    value_function: ValueFunction = ValueFunction()
     mask_over_long: bool = False
     substeps: int = 1
     max_tokens: int = 64
@@ -91,8 +93,9 @@ class Settings(msgspec.Struct, frozen=True):
         for name, least in (("steps", 1), ("rank", 1), ("substeps", 1), ("max_tokens", 1), ("save_every", 1), ("evaluate_every", 0)):
             if getattr(self, name) < least:
                 raise InvalidRequest(f"{name} is {getattr(self, name)}; it must be at least {least}", param=name)
-        if self.estimator not in NAMES:
-            raise InvalidRequest(f"there is no estimator {self.estimator!r}; there are {', '.join(NAMES)}", param="estimator")
+        if self.estimator not in (*NAMES, GAE):
+            raise InvalidRequest(f"there is no estimator {self.estimator!r}; there are {', '.join((*NAMES, GAE))}", param="estimator")
+        self.value_function.check(self.estimator, self.loss, self.loss_config)
         if self.loss == "dro":
             raise InvalidRequest(
                 "dro needs the log-probabilities of prompts too, which rollouts don't have; choose another loss", param="loss"
@@ -112,6 +115,10 @@ class Settings(msgspec.Struct, frozen=True):
         if self.pace is not None:
             if self.pace.staleness < 0 or self.pace.minibatches < 1:
                 raise InvalidRequest(f"{self.pace} can't be kept; staleness must be at least 0, minibatches at least 1", param="pace")
+            if self.estimator == GAE:
+                raise InvalidRequest(
+                    "gae reads the values of a whole batch, and an asynchronous run has none at once; use train", param="pace"
+                )
             if self.substeps != 1:
                 raise InvalidRequest(
                     f"substeps is {self.substeps}; an asynchronous run makes one optimizer step of each batch: deal smaller batches",
@@ -170,7 +177,7 @@ def _step(learner: Learner, dataset: Dataset, step: int, sampler_of: SamplerOf |
     groups = learner.play(sampler, dataset, step, settings.temperature, seed_of(settings.seed, "train", step))
     played = time.monotonic()
     write_records(learner.folder / "rollouts.jsonl", groups[:SHOWN_GROUPS], learner.decode, step=step)
-    advantages = learner.compare(groups)
+    advantages = None if settings.estimator == GAE else learner.compare(groups)
     row |= measures.of_rollouts(groups, advantages)
     learner.check_failures(groups)
     row |= learner.train(groups, advantages, step)
@@ -205,6 +212,7 @@ class Learner:
             raise InvalidRequest("ptx are datums to imitate and ptx_weight is what they weigh; give both or neither", param="ptx")
         self.ptx = Ptx(ptx, settings.ptx_weight, settings.ptx_batch, settings.seed) if ptx else None
         self.reference = Reference(service, settings.base_model)
+        self.loss_config = settings.loss_config | (settings.value_function.weights() if settings.estimator == GAE else {})
         folder.mkdir(parents=True, exist_ok=True)
         self.state = _checked(read_state(folder, State), folder, settings)
         if self.state is None:
@@ -266,11 +274,17 @@ class Learner:
     def compare(self, groups: Sequence[TrajectoryGroup]) -> list[list[list[float]]]:
         return [advantages_of(group, self.settings.estimator, mask_over_long=self.settings.mask_over_long) for group in groups]
 
-    def train(self, groups: list[TrajectoryGroup], advantages: list[list[list[float]]], step: int) -> Metrics:
-        """A batch. Each substep takes every so-manieth group, so that all have about as many; one without anything to learn is left out."""
+    def train(self, groups: list[TrajectoryGroup], advantages: list[list[list[float]]] | None, step: int) -> Metrics:
+        """A batch. Each substep takes every so-manieth group, so that all have about as many; one without anything to learn is left out.
+        Without advantages the value head is asked for them, once for all substeps."""
         substeps = self.settings.substeps
         row = self.distance(groups)
-        data_G = self.data_of(groups, advantages)
+        if advantages is None:
+            data_G, found = valued(self.client, groups, self.settings.value_function, self.settings.mask_over_long)
+            self._complete(data_G)
+            row |= found
+        else:
+            data_G = self.data_of(groups, advantages)
         for substep in range(substeps):
             data = [datum for members in data_G[substep::substeps] for datum in members]
             if data:
@@ -279,21 +293,26 @@ class Learner:
 
     def data_of(self, groups: Sequence[TrajectoryGroup], advantages: Sequence[list[list[float]]]) -> list[list[types.Datum]]:
         """For each group its datums, with all that the loss wants to know of the weights as they are now."""
-        loss, config = self.settings.loss, self.settings.loss_config
+        loss = self.settings.loss
         provenance, sequence_mask = loss == "stable_reinforce", loss in ("gspo", "mirror_descent")
         data_G = [datums_of_group(group, own, provenance, sequence_mask) for group, own in zip(groups, advantages, strict=True)]
+        self._complete(data_G)
+        return data_G
+
+    def _complete(self, data_G: list[list[types.Datum]]) -> None:
+        """Adds what the loss wants to know of the weights as they are now."""
+        loss = self.settings.loss
         data = [datum for members in data_G for datum in members]
         if data and self.settings.decoupled:
             for datum, output in zip(data, self.client.forward(data, loss).result().loss_fn_outputs, strict=True):
                 datum.loss_fn_inputs["old_logprobs"] = output["logprobs"]
-        if data and loss != "stable_reinforce" and config.get("kl_coeff"):
+        if data and loss != "stable_reinforce" and self.loss_config.get("kl_coeff"):
             for datum, logprobs in zip(data, self.reference.logprobs(data), strict=True):
                 datum.loss_fn_inputs["reference_logprobs"] = logprobs
-        return data_G
 
     def send(self, data: list[types.Datum]) -> Sent:
         """Asks for the gradient of these datums, which joins those that were asked for since the last optimizer step."""
-        return Sent(data, self.client.forward_backward(data, self.settings.loss, self.settings.loss_config or None))
+        return Sent(data, self.client.forward_backward(data, self.settings.loss, self.loss_config or None))
 
     def update(self, sent: Sequence[Sent], number: int) -> Metrics:
         """Optimizer step `number` of the run, with the gradients of all that was sent."""

@@ -1,4 +1,4 @@
-"""A run on its own, to be killed: `python -m tests.rl.run_first URL FOLDER STEPS`. Rewards answers whose first token is small."""
+"""A run on its own, to be killed: `python -m tests.rl.run_first URL FOLDER [ESTIMATOR]`. Rewards answers whose first token is small."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import tinker
 
 from everlearn.rl.env import SameTask, StepResult
@@ -56,4 +57,4 @@ def run(service: tinker.ServiceClient, folder: Path, settings: Settings = SETTIN
 
 if __name__ == "__main__":
     with tinker.ServiceClient(base_url=sys.argv[1], api_key="tml-test") as opened:
-        run(opened, Path(sys.argv[2]))
+        run(opened, Path(sys.argv[2]), msgspec.structs.replace(SETTINGS, estimator=(sys.argv[3:] or [SETTINGS.estimator])[0]))
