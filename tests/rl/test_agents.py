@@ -311,7 +311,7 @@ def test_an_interrupted_group_goes_on_under_a_newer_version(
 ):
     Interrupted.stop = True
     group = AgentGroup(Interrupted, 2, ["partial"])
-    (begun,) = play_now([group], agents, Limits(seconds=15), seed=1)
+    (begun,) = play_now([group], agents, Limits(seconds=20), seed=1)
     assert [one.failure and one.failure.kind for one in begun.trajectories_G] == ["timeout", "timeout"]
     assert [len(one.transitions) for one in begun.trajectories_G] == [2, 2], "what happened until then is there to be looked at"
 

@@ -104,7 +104,7 @@ def test_a_time_limit_leaves_what_was_drawn_and_the_next_version_goes_on(sampler
     versions = Versions(**samplers)
     versions.silent_after = 4  # the first answer takes three pieces; the second is cut off after its first
     policy = PartialPolicy(versions.newest, max_tokens=10, piece_tokens=4)
-    (cut,) = play_now([SameTask(Talk, 1)], policy, Limits(seconds=15), seed=1)
+    (cut,) = play_now([SameTask(Talk, 1)], policy, Limits(seconds=20), seed=1)
     failed = cut.trajectories_G[0]
     assert failed.failure is not None and failed.failure.kind == "timeout" and len(failed.transitions) == 1
     policy.keep([cut])
@@ -125,7 +125,7 @@ def test_members_of_a_group_share_nothing_but_what_is_kept(samplers: dict[str, t
     versions = Versions(**samplers)
     versions.silent_after = 7
     policy = PartialPolicy(versions.newest, max_tokens=8, piece_tokens=4)
-    cut = play_now([SameTask(Talk, 3)], policy, Limits(seconds=15), seed=1)
+    cut = play_now([SameTask(Talk, 3)], policy, Limits(seconds=20), seed=1)
     policy.keep(cut)
     before = sum(len(one.action.tokens) for one in policy.begun)
     assert before == 4 * 7, "all that was drawn, and nothing twice"
