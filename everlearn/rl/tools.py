@@ -8,13 +8,14 @@ nothing about the call; an episode in which that happens should fail.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import re
 import threading
 import time
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -153,11 +154,11 @@ class Toolbox:
             task = asyncio.ensure_future(_awaited(tool, given, self.limits.max_chars))
             task.add_done_callback(lambda _: place.release())  # also of one that is cancelled before it begins
             return await bounded(task, left, tool.name)
+        said = _in_a_thread(tool, given, place, self.limits.max_chars)
         try:
-            said = _in_a_thread(tool, given, place, self.limits.max_chars)
-            return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(said)), left)
+            return await asyncio.wait_for(asyncio.wrap_future(said), left)
         except TimeoutError:
-            if said.done():
+            if not said.cancelled():
                 raise  # the tool's own
             raise OutOfTime from None
 
@@ -170,15 +171,23 @@ def _in_a_thread(tool: Tool, given: Mapping[str, Any], place: threading.Semaphor
     """Its text, some time. Python can't end a thread: one that hangs is left behind, and doesn't keep the program from ending."""
     said: Future[str] = Future()
 
-    def run() -> None:
+    def answer() -> tuple[str, Exception | None]:
         try:
-            said.set_result(_text(tool.run(**given), most))
+            return _text(tool.run(**given), most), None
         except Exception as error:  # noqa: BLE001 - it is for whoever waits
-            said.set_exception(error)
+            return "", error
         except BaseException as error:  # noqa: BLE001 - SystemExit, say: of this call alone
-            said.set_exception(ToolFailed(f"{type(error).__name__}: {error}"))
+            return "", ToolFailed(f"{type(error).__name__}: {error}")
         finally:
             place.release()
+
+    def run() -> None:
+        text, error = answer()
+        with contextlib.suppress(InvalidStateError):  # nobody waits any more
+            if error is None:
+                said.set_result(text)
+            else:
+                said.set_exception(error)
 
     threading.Thread(target=run, name=f"tool {tool.name}", daemon=True).start()
     return said
