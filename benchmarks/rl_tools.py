@@ -6,10 +6,10 @@
     python benchmarks/rl_tools.py --only rl --seed 0         # one run, one file in --runs
     python benchmarks/rl_tools.py --collect                  # the result file and its plot, from all files there
 
-Each run: the base model is evaluated (greedy, on tasks whose pairs of item and count are held out), then shown a few finished
-conversations (`--traces`; the base model never calls a tool by itself, and what is never done earns no reward), evaluated again, and then
-plays and learns. Agents are ordinary code on the `openai` client; tools are strict, so calls are decoded by grammar. Each evaluation is
-made a second time with tools that aren't strict.
+Each run: the base model is evaluated (greedy, on tasks whose pairs of item and count are held out), then shown finished conversations,
+just until some of its episodes end right (the base model never calls a tool by itself, and what is never done earns no reward; shown more
+of them, it needs no reward any more), evaluated again, and then plays and learns. Agents are ordinary code on the `openai` client; tools
+are strict, so calls are decoded by grammar. Each evaluation is made a second time with tools that aren't strict.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ def main() -> None:
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--collect", action="store_true")
     parser.add_argument("--smoke", action="store_true", help="two steps of little")
-    parser.add_argument("--traces", type=int, default=16, help="conversations of the warm start")
-    parser.add_argument("--epochs", type=int, default=3, help="how often each is seen")
+    parser.add_argument("--traces", type=int, default=48, help="conversations of the warm start, at most; each is seen once")
+    parser.add_argument("--until", type=float, default=0.15, help="the share of right episodes at which the warm start is over")
+    parser.add_argument("--warm-learning-rate", type=float, default=1e-3)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--groups", type=int, default=4, help="tasks of a step")
     parser.add_argument("--group-size", type=int, default=8, help="episodes of a task")
@@ -51,7 +52,7 @@ def main() -> None:
         collect(args)
     else:
         if args.smoke:
-            args.traces, args.epochs, args.steps, args.groups, args.group_size, args.evaluated = 4, 1, 1, 2, 4, 4
+            args.traces, args.steps, args.groups, args.group_size, args.evaluated = 4, 1, 2, 4, 4
         row = run(args)
         args.runs.mkdir(parents=True, exist_ok=True)
         file = args.runs / f"{'smoke' if args.smoke else 'rl'}-{args.seed}.json"
@@ -86,7 +87,7 @@ class Learner:
         from everlearn.rl.envs.shop import Shop
 
         self.live, self.client, self.args = live, client, args
-        self.train = Shop(args.seed, groups_per_batch=args.groups, group_size=args.group_size)
+        self.train = Shop(args.seed, batches=1_000_000, groups_per_batch=args.groups, group_size=args.group_size)
         self.test = Shop(args.seed, "test", groups_per_batch=args.evaluated, group_size=1)
         self.loose = Shop(args.seed, "test", groups_per_batch=args.evaluated, group_size=1, strict=False)
 
@@ -110,27 +111,32 @@ class Learner:
         return found
 
     def warm_start(self) -> dict[str, Any]:
-        """A few finished conversations, about tasks of the training split that RL doesn't see: how many tokens the model was to say, and
-        its loss on them (nats a token) before each optimizer step."""
+        """Finished conversations, about tasks of the training split that RL doesn't see, four for each optimizer step, until a share of
+        `--until` of the episodes ends right (at temperature 1, as in training): how many tokens the model was to say, its loss on them
+        (nats a token) before each step, and the share after each step that was looked at."""
         import tinker
         from common import model_folder
 
-        data, tokens = [], 0
-        for number in range(self.args.traces):
-            ids, weights = trace(model_folder(self.args.model), self.train.task(1_000_000 + number))
-            inputs = {"target_tokens": ids[1:], "weights": weights[1:]}
-            data.append(tinker.Datum(model_input=tinker.ModelInput.from_ints(ids[:-1]), loss_fn_inputs=inputs))
-            tokens += int(sum(weights))
-        losses = []
-        for _ in range(self.args.epochs):
-            for first in range(0, len(data), 4):
-                batch = data[first : first + 4]
-                gradient = self.client.forward_backward(batch, "cross_entropy")
-                self.client.optim_step(tinker.AdamParams(learning_rate=2e-3)).result()
-                said = sum(float(datum.loss_fn_inputs["weights"].to_numpy().sum()) for datum in batch)
-                losses.append(round(float(gradient.result().metrics["loss:sum"]) / said, 4))
-        print(f"warm start: {losses}", flush=True)
-        return {"tokens": tokens, "losses": losses}
+        tokens, losses, rights = 0, [], []
+        for number in range(self.args.traces // 4):
+            batch, said = [], 0
+            for place in range(4):
+                ids, weights = trace(model_folder(self.args.model), self.train.task(10_000_000 + 4 * number + place))
+                inputs = {"target_tokens": ids[1:], "weights": weights[1:]}
+                batch.append(tinker.Datum(model_input=tinker.ModelInput.from_ints(ids[:-1]), loss_fn_inputs=inputs))
+                said += int(sum(weights))
+            gradient = self.client.forward_backward(batch, "cross_entropy")
+            self.client.optim_step(tinker.AdamParams(learning_rate=self.args.warm_learning_rate)).result()
+            losses.append(round(float(gradient.result().metrics["loss:sum"]) / said, 4))
+            tokens += said
+            if number < 2:
+                continue  # never yet right, and playing takes its time
+            after = self.play(self.train, 100_000 + number, self.saved(f"warm-{number}"))
+            rights.append(round(measured(after)["right"], 4))
+            print(f"warm start: loss {losses[-1]}, then right {rights[-1]}", flush=True)
+            if rights[-1] >= self.args.until:
+                break
+        return {"traces": 4 * len(losses), "tokens": tokens, "losses": losses, "right_after": rights}
 
     def step(self, number: int) -> dict[str, float]:
         import tinker

@@ -18,6 +18,7 @@ from everlearn.rl.policy import seed_of
 
 SEEDED = ("/chat/completions", "/completions")  # routes that take a seed
 ROUTES = (*SEEDED, "/responses", "/messages")
+DONE = b"\ndata: [DONE]"  # clients may read no further, and the end of the body is never seen
 RECORD, VERSION = "x-everlearn-record", "x-everlearn-version"
 
 
@@ -136,13 +137,15 @@ class _Heard(httpx.AsyncByteStream):
 
     def __init__(self, stream: httpx.AsyncByteStream, whole: Callable[[bytes], None]):
         self.stream, self.whole = stream, whole
+        self.pieces: list[bytes] = []  # of all who read: a client that has enough reads the rest in a second go
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        pieces = []
         async for piece in self.stream:
-            pieces.append(piece)
+            self.pieces.append(piece)
+            if DONE in b"".join(self.pieces[-2:]):
+                self.whole(b"".join(self.pieces))
             yield piece
-        self.whole(b"".join(pieces))
+        self.whole(b"".join(self.pieces))
 
     async def aclose(self) -> None:
         await self.stream.aclose()
@@ -151,13 +154,15 @@ class _Heard(httpx.AsyncByteStream):
 class _HeardBlocking(httpx.SyncByteStream):
     def __init__(self, stream: httpx.SyncByteStream, whole: Callable[[bytes], None]):
         self.stream, self.whole = stream, whole
+        self.pieces: list[bytes] = []  # of all who read: a client that has enough reads the rest in a second go
 
     def __iter__(self) -> Iterator[bytes]:
-        pieces = []
         for piece in self.stream:
-            pieces.append(piece)
+            self.pieces.append(piece)
+            if DONE in b"".join(self.pieces[-2:]):
+                self.whole(b"".join(self.pieces))
             yield piece
-        self.whole(b"".join(pieces))
+        self.whole(b"".join(self.pieces))
 
     def close(self) -> None:
         self.stream.close()

@@ -177,10 +177,14 @@ def test_streams_blocking_clients_other_routes_and_several_choices(agents: Agent
 
     scorer = service.create_sampling_client(base_model=server.model).result()
     for agent, turns in [(streams, 1), (lambda chat: asyncio.to_thread(blocks, chat), 2), (responds, 1)]:
-        one = run(agent, agents)
+        group = AgentGroup(lambda agent=agent: agent, 1)
+        one = play_now([group], agents, seed=1)[0].trajectories_G[0]
         assert one.failure is None and len(one.transitions) == turns, one.failure
         assert one.transitions[-1].reward.total > 0 and one.transitions[-1].episode_done
         check_tokens(one, scorer)
+        again = play_now([group.resumed()], agents, seed=2)[0].trajectories_G[0]  # all of it was heard, so nothing is asked
+        assert all(turn.logs["replayed"] for turn in again.transitions), group.said_G
+        assert [turn.action for turn in again.transitions] == [turn.action for turn in one.transitions]
 
 
 def test_turns_earn_apart_and_groups_are_compared(agents: AgentServer, trainer: tinker.TrainingClient):
