@@ -9,13 +9,23 @@ import tinker
 
 from everlearn.errors import InvalidRequest
 from everlearn.rl.env import StopCondition
-from everlearn.rl.trajectory import Action
+from everlearn.rl.trajectory import Action, Trajectory
 
 
 class Policy(Protocol):
     """Samples one action. The same prompt, weights and seed give the same action; without a seed the server picks one."""
 
     async def __call__(self, observation: tinker.ModelInput, stop: StopCondition, seed: int | None) -> Action: ...
+
+
+class Player:
+    """Plays whole episodes by itself, for environments that hand no prompt of tokens to a policy (everlearn/rl/agents.py).
+
+    Stands wherever a policy does. Never raises for what an environment does: that is the trajectory's failure.
+    """
+
+    async def play(self, env: Any, limits: Any, seed: int | None) -> Trajectory:
+        raise NotImplementedError
 
 
 class TinkerPolicy:

@@ -64,6 +64,7 @@ def _turns(trajectory: Trajectory, decode: Decode | None) -> list[dict[str, Any]
                     "logprobs": action.logprobs,
                     "text": decode(action.tokens) if decode else None,
                     "stop_reason": action.stop_reason,
+                    **({"versions": action.versions} if action.versions else {}),
                 },
                 "reward": _reward(transition.reward),
                 "metrics": _plain(transition.metrics),

@@ -11,8 +11,8 @@ import contextlib
 import math
 import time
 from collections import Counter
-from collections.abc import Coroutine, Iterable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import msgspec
 import tinker
@@ -20,12 +20,11 @@ import tinker
 from everlearn.errors import InvalidRequest
 from everlearn.rewards.reward import Reward
 from everlearn.rewards.verifiers import VerifierFailed
+from everlearn.rl.bounded import GRACE_SECONDS, OutOfTime, bounded
 from everlearn.rl.env import Env, EnvGroup, Metrics, StepResult
-from everlearn.rl.policy import Policy, seed_of
+from everlearn.rl.policy import Player, Policy, seed_of
 from everlearn.rl.trajectory import Action, Failure, FailureKind, Trajectory, TrajectoryGroup, Transition
 
-T = TypeVar("T")
-GRACE_SECONDS = 1.0  # what a cancelled environment gets to close what it holds; one that won't end is left behind
 MESSAGE_LENGTH = 2000
 
 
@@ -37,12 +36,8 @@ class Limits(msgspec.Struct, frozen=True):
     episodes_at_once: int = 64
 
 
-class OutOfTime(Exception):
-    """Becomes a Failure of kind "timeout"; nobody outside sees it."""
-
-
 async def play_batch(
-    groups: Sequence[EnvGroup], policy: Policy, limits: Limits | None = None, seed: int | None = None
+    groups: Sequence[EnvGroup], policy: Policy | Player, limits: Limits | None = None, seed: int | None = None
 ) -> list[TrajectoryGroup]:
     """Plays all groups, and returns them in their order. With a `seed`, every sample has a seed that follows from its place."""
     limits = limits or Limits()
@@ -51,7 +46,9 @@ async def play_batch(
     return await asyncio.gather(*(play_group(group, policy, limits, own, room) for group, own in zip(groups, seeds, strict=True)))
 
 
-def play_now(groups: Sequence[EnvGroup], policy: Policy, limits: Limits | None = None, seed: int | None = None) -> list[TrajectoryGroup]:
+def play_now(
+    groups: Sequence[EnvGroup], policy: Policy | Player, limits: Limits | None = None, seed: int | None = None
+) -> list[TrajectoryGroup]:
     """play_batch for callers that aren't asynchronous. `asyncio.run` would wait for ever for an environment that can't be cancelled."""
     loop = asyncio.new_event_loop()
     try:
@@ -73,7 +70,7 @@ def end_loop(loop: asyncio.AbstractEventLoop) -> None:
 
 
 async def play_group(
-    group: EnvGroup, policy: Policy, limits: Limits | None = None, seed: int | None = None, room: asyncio.Semaphore | None = None
+    group: EnvGroup, policy: Policy | Player, limits: Limits | None = None, seed: int | None = None, room: asyncio.Semaphore | None = None
 ) -> TrajectoryGroup:
     """Plays the group's environments, then asks the group for what needs sight of all. Raises nothing of the group's."""
     limits = limits or Limits()
@@ -87,7 +84,7 @@ async def play_group(
     trajectories: list[Trajectory] = []
     envs: list[Env] = []
     try:
-        envs = list(await _bounded(group.make_envs(), limits.seconds))
+        envs = list(await bounded(group.make_envs(), limits.seconds))
     except Exception as error:  # noqa: BLE001 - whatever it is, the batch goes on, and it is counted
         failures.append(_failure("environment", error))
     try:
@@ -95,7 +92,7 @@ async def play_group(
         trajectories, rewards, metrics = await _compared(group, envs, trajectories, limits)
     finally:
         try:
-            await _bounded(group.cleanup(), limits.seconds)
+            await bounded(group.cleanup(), limits.seconds)
         except Exception as error:  # noqa: BLE001
             failures.append(_failure("environment", error))
     try:
@@ -106,13 +103,15 @@ async def play_group(
     return TrajectoryGroup(trajectories, rewards, metrics, tags, failures)
 
 
-async def play(env: Env, policy: Policy, limits: Limits | None = None, seed: int | None = None) -> Trajectory:
+async def play(env: Env, policy: Policy | Player, limits: Limits | None = None, seed: int | None = None) -> Trajectory:
     """One episode, from the first prompt until the environment says that it is over."""
     limits = limits or Limits()
+    if isinstance(policy, Player):
+        return await policy.play(env, limits, seed)
     started = time.monotonic()
     turns: list[Transition] = []
     try:
-        failure = await _bounded(_episode(env, policy, limits, seed, turns), limits.seconds)
+        failure = await bounded(_episode(env, policy, limits, seed, turns), limits.seconds)
     except (OutOfTime, InvalidRequest) as error:
         failure = _failure("environment", error, len(turns))
     return Trajectory(list(turns), failure, time.monotonic() - started)
@@ -179,7 +178,7 @@ async def _compared(
         return trajectories, rewards, metrics
     try:
         shown = [trajectories[index] for index in scored]
-        results = list(await _bounded(group.compute_group_rewards(shown, [envs[index] for index in scored]), limits.seconds))
+        results = list(await bounded(group.compute_group_rewards(shown, [envs[index] for index in scored]), limits.seconds))
         for index, (reward, own) in zip(scored, results, strict=True):
             rewards[index], metrics[index] = Reward.of(reward).check(), _checked_metrics(own)
     except Exception as error:  # noqa: BLE001
@@ -187,24 +186,6 @@ async def _compared(
         marked = [msgspec.structs.replace(one, failure=one.failure or failure) for one in trajectories]
         return marked, [Reward()] * len(trajectories), [{} for _ in trajectories]
     return trajectories, rewards, metrics
-
-
-async def _bounded(work: Coroutine[Any, Any, T], seconds: float) -> T:
-    """The result of `work`, or OutOfTime. Work that ignores being cancelled is left to itself, so that it can't hold up the others."""
-    task = asyncio.ensure_future(work)
-    try:
-        done, _ = await asyncio.wait({task}, timeout=seconds)
-    except asyncio.CancelledError:
-        task.cancel()
-        raise
-    if not done:
-        task.cancel()
-        await asyncio.wait({task}, timeout=GRACE_SECONDS)
-        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # whatever it still raises is nobody's
-        raise OutOfTime(f"not over after {seconds:g} s; raise the limit, or make the environment faster")
-    if task.cancelled():
-        raise InvalidRequest("the environment cancelled itself (asyncio.CancelledError); let it raise an error of its own")
-    return task.result()
 
 
 def _check_observation(observation: Any) -> None:

@@ -22,13 +22,15 @@ from everlearn.rl.env import Metrics
 class Action(msgspec.Struct, frozen=True):
     """What the policy sampled for one turn: ids, and the log-probability (nats) of each under the policy that drew it.
 
-    `sequence_id` is the server's name for the sequence, for losses that look up what was recorded.
+    `sequence_id` is the server's name for the sequence, for losses that look up what was recorded. `versions` names who drew each token,
+    where more than one version may have (partial.py).
     """
 
     tokens: list[int]
     logprobs: list[float]
     stop_reason: Literal["stop", "length"] = "stop"
     sequence_id: str | None = None
+    versions: list[str] | None = None
 
     def check(self) -> Action:
         """Itself. Raises InvalidRequest unless every token has a finite log-probability that is at most 0 (but for rounding)."""

@@ -45,7 +45,7 @@ class ValueFunction(msgspec.Struct, frozen=True):
     value_trunk: float = 1.0
     standardise: bool = False
 
-    def check(self, estimator: str, loss: str, loss_config: Mapping[str, float]) -> None:
+    def check(self, estimator: str, loss: str, loss_config: Mapping[str, float | str]) -> None:
         """Raises InvalidRequest for what can't be meant in a run of such an estimator and loss."""
         if estimator != GAE:
             if self != ValueFunction():
@@ -68,7 +68,7 @@ class ValueFunction(msgspec.Struct, frozen=True):
             if name in loss_config:
                 raise InvalidRequest(f"loss_config.{name} is value_function.{name} here; set that", param="loss_config")
 
-    def weights(self) -> dict[str, float]:
+    def weights(self) -> dict[str, float | str]:
         """What the loss has to know."""
         return {name: float(getattr(self, name)) for name in WEIGHTS}
 
