@@ -8,7 +8,7 @@ from __future__ import annotations
 import msgspec
 import numpy as np
 
-SHRINKAGE = 0.1  # of the mean variance, added to each: small directions aren't blown up to the size of large ones
+FLOOR = 0.01  # of the mean variance, times features per sample, added to each: spreads that are known badly aren't divided by
 
 
 class Whitening(msgspec.Struct, frozen=True):
@@ -44,5 +44,5 @@ def fit(features_ND: np.ndarray, most: int) -> Whitening:
     keep = np.argsort(variances)[::-1][: min(most, num - 1, size)]
     keep = keep[variances[keep] > 1e-10 * max(float(variances[-1]), 1e-300)]
     signs = np.sign(directions[np.abs(directions[:, keep]).argmax(axis=0), keep])  # an eigenvector's sign is the library's whim
-    projection_DR = directions[:, keep] * signs / np.sqrt(variances[keep] + SHRINKAGE * variances.mean())
+    projection_DR = directions[:, keep] * signs / np.sqrt(variances[keep] + FLOOR * size / num * variances.mean())
     return Whitening(mean_D, np.ascontiguousarray(projection_DR))

@@ -86,7 +86,7 @@ def test_label_by_label_comes_close_to_the_batch_fit():
     again = RewardModel("ana", SETTINGS, whole)
     answers = people.answers(2000)
     one, other = model.score(answers), again.score(answers)
-    assert np.abs(one.chance_N - other.chance_N).mean() < 0.03
+    assert np.abs(one.chance_N - other.chance_N).mean() < 0.05
     assert np.corrcoef(one.utility_N, other.utility_N)[0, 1] > 0.99
 
 
