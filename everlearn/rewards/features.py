@@ -26,8 +26,13 @@ def fetch(
     rows: list[np.ndarray] = []
     try:
         for first in range(0, len(inputs), BATCH):
-            asked = {"model": model, "input": [list(map(int, ids)) for ids in inputs[first : first + BATCH]], "pooling": pooling}
-            asked |= {"normalize": False, "encoding_format": "base64"}
+            asked = {
+                "model": model,
+                "input": [list(map(int, ids)) for ids in inputs[first : first + BATCH]],
+                "pooling": pooling,
+                "normalize": False,
+                "encoding_format": "base64",
+            }
             answer = opened.post(f"{url.rstrip('/')}/v1/embeddings", json=asked, headers={"authorization": f"Bearer {key}"})
             if answer.status_code != 200:
                 raise Unavailable(f"no features from {url}: {answer.status_code} {answer.text[:300]}")

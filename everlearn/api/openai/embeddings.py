@@ -78,16 +78,17 @@ def vector_of(exchange: Exchange, normalize: bool) -> np.ndarray:
     if result is None or result.pooled is None:
         raise Unavailable("its time was over before its input was read; try again later, or raise deadline", param="deadline")
     vector_D = result.pooled.numpy()
-    return vector_D / max(float(np.linalg.norm(vector_D)), 1e-12) if normalize else vector_D  # type: ignore[no-any-return]
+    return vector_D / max(float(np.linalg.norm(vector_D)), 1e-12) if normalize else vector_D
 
 
 def written(vector_D: np.ndarray, format: str | None) -> list[float] | str:
     """As numbers, or as OpenAI's base64: little-endian float32."""
     if format == "base64":
         return base64.b64encode(vector_D.astype("<f4").tobytes()).decode()
-    return vector_D.tolist()  # type: ignore[no-any-return]
+    return vector_D.tolist()
 
 
 def check_dimensions(wanted: int | None, size: int) -> None:
     if wanted is not None and wanted != size:
-        raise Unsupported(f"dimensions {wanted}: this model's vectors have {size} and can't be cut; leave dimensions out", param="dimensions")
+        rule = f"this model's vectors have {size} and can't be cut; leave dimensions out"
+        raise Unsupported(f"dimensions {wanted}: {rule}", param="dimensions")
