@@ -293,4 +293,4 @@ def batch(
         heads.append(maximise(own, groups, spread, mean_R)[0])
     inverse = np.linalg.inv(matrix)
     covariance_RR = np.ascontiguousarray((inverse + inverse.T) / 2)  # in the order in which it comes back from the disk: sums round alike
-    return State(mean_R, covariance_RR, np.array(heads).reshape(num_heads, -1), whitening, spread, groups)
+    return State(mean_R, covariance_RR, np.array(heads).reshape(num_heads, len(mean_R)), whitening, spread, groups)
