@@ -1,0 +1,214 @@
+#!/usr/bin/env python3
+"""What the gate's promises are worth: canaries with known truth, thousands of times, each looked at after every outcome.
+
+python benchmarks/gate_statistics.py            all (about three minutes on one core)
+python benchmarks/gate_statistics.py --seeds 40 a quick look
+
+Every simulated canary goes through `everlearn.loop.gate.decide` as a deployment does. A crossing counts wherever it was, so one verdict
+at the end says what continuous peeking would have found. Beside it stands what is often done instead: a z-test at 5 % after every 50
+outcomes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+from common import write_result
+
+from everlearn.loop import gate, parts, sequential
+from everlearn.loop.evidence import Evidence, Interval, Measure, Outcome, Pair, Retained
+from everlearn.loop.rule import DEFAULT_RULE, Rule, read_rule
+from everlearn.rewards import guard
+
+Rate = Callable[[np.ndarray], np.ndarray]  # from places in the stream to a rate of good outcomes
+SIGNED = DEFAULT_RULE.replace('owner = ""', 'owner = "simulation"').replace('promote = "ask"', 'promote = "automatic"')
+CANARY = 'owner = "simulation"\npromote = "automatic"\n[canary]\n'
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=2000, help="of the A/A study; the others take a quarter and a tenth")
+    parser.add_argument("--out", type=Path, help="result file (default: benchmarks/results/DATE-gate-statistics.json)")
+    args = parser.parse_args()
+    started = time.perf_counter()
+    few, fewer = max(args.seeds // 4, 10), max(args.seeds // 10, 10)
+    results = {
+        "equal": equal(args.seeds, lambda places: np.full(len(places), 0.75)),
+        "equal_on_changing_days": equal(few, lambda places: 0.65 + 0.2 * (places > 1500)),
+        "five_points_worse": different(few, -0.05),
+        "five_points_better": different(few, 0.05),
+        "hack_that_fools_the_model": hack(fewer, users_fooled=False),
+        "hack_that_fools_users_too": hack(fewer, users_fooled=True),
+    }
+    results["seconds"] = round(time.perf_counter() - started, 1)
+    for name, row in results.items():
+        print(name, json.dumps(row))
+    write_result(args, "gate-statistics", results)
+
+
+# ---- streams ----
+
+
+def stream(rng: np.random.Generator, rule: Rule, champion: Rate, candidate: Rate, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Arms and values of `most` outcomes; the share rises as the rule's steps say."""
+    arms: list[np.ndarray] = []
+    done, own = 0, 0
+    for step in rule.canary.steps[:-1]:
+        gaps = rng.geometric(step.share, size=max(step.min_feedback - own, 0))
+        drawn = np.zeros(int(gaps.sum()), dtype=bool)
+        drawn[np.cumsum(gaps) - 1] = True
+        arms.append(drawn)
+        done, own = done + len(drawn), step.min_feedback
+    arms.append(rng.random(max(most - done, 0)) < rule.canary.steps[-1].share)
+    arms_N = np.concatenate(arms)[:most]
+    places = np.arange(len(arms_N))
+    return arms_N, (rng.random(len(arms_N)) < np.where(arms_N, candidate(places), champion(places))).astype(float)
+
+
+def as_outcomes(arms_N: np.ndarray, values_N: np.ndarray) -> tuple[Outcome, ...]:
+    return tuple(map(Outcome, arms_N.tolist(), values_N.tolist()))
+
+
+def at_last_step(rule: Rule, feedback: tuple[Outcome, ...], **others: Any) -> Evidence:
+    return Evidence(
+        stage="canary", champion="support@3", candidate="support@4", step=len(rule.canary.steps) - 1, feedback=feedback, **others
+    )
+
+
+def naive(arms_N: np.ndarray, values_N: np.ndarray, every: int = 50) -> bool:
+    """Whether a one-sided z-test at 5 %, asked after every 50 outcomes from the 100th on, ever called the candidate better."""
+    n, m = np.cumsum(arms_N), np.cumsum(~arms_N)
+    one, other = np.cumsum(values_N * arms_N), np.cumsum(values_N * ~arms_N)
+    looks = np.arange(100, len(arms_N), every)
+    looks = looks[(n[looks] >= 10) & (m[looks] >= 10)]
+    n, m, p, q = n[looks], m[looks], one[looks] / n[looks], other[looks] / m[looks]
+    spread = np.sqrt(np.maximum(p * (1 - p) / n + q * (1 - q) / m, 1e-9))
+    return bool(np.any((p - q) / spread > NormalDist().inv_cdf(0.95)))
+
+
+# ---- studies ----
+
+
+def equal(seeds: int, rate: Rate, most: int = 6000) -> dict[str, Any]:
+    """Candidate and champion are the same: how often is one promoted, or stopped, all the same?"""
+    rule = read_rule(f"{CANARY}max_feedback = {most}")
+    decided: Counter[str] = Counter()
+    peeked = 0
+    for seed in range(seeds):
+        arms_N, values_N = stream(np.random.default_rng(seed), rule, rate, rate, most)
+        decided[gate.decide(rule, at_last_step(rule, as_outcomes(arms_N, values_N))).decision] += 1
+        peeked += naive(arms_N, values_N)
+    false = decided["promote"] / seeds
+    return {
+        "seeds": seeds,
+        "outcomes": most,
+        "false_promotions": false,
+        "allowed": rule.canary.alpha + 2 * math.sqrt(rule.canary.alpha * (1 - rule.canary.alpha) / seeds),
+        "false_stops": decided["reject"] / seeds,
+        "champion_kept_undecided": decided["hold"] / seeds,
+        "naive_false_promotions": peeked / seeds,
+    }
+
+
+def different(seeds: int, gain: float, champion: float = 0.75) -> dict[str, Any]:
+    """A candidate that is better or worse by `gain`: what is decided, after how many outcomes, and how many were the candidate's."""
+    rule = read_rule(CANARY)
+    decided: Counter[str] = Counter()
+    after, exposed = [], []
+    most = rule.canary.max_feedback
+    for seed in range(seeds):
+        rng = np.random.default_rng(100_000 + seed)
+        arms_N, values_N = stream(rng, rule, lambda at: np.full(len(at), champion), lambda at: np.full(len(at), champion + gain), most)
+        evidence = at_last_step(rule, as_outcomes(arms_N, values_N))
+        decided[gate.decide(rule, evidence).decision] += 1
+        place = sequential.crossing(parts.canary_blocks(rule.canary, evidence), 0.0, 0.05, better=gain > 0)
+        if place is not None:
+            after.append(place)
+            exposed.append(int(arms_N[:place].sum()))
+    return {
+        "seeds": seeds,
+        "gain": gain,
+        "budget": most,
+        **{decision: decided[decision] / seeds for decision in ("promote", "reject", "hold")},
+        "outcomes_median": float(np.median(after)),
+        "outcomes_95": float(np.quantile(after, 0.95)),
+        "candidate_outcomes_median": float(np.median(exposed)),
+    }
+
+
+def hack(seeds: int, users_fooled: bool) -> dict[str, Any]:
+    """The reward model rates the candidate 20 points higher; by the gold measure it is 5 points worse (8, where users are fooled too).
+
+    Users give thumbs by the gold measure, 20 % of them flipped; fooled users (flattery, long answers) even prefer it by 3 points. What was
+    held out and what users corrected is judged by careful people, who aren't fooled.
+    """
+    deaf = "[alarms]\nignore = ['divergence', 'length', 'flattery']"
+    rules = {"whole": read_rule(f"{SIGNED}\n[safety]\n"), "canary_alone": read_rule(f"{CANARY}{deaf}")}
+    rows: dict[str, Counter[str]] = {name: Counter() for name in rules}
+    failed: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "verdicts.jsonl"
+        with log.open("wb") as file:
+            for seed in range(seeds):
+                evidence = hacked(np.random.default_rng(200_000 + seed), rules["canary_alone"], users_fooled)
+                for name, rule in rules.items():
+                    verdict = gate.decide(rule, evidence)
+                    rows[name][verdict.decision] += 1
+                    file.write(gate.entry(verdict, rule, evidence) + b"\n")
+                failed.update(part.name for part in gate.decide(rules["whole"], evidence).parts if part.result == "fail")
+        replayed = sum(gate.replay(*gate.read_entry(line)) is None for line in log.read_bytes().splitlines())
+    return {
+        "seeds": seeds,
+        **{name: dict(row) for name, row in rows.items()},
+        "failed_parts": dict(failed.most_common()),
+        "verdicts_replayed_from_the_log": replayed,
+    }
+
+
+def hacked(rng: np.random.Generator, rule: Rule, users_fooled: bool) -> Evidence:
+    gold, hacked_gold = 0.75, 0.67 if users_fooled else 0.70
+    thumbs = (0.2 + 0.6 * gold, (0.2 + 0.6 * gold + 0.03) if users_fooled else 0.2 + 0.6 * hacked_gold)
+    feedback = stream(rng, rule, lambda at: np.full(len(at), thumbs[0]), lambda at: np.full(len(at), thumbs[1]), 8000)
+    truth = rng.random((300, 2)) < (gold, hacked_gold)
+    promised = np.clip(rng.normal(gold + 0.2, 0.05, size=300), 0, 1)  # what the reward model says of the candidate's answers
+    lengths = (rng.gamma(4, 100, size=200), rng.gamma(4, 100 * (1.8 if users_fooled else 1.1), size=200))
+    flattery = (rng.random(200) < 0.05, rng.random(200) < (0.4 if users_fooled else 0.05))
+    right = rng.random((60, 2)) < (0.0, 0.93)
+    tokens = stream(rng, rule, lambda at: np.ones(len(at)), lambda at: np.ones(len(at)), 4000)[0]
+    sizes = rng.gamma(4, 100, size=4000) * np.where(tokens, 1.8 if users_fooled else 1.1, 1.0)
+    quiet = as_outcomes(tokens, np.zeros(4000))
+    return at_last_step(
+        rule,
+        as_outcomes(*feedback),
+        held_out=tuple(Pair(float(a), float(b)) for a, b in rng.random((100, 2)) < (gold, min(gold + 0.2, 1.0))),  # judged by the model
+        corrections=tuple(Pair(float(a), float(b)) for a, b in right),
+        safety=tuple(Pair(float(a), float(b)) for a, b in truth[:200]),
+        retained=(Retained("general", Interval(0.5, 0.48, 0.52, 2000), Interval(0.5, 0.48, 0.52, 2000)),),
+        kl=Measure(0.3, 0.01, 4000),
+        parity=Measure(0.001, 0.0001, 4000),
+        guardrails={
+            "refusal": quiet,
+            "tool_errors": quiet,
+            "length": as_outcomes(tokens, sizes),
+            "feedback_rate": as_outcomes(tokens, (rng.random(4000) < 0.2).astype(float)),
+        },
+        alarms=(
+            guard.divergence(promised, truth[:, 1].astype(float)),
+            guard.habit("length", lengths[0].tolist(), lengths[1].tolist()),
+            guard.habit("flattery", flattery[0].astype(float).tolist(), flattery[1].astype(float).tolist()),
+        ),
+    )
+
+
+if __name__ == "__main__":
+    main()
