@@ -133,7 +133,6 @@ def delete(conn: Connection, tenant: str, episode_id: str) -> None:
     forgetting.mark(conn, tenant, "record", known)
     for record_id in known:
         records.delete(conn, tenant, record_id)
-    forgetting.forget_if_empty(conn, tenant, episode_id, "deleted")
 
 
 def _check(given: Event) -> None:

@@ -29,20 +29,22 @@ def forget_records(conn: Connection, ids: Sequence[str], way: Way) -> None:
     forget_feedback(conn, about, way)
     touched = conn.execute(sa.select(rows.c.tenant, rows.c.episode_id).where(rows.c.record_id.in_(ids)).distinct()).all()
     conn.execute(rows.delete().where(rows.c.record_id.in_(ids)))
+    of: dict[str, list[str]] = {}
     for tenant, episode_id in touched:
-        if episode_id is not None:
-            forget_if_empty(conn, tenant, episode_id, way)
+        of.setdefault(tenant, []).append(episode_id)
+    for tenant, episode_ids in of.items():
+        _forget_empty(conn, tenant, episode_ids, way)
 
 
-def forget_if_empty(conn: Connection, tenant: str, episode_id: str, way: Way) -> None:
-    """An episode without records goes, with what was said of it as a whole."""
+def _forget_empty(conn: Connection, tenant: str, episode_ids: Sequence[str], way: Way) -> None:
+    """Those of these episodes without records go, with what was said of them as a whole."""
     rows = tables.records
-    left = sa.select(rows.c.record_id).where((rows.c.tenant == tenant) & (rows.c.episode_id == episode_id)).limit(1)
-    if conn.execute(left).first() is not None:
-        return
-    conn.execute(events.delete().where((events.c.tenant == tenant) & (events.c.episode_id == episode_id)))
-    forget_feedback(conn, (feedback.c.tenant == tenant) & (feedback.c.episode_id == episode_id), way)
-    conn.execute(episodes.delete().where((episodes.c.tenant == tenant) & (episodes.c.episode_id == episode_id)))
+    left = sa.select(rows.c.episode_id).where((rows.c.tenant == tenant) & rows.c.episode_id.in_(episode_ids)).distinct()
+    full = set(conn.execute(left).scalars())
+    empty = [episode_id for episode_id in episode_ids if episode_id not in full]
+    conn.execute(events.delete().where((events.c.tenant == tenant) & events.c.episode_id.in_(empty)))
+    forget_feedback(conn, (feedback.c.tenant == tenant) & feedback.c.episode_id.in_(empty), way)
+    conn.execute(episodes.delete().where((episodes.c.tenant == tenant) & episodes.c.episode_id.in_(empty)))
 
 
 def forget_feedback(conn: Connection, where: sa.ColumnElement[bool], way: Way) -> None:
