@@ -12,22 +12,24 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 from sqlalchemy import Connection
 
-from everlearn.api import auth
+from everlearn.api import auth, bodies
 from everlearn.api.auth import scope, tenant
 from everlearn.api.openai import types
 from everlearn.api.paging import After, Limit, page, refuse_unknown
 from everlearn.api.services import Services, services
 from everlearn.api.target import resolve
+from everlearn.api.tinker.forms import CHECK_ADDRESS
 from everlearn.errors import InvalidRequest
 from everlearn.loop.gather import Filters, gather
 from everlearn.loop.weights import factors
 from everlearn.store import datasets, feedback_checks
 from everlearn.store.datasets import Dataset, Item, Learned, Trace
 
-router = APIRouter(prefix="/v1/datasets", tags=["datasets"])
+router = APIRouter(prefix="/v1/datasets", tags=["datasets"], dependencies=[CHECK_ADDRESS])
 
 # They hold what others said: a key that may only sample doesn't see them.
 READS, MAKES = [scope("train", "read")], [scope("train")]
+MAX_FILTERS = 64 * 1024
 PIECE = 200  # items of an export that are in memory at once
 TOKENS = ("token_ids", "logprobs")  # how the fields end that an export leaves out unless they are wanted
 Purpose = Literal["train", "evaluate"]
@@ -80,7 +82,7 @@ def trace_json(trace: Trace) -> dict[str, Any]:
 async def create_dataset(request: Request) -> dict[str, Any]:
     """Freezes what the filters choose now."""
     svc, owner = services(request), tenant(request)
-    form = await types.read(request, DatasetForm)
+    form = await bodies.read(request, DatasetForm)
     check(form.filters)
     settings = svc.settings.feedback
     found = await svc.read(lambda conn: gather(conn, owner, form.form, form.filters, settings.source_cap, factors(settings)))
@@ -93,6 +95,8 @@ async def create_dataset(request: Request) -> dict[str, Any]:
 
 
 def check(filters: Filters) -> None:
+    if len(msgspec.json.encode(filters)) > MAX_FILTERS:
+        raise InvalidRequest(f"filters have more than {MAX_FILTERS} bytes; choose by fewer names", param="filters")
     for source in filters.sources or ():
         if source not in feedback_checks.SOURCES:
             known = ", ".join(feedback_checks.SOURCES)
@@ -178,7 +182,7 @@ async def rebuild_dataset(request: Request, dataset_id: str) -> dict[str, Any]:
 async def tell_version(request: Request, dataset_id: str) -> dict[str, Any]:
     """Keeps that a version learned from this dataset (one that was trained elsewhere tells so itself)."""
     svc, caller = services(request), auth.caller(request)
-    form = await types.read(request, LearnedForm)
+    form = await bodies.read(request, LearnedForm)
     version = (await resolve(svc, caller, form.version)).version
     parent = (await resolve(svc, caller, form.parent)).version if form.parent else None
     if not version:

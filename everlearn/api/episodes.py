@@ -8,18 +8,19 @@ from typing import Any, Literal
 from fastapi import APIRouter, Request, Response
 from sqlalchemy import Connection
 
-from everlearn.api import auth
+from everlearn.api import auth, bodies
 from everlearn.api.auth import scope, tenant
 from everlearn.api.feedback import Moment, feedback_json
 from everlearn.api.openai import types
 from everlearn.api.paging import After, Limit, page, refuse_unknown
 from everlearn.api.records import encoded
 from everlearn.api.services import services
+from everlearn.api.tinker.forms import CHECK_ADDRESS
 from everlearn.errors import Unsupported
 from everlearn.store import episodes, feedback, records
 from everlearn.store.episodes import Episode, Event
 
-router = APIRouter(prefix="/v1/episodes", tags=["episodes"])
+router = APIRouter(prefix="/v1/episodes", tags=["episodes"], dependencies=[CHECK_ADDRESS])
 READS, SAYS = [scope("read")], [scope("sample")]
 
 
@@ -92,7 +93,7 @@ async def get_episode(request: Request, episode_id: str) -> Response:
 async def add_event(request: Request, episode_id: str) -> dict[str, Any]:
     """Keeps something that happened and that no record tells."""
     caller = auth.caller(request)
-    form = await types.read(request, EventForm)
+    form = await bodies.read(request, EventForm)
     if form.text and not caller.content:
         raise Unsupported("text: what is said with this key isn't kept (its owner wants it so); leave it out", param="text")
     given = Event(

@@ -11,17 +11,18 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter, Query, Request, Response
 
-from everlearn.api import auth, grants, splice
+from everlearn.api import auth, bodies, grants, splice
 from everlearn.api.auth import Caller, scope, tenant
 from everlearn.api.openai import types
 from everlearn.api.paging import After, Limit, page, refuse_unknown
 from everlearn.api.services import Services, services
+from everlearn.api.tinker.forms import CHECK_ADDRESS
 from everlearn.errors import Expired, InvalidRequest, NotFound, Unsupported
 from everlearn.loop.weights import factors, share
 from everlearn.store import episodes, feedback, records
 from everlearn.store.feedback import Change, Feedback, Share
 
-router = APIRouter(prefix="/v1/feedback", tags=["feedback"])
+router = APIRouter(prefix="/v1/feedback", tags=["feedback"], dependencies=[CHECK_ADDRESS])
 
 # Who may sample says what its users thought of the answers; what others said is read with the scope that reads their conversations.
 SAYS, READS = [scope("sample")], [scope("read")]
@@ -105,7 +106,7 @@ def change_json(change: Change) -> dict[str, Any]:
 async def give_feedback(request: Request) -> Response:
     """Keeps a word about an answer, a span of it, or an episode. With `dry_run` it is only checked."""
     svc, caller = services(request), auth.caller(request)
-    form = await types.read(request, FeedbackForm)
+    form = await bodies.read(request, FeedbackForm)
     headers = {}
     if caller.grant is not None:
         grants.check_target(caller.grant, form.record_id, form.episode_id, form.kind)
@@ -256,7 +257,7 @@ def summed(found: list[Share], cap: float, svc: Services) -> dict[str, Any]:
 async def make_token(request: Request) -> dict[str, Any]:
     """A token with which a browser may give feedback about one record or one episode, until it expires."""
     svc, caller = services(request), auth.caller(request)
-    form = await types.read(request, TokenForm)
+    form = await bodies.read(request, TokenForm)
     if (form.record_id is None) == (form.episode_id is None):
         raise InvalidRequest("a token is for one record_id or one episode_id; name one of them", param="record_id")
     if not 1 <= form.expires_in <= grants.MAX_SECONDS:
@@ -291,7 +292,7 @@ async def get_feedback(request: Request, feedback_id: str) -> dict[str, Any]:
 async def edit_feedback(request: Request, feedback_id: str) -> dict[str, Any]:
     """Other words in the place of these; what they were stays in the history."""
     svc, caller = services(request), auth.caller(request)
-    form = await types.read(request, EditForm)
+    form = await bodies.read(request, EditForm)
     if not caller.content and (form.text or form.reason):
         raise Unsupported("text: what is said with this key isn't kept (its owner wants it so); leave it out", param="text")
     found = await svc.read(lambda conn: feedback.get(conn, caller.tenant, feedback_id))

@@ -121,7 +121,7 @@ def create(
     rebuilt_from: str | None = None,
 ) -> Dataset:
     """Freezes the drafts, but those that were made of what is gone by now. Raises InvalidRequest where nothing is left."""
-    _check(name, form)
+    _check(name, form, reward_version)
     alive = _alive(conn, tenant, drafts) if rebuilt_from is None else list(drafts)
     counts = Counter(left_out) + Counter({VANISHED: len(drafts) - len(alive)})
     if not alive:
@@ -301,7 +301,9 @@ def _learned(conn: Connection, where: sa.ColumnElement[bool]) -> list[Learned]:
     return [Learned(**row._mapping) for row in conn.execute(query.order_by(learned_rows.c.version, learned_rows.c.dataset_id))]
 
 
-def _check(name: str, form: str) -> None:
+def _check(name: str, form: str, reward_version: str | None) -> None:
+    if reward_version is not None and (len(reward_version) > MAX_NAME or not storable(reward_version)):
+        raise InvalidRequest(f"reward_version must be text of {MAX_NAME} characters at most", param="reward_version")
     if form not in FORMS:
         raise InvalidRequest(f"form {form[:60]!r} is one of {', '.join(FORMS)}", param="form")
     if not 1 <= len(name) <= MAX_NAME or not storable(name):

@@ -109,7 +109,7 @@ def test_every_kind_by_its_own_fields(app: Server) -> None:
         ({"record_id": None, "episode_id": "e", "span": [0, 1]}, 400, "span"),
         ({"record_id": None, "episode_id": "nowhere"}, 404, "episode_id"),
         ({"record_id": "rec_nothing"}, 404, "record_id"),
-        ({"record_id": "\0"}, 404, "record_id"),
+        ({"record_id": "\0"}, 400, "record_id"),
         ({"span": [0]}, 400, "span"),
         ({"span": [0, 99]}, 400, "span"),
         ({"choice": 5}, 400, "choice"),
