@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any, Literal
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from sqlalchemy import Connection
 
 from everlearn.api import auth, bodies
@@ -21,6 +22,8 @@ from everlearn.store import episodes, feedback, records
 from everlearn.store.episodes import Episode, Event
 
 router = APIRouter(prefix="/v1/episodes", tags=["episodes"], dependencies=[CHECK_ADDRESS])
+Records = Query(100, ge=1, le=1000)
+MAX_FEEDBACK = 10_000  # of one page of a timeline; GET /v1/feedback pages through all of it
 READS, SAYS = [scope("read")], [scope("sample")]
 
 
@@ -82,10 +85,12 @@ async def list_episodes(
 
 
 @router.get("/{episode_id}", dependencies=READS)
-async def get_episode(request: Request, episode_id: str) -> Response:
-    """One episode with its timeline: turns of users and results of tools, answers, events and feedback, oldest first."""
+async def get_episode(request: Request, episode_id: str, limit: int = Records, after: str | None = After) -> Response:
+    """One episode with its timeline: turns of users and results of tools, answers, events and feedback, oldest first, around `limit`
+    records behind the record `after`."""
+    refuse_unknown(request, "limit", "after")
     owner = tenant(request)
-    told = await services(request).read(lambda conn: encoded(whole(conn, owner, episode_id)))
+    told = await services(request).read(lambda conn: encoded(whole(conn, owner, episode_id, after, limit)))
     return Response(told, media_type="application/json")
 
 
@@ -117,10 +122,15 @@ async def delete_episode(request: Request, episode_id: str) -> Response:
     return Response(status_code=204)
 
 
-def whole(conn: Connection, owner: str, episode_id: str) -> dict[str, Any]:
+def whole(conn: Connection, owner: str, episode_id: str, after: str | None, limit: int) -> dict[str, Any]:
+    """A page of the timeline: what lies between its first record and the next page's."""
     found = episodes.get(conn, owner, episode_id)
+    rows = episodes.records_of(conn, owner, episode_id, after, limit + 1)
+    since = 0.0 if after is None or not rows else rows[0].created_at
+    until = rows[limit].created_at if len(rows) > limit else None
+    page_of = rows[:limit]
     entries: list[tuple[float, int, dict[str, Any]]] = []  # equal times keep the order of a conversation: asked, answered, judged
-    for row in episodes.records_of(conn, owner, episode_id):
+    for row in page_of:
         _, body = records.get(conn, owner, row.record_id)
         texts = json.loads(body.texts) if body is not None else {}
         said = texts.get("messages")
@@ -129,12 +139,13 @@ def whole(conn: Connection, owner: str, episode_id: str) -> dict[str, Any]:
         answer = {"type": "answer", "created_at": int(row.created_at), "record_id": row.record_id, "model": row.model}
         answer |= {"continues": row.parent_id, "messages": texts.get("answer"), "finish_reasons": row.finish_reasons}
         entries.append((row.created_at, 1, answer))
-    for event in episodes.events(conn, owner, episode_id):
+    for event in episodes.events(conn, owner, episode_id, since, math.inf if until is None else until):
         entries.append((event.created_at, 2, event_json(event)))
-    for one in feedback.of_episodes(conn, owner, [episode_id]):
+    for one in feedback.of_episodes(conn, owner, [episode_id], since=since, until=until, limit=MAX_FEEDBACK):
         entries.append((one.created_at, 3, {"type": "feedback", **feedback_json(one)}))
     timeline = [entry for _, _, entry in sorted(entries, key=lambda entry: entry[:2])]
-    return episode_json(found) | {"timeline": timeline}
+    ends = {"has_more": until is not None, "last_id": page_of[-1].record_id if page_of else None}
+    return episode_json(found) | {"timeline": timeline, **ends}
 
 
 def turn_json(row: records.Row, message: Any) -> dict[str, Any]:

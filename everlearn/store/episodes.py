@@ -17,13 +17,14 @@ from sqlalchemy.engine import Connection
 
 from everlearn.errors import InvalidRequest, TooLarge, Unsupported
 from everlearn.store import forgetting, records, tables
-from everlearn.store.feedback_checks import MAX_TEXT, NAME, SOURCES, no_episode
+from everlearn.store.feedback_checks import MAX_TEXT, NAME, SOURCES, keeps_content, no_episode
 from everlearn.store.names import storable
 from everlearn.store.placing import ID
 
 table, rows, event_rows = tables.episodes, tables.records, tables.episode_events
 EVENT_KINDS = ("outcome", "tool", "user", "act")
 MAX_EVENTS = 10_000  # of one episode
+FAR = 1e18  # a time that no row has
 
 
 class Episode(msgspec.Struct, frozen=True):
@@ -95,20 +96,22 @@ def list_episodes(
     return [Episode(**row._mapping) for row in conn.execute(query)]
 
 
-def records_of(conn: Connection, tenant: str, episode_id: str) -> list[records.Row]:
-    """The episode's records, oldest first."""
+def records_of(conn: Connection, tenant: str, episode_id: str, after: str | None = None, limit: int | None = None) -> list[records.Row]:
+    """The episode's records, oldest first; with `after` those behind that one."""
     where = (rows.c.tenant == tenant) & (rows.c.episode_id == episode_id)
-    return [records.Row(**row._mapping) for row in conn.execute(sa.select(rows).where(where).order_by(rows.c.record_id))]
+    if after is not None:
+        where &= rows.c.record_id > after
+    query = sa.select(rows).where(where).order_by(rows.c.record_id)
+    return [records.Row(**row._mapping) for row in conn.execute(query if limit is None else query.limit(limit))]
 
 
 def add_event(conn: Connection, given: Event) -> Event:
     """Keeps what happened. Raises InvalidRequest, NotFound; Unsupported for text in an episode whose content isn't kept."""
     get(conn, given.tenant, given.episode_id)
     _check(given)
-    known = records_of(conn, given.tenant, given.episode_id)
-    if given.record_id is not None and given.record_id not in {row.record_id for row in known}:
+    if given.record_id is not None and records.get(conn, given.tenant, given.record_id)[0].episode_id != given.episode_id:
         raise records.missing(given.record_id)
-    if given.text and known and not known[-1].body_bytes:
+    if given.text and not keeps_content(conn, given.tenant, given.episode_id):
         raise Unsupported("text: the content of this episode isn't kept; leave it out", param="text")
     here = (event_rows.c.tenant == given.tenant) & (event_rows.c.episode_id == given.episode_id)
     if conn.execute(sa.select(sa.func.count()).select_from(event_rows).where(here)).scalar_one() >= MAX_EVENTS:
@@ -119,9 +122,10 @@ def add_event(conn: Connection, given: Event) -> Event:
     return made
 
 
-def events(conn: Connection, tenant: str, episode_id: str) -> list[Event]:
-    """What happened, oldest first."""
+def events(conn: Connection, tenant: str, episode_id: str, since: float = 0.0, until: float = math.inf) -> list[Event]:
+    """What happened from `since` to before `until`, oldest first."""
     where = (event_rows.c.tenant == tenant) & (event_rows.c.episode_id == episode_id)
+    where &= (event_rows.c.created_at >= since) & (event_rows.c.created_at < min(until, FAR))
     return [Event(**row._mapping) for row in conn.execute(sa.select(event_rows).where(where).order_by(event_rows.c.event_id))]
 
 
@@ -129,10 +133,7 @@ def delete(conn: Connection, tenant: str, episode_id: str) -> None:
     """Forgets an episode with its records, events and feedback, and marks what learned from it."""
     get(conn, tenant, episode_id)
     forgetting.mark(conn, tenant, "episode", [episode_id])
-    known = [row.record_id for row in records_of(conn, tenant, episode_id)]
-    forgetting.mark(conn, tenant, "record", known)
-    for record_id in known:
-        records.delete(conn, tenant, record_id)
+    records.delete_of_episode(conn, tenant, episode_id)
 
 
 def _check(given: Event) -> None:

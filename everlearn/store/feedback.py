@@ -234,12 +234,20 @@ def labels(
     return _select(conn, where, since, until, equal, table.c.feedback_id, limit)
 
 
-def of_episodes(conn: Connection, tenant: str, episode_ids: Sequence[str], counts: bool | None = None) -> list[Feedback]:
-    """All that was said in these episodes, oldest first."""
+def of_episodes(
+    conn: Connection,
+    tenant: str,
+    episode_ids: Sequence[str],
+    counts: bool | None = None,
+    since: float | None = None,
+    until: float | None = None,
+    limit: int | None = None,
+) -> list[Feedback]:
+    """All that was said in these episodes, oldest first; of each 500 episodes `limit` at most."""
     found: list[Feedback] = []
     for start in range(0, len(episode_ids), 500):
         where = (table.c.tenant == tenant) & table.c.episode_id.in_(list(episode_ids[start : start + 500]))
-        found += _select(conn, where, None, None, {"counts": counts}, table.c.feedback_id, None)
+        found += _select(conn, where, since, until, {"counts": counts}, table.c.feedback_id, limit)
     return sorted(found, key=lambda one: one.feedback_id)
 
 

@@ -53,10 +53,7 @@ def check(conn: Connection, given: Feedback) -> Feedback:
         episode = conn.execute(sa.select(tables.episodes).where(where)).first()
         if episode is None:
             raise no_episode(given.episode_id)
-        rows = tables.records
-        here = (rows.c.tenant == given.tenant) & (rows.c.episode_id == given.episode_id)
-        kept = conn.execute(sa.select(rows.c.body_bytes).where(here).order_by(rows.c.record_id.desc()).limit(1)).scalar()
-        return _discreet(_attributed(given, episode.user), bool(kept))
+        return _discreet(_attributed(given, episode.user), keeps_content(conn, given.tenant, given.episode_id))
     row, body = records.get(conn, given.tenant, given.record_id)
     if given.episode_id and row.episode_id not in (None, given.episode_id):
         raise InvalidRequest(f"record {row.record_id} is of episode {row.episode_id}; leave episode_id out", param="episode_id")
@@ -78,6 +75,13 @@ def check(conn: Connection, given: Feedback) -> Feedback:
         given = msgspec.structs.replace(given, over_choice=given.over_choice or 0)
     given = msgspec.structs.replace(given, episode_id=row.episode_id or "")
     return _discreet(_attributed(given, row.user), row.body_bytes > 0)
+
+
+def keeps_content(conn: Connection, tenant: str, episode_id: str) -> bool:
+    """Whether the content of an episode's last record is kept."""
+    rows = tables.records
+    here = (rows.c.tenant == tenant) & (rows.c.episode_id == episode_id)
+    return bool(conn.execute(sa.select(rows.c.body_bytes).where(here).order_by(rows.c.record_id.desc()).limit(1)).scalar())
 
 
 def no_episode(episode_id: str) -> NotFound:

@@ -248,6 +248,14 @@ def delete(conn: Connection, tenant: str, record_id: str) -> None:
     forgetting.mark(conn, tenant, "record", [record_id])
 
 
+def delete_of_episode(conn: Connection, tenant: str, episode_id: str) -> None:
+    """Forgets all records of an episode as `delete` does."""
+    here = (rows.c.tenant == tenant) & (rows.c.episode_id == episode_id)
+    ids = list(conn.execute(sa.select(rows.c.record_id).where(here)).scalars())
+    forgetting.mark(conn, tenant, "record", ids)
+    _drop(conn, here, len(ids), "deleted")
+
+
 def size(conn: Connection) -> int:
     """Bytes of all contents."""
     return int(conn.execute(sa.select(sa.func.coalesce(sa.func.sum(rows.c.body_bytes), 0))).scalar_one())

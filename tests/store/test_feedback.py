@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import tempfile
 import time
 from typing import Any
 
 import msgspec
 import pytest
 import sqlalchemy as sa
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from everlearn.errors import Conflict, InvalidRequest, NotFound, TooLarge, Unsupported
 from everlearn.store import feedback, records, tables
-from everlearn.store.db import Database
+from everlearn.store.db import Database, open_database
 from everlearn.store.feedback import Feedback
 from everlearn.store.feedback_checks import MAX_TEXT
 from everlearn.store.records import Record
@@ -193,6 +196,48 @@ def test_feedback_goes_with_its_record(db: Database, made: Made) -> None:
     do(db, lambda conn: records.sweep(conn, time.time() + 1e9))
     assert acts(db, stays)[-1] == "expired"
     assert db.read(lambda conn: conn.execute(sa.select(tables.feedback)).all()) == []
+
+
+WORDS = st.lists(
+    st.one_of(
+        st.tuples(st.just("say"), st.sampled_from(["jo", "al"]), st.sampled_from([0.0, 1.0])),
+        st.tuples(st.just("edit"), st.integers(0, 20), st.sampled_from([0.0, 1.0])),
+        st.tuples(st.just("delete"), st.integers(0, 20), st.just(0.0)),
+    ),
+    max_size=15,
+)
+
+
+@settings(max_examples=40)
+@given(WORDS)
+def test_whatever_is_said_edited_and_deleted_the_last_word_counts(words: list[tuple[str, Any, float]]) -> None:
+    """Against a plain model: a list of words in the order of their last change. Who follows the changes knows what counts."""
+    with tempfile.TemporaryDirectory() as folder:
+        db = open_database(f"sqlite:///{folder}/x.db")
+        about = record(1)
+        write(db, about)
+        model: list[tuple[str, str, float]] = []
+        for act, who, value in words:
+            if act == "say":
+                model.append((add(db, about, source_id=who, value=value).feedback_id, who, value))
+            elif model:
+                known, source, before = model[who % len(model)]
+                if act == "delete":
+                    do(db, lambda conn, known=known: feedback.delete(conn, "a", known))
+                else:
+                    do(db, lambda conn, known=known, value=value: feedback.edit(conn, "a", known, value=value))
+                if act == "delete" or before != value:  # an edit that changes nothing is no new word
+                    model.remove((known, source, before))
+                if act == "edit" and before != value:
+                    model.append((known, source, value))
+        last = {source: (known, value) for known, source, value in model}
+        found = db.read(lambda conn: feedback.labels(conn, "a"))
+        assert {one.source_id: (one.feedback_id, one.value) for one in found} == last
+        counts: dict[str, bool] = {}
+        for change in db.read(lambda conn: feedback.changes_after(conn, "a")):
+            counts[change.feedback_id] = change.act in ("created", "restored") or (change.act == "edited" and counts[change.feedback_id])
+        assert {known for known, counted in counts.items() if counted} == {known for known, _ in last.values()}
+        db.close()
 
 
 def test_shares_of_sources(db: Database, made: Made) -> None:
