@@ -120,6 +120,7 @@ async def give_feedback(request: Request) -> Response:
             made = await svc.read(lambda conn: feedback.replayed(conn, given) or feedback.prepare(conn, given))
         else:
             made = await svc.write(lambda conn: feedback.add(conn, given))
+            svc.metrics.feedback.labels(made.kind, made.source).inc()
     except NotFound as error:
         raise gone(svc, error, given) from None
     told = feedback_json(made) | ({"dry_run": True} if form.dry_run else {})

@@ -103,6 +103,12 @@ def test_the_helper_says_everything_through_the_client_that_is_there(live: LiveS
     assert feedback.thumb(stream[0], up=True)["target"]["record_id"] == record_of(stream[-1])
     response = mine.responses.create(model="tiny", input="a?", max_output_tokens=4)
     assert feedback.thumb(response, up=True)["target"]["episode_id"] == "ticket-1"
+    body = {"model": "tiny", "max_tokens": 4, "messages": [{"role": "user", "content": "a?"}]}
+    reply = httpx.post(live.url + "/anthropic/api/v1/messages", json=body, headers={"x-everlearn-episode": "ticket-2"}, timeout=60)
+    assert reply.headers["x-everlearn-episode"] == "ticket-2"
+    assert feedback.thumb(reply.json()["id"], up=True)["target"]["episode_id"] == "ticket-2"
+    metrics = httpx.get(live.url + "/metrics").text
+    assert 'everlearn_feedback_total{kind="demonstration",source="human"} 1.0' in metrics
     with pytest.raises(openai.BadRequestError, match="episode"):
         chat(in_episode(client, "not/this"), [{"role": "user", "content": "a?"}])
 
