@@ -34,6 +34,8 @@ ROWS = {
     "record.row": "records of answers, and what they count in the usage",
     "name.row": "an adapter's name gets a version, or means another one",
     "key.row": "a key is made, changed or revoked",
+    "feedback.row": "a word about an answer is kept, edited or forgotten",
+    "dataset.row": "a dataset becomes listed, with all its items",
     "garbage.row": "rows go whose folders are gone",
 }
 ACTS = {

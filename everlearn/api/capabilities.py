@@ -8,10 +8,22 @@ import msgspec
 from fastapi import APIRouter, Request
 
 import everlearn
-from everlearn.api import bounds
+from everlearn.api import bounds, grants
 from everlearn.api.auth import caller, scope
 from everlearn.api.services import services
+from everlearn.loop import gather
+from everlearn.store import episodes, feedback, feedback_checks
 from everlearn.types import BaseModelInfo
+
+FEEDBACK = {
+    "text_chars": feedback_checks.MAX_TEXT,
+    "demonstration_chars": feedback_checks.MAX_ANSWER,
+    "reason_chars": feedback_checks.MAX_REASON,
+    "of_one_source_about_one_answer": feedback.MAX_WORDS,
+    "events_of_an_episode": episodes.MAX_EVENTS,
+    "token_seconds": grants.MAX_SECONDS,
+    "dataset_bytes": gather.MAX_BYTES,
+}
 
 router = APIRouter(prefix="/v1", tags=["capabilities"], dependencies=[scope("train", "sample", "read")])
 
@@ -28,6 +40,7 @@ async def capabilities(request: Request) -> dict[str, Any]:
         "limits": {
             "body_bytes": settings.api.max_body_bytes,
             "request": bounds.BOUNDS,
+            "feedback": FEEDBACK,
             "request_seconds": settings.api.request_seconds,
             "live_sequences": settings.engine.max_batch + settings.api.live_queue,
             "pending_requests": settings.api.max_pending_requests,

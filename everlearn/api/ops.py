@@ -62,6 +62,7 @@ class Metrics:
         )
         self.records_total = Counter("everlearn_records", "records of answers that came into the database", registry=self.registry)
         self.records_lost = Counter("everlearn_records_lost", "records that could not be stored", registry=self.registry)
+        self.feedback = Counter("everlearn_feedback", "feedback that was taken", ["kind", "source"], registry=self.registry)
         self.records_waiting = Gauge("everlearn_records_waiting", "records that the database has not got yet", registry=self.registry)
         self.records_spooled = Gauge("everlearn_records_spool_bytes", "bytes on disk of records that wait", registry=self.registry)
 

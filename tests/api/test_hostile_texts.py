@@ -50,6 +50,11 @@ BODIES: dict[str, dict[str, Any]] = {
     "/api/v1/retrieve_futures": {"target": {"sampling_session_id": "s", "type": "sampling_session"}, "retrieved_request_ids": ["r"], "timeout": 0.1},
     "/api/v1/cancel_future": {"request_id": f"{RUN}:1"},
     "/api/v1/weights_info": {"tinker_path": f"tinker://{RUN}/weights/one"},
+    "/v1/feedback": {"kind": "boolean", "record_id": "rec_x", "name": "n", "text": "t", "over": {"record_id": "rec_y"}, "source": "human", "source_id": "s", "reason": "r", "idempotency_key": "k"},
+    "/v1/feedback/tokens": {"record_id": "rec_x", "source_id": "s"},
+    "/v1/episodes/e/events": {"kind": "act", "name": "n", "text": "t", "record_id": "rec_x", "source": "human"},
+    "/v1/datasets": {"name": "n", "form": "sft", "reward_version": "r", "filters": {"model": "m", "user": "u", "after_feedback": "f", "names": ["n"]}},
+    "/v1/datasets/ds_x/versions": {"version": "v", "parent": "p"},
     "/api/v1/sessions/search": {"session_id": SESSION, "project_ids": ["p"], "user_metadata": {"k": "v"}, "display_name": "d", "statuses": [{"type": "active"}]},
 }  # fmt: skip
 
