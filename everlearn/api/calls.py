@@ -145,6 +145,12 @@ class Call:
         finally:
             self.end()
 
+    async def unseen(self, opened: Opened) -> None:
+        """Answers for the record alone: no client waits, and no share of a key is used (everlearn/api/shadow.py)."""
+        exchange = Exchange(opened, await self.svc.serving.generate(opened.spec), self.keep)
+        self.exchanges.append(exchange)
+        await exchange.whole()
+
     def end(self) -> None:
         """Frees what is still held, settles the share, hands over the records of what was cut off. Only the first time counts."""
         if self._ended or self._lease is None:
@@ -155,6 +161,8 @@ class Call:
         self._give_up()
         self._lease.spent(sum(exchange.prompt_tokens + exchange.completion_tokens for exchange in self.exchanges))
         self._lease.release()
+        if self.exchanges and self.exchanges[0].record_id in self._recorded:
+            self.svc.shadows.offer(self)
         for exchange in self.exchanges:
             if exchange.completion_tokens or exchange.generation.value is not None:
                 self._hand_over(exchange)

@@ -28,6 +28,7 @@ NOUNS = {
     "run": "Training runs.",
     "checkpoint": "Saved weights of training runs.",
     "adapter": "Names of adapters and the versions that they mean.",
+    "deploy": "What answers under a name, what is tried beside it, and why.",
     "key": "API keys and their tenants.",
     "bench": "Measure a running server.",
     "eval": "Study what a model learns.",
