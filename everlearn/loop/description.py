@@ -7,7 +7,7 @@
     at = "03:00"           # and every night, in the runner's local time
 
     [update]
-    method = "sft"         # from corrections; "dpo" from preferences
+    method = "sft"         # from corrections; "dpo" from preferences, "kto" from thumbs
     start = "base"         # each version learns from the base model anew; "champion": from the version that serves
 
     [shadow]
@@ -49,9 +49,9 @@ class Triggers(Section, frozen=True):
 class Update(Section, frozen=True):
     """How a candidate is made. `paraphrases`: wordings of each question that are sampled from the model, filtered, and trained with it.
     `replay`: the most older corrections that ride along, newest first. `rehearsed`: general examples in every batch, as the model itself
-    would answer them."""
+    would answer them. `beta` is of dpo and kto (everlearn/loop/preference.py), where paraphrases, replay and rehearsed have no part."""
 
-    method: Literal["sft", "dpo"] = "sft"
+    method: Literal["sft", "dpo", "kto"] = "sft"
     start: Literal["base", "champion"] = "base"
     rank: int = 16
     learning_rate: float = 2e-3

@@ -96,6 +96,10 @@ def batches(lesson: Lesson, recipe: Recipe) -> Iterator[list[Any]]:
             yield order[start : start + recipe.batch]
 
 
+def num_steps(lesson: Lesson, recipe: Recipe) -> int:
+    return recipe.epochs * -(-len(lesson) // recipe.batch)
+
+
 def teach(
     trainer: Any, lesson: Lesson, recipe: Recipe, beta: float, on_step: Callable[[Step], None] = lambda _: None, begin: int = 0,
     save: Callable[[int], None] = lambda _: None, every: int = 0,
@@ -104,7 +108,7 @@ def teach(
     everlearn/loop/lesson.py. A step's `loss` is the mean over its pairs or answers."""
     if not lesson:
         raise InvalidRequest("the lesson is empty", param="lesson")
-    total = recipe.epochs * -(-len(lesson) // recipe.batch)
+    total = num_steps(lesson, recipe)
     steps: list[Step] = []
     for number, batch in enumerate(batches(lesson, recipe)):
         if number < begin:

@@ -30,8 +30,8 @@ from everlearn.loop.rule import Rule
 from everlearn.loop.service import Api, Deployed, deployed, pages, read, route
 
 REST = "collect"
-FORMS = {"sft": "sft", "dpo": "preference"}  # of a dataset, by method
-KINDS = {"sft": "demonstration", "dpo": "preference"}  # of the labels that it learns from
+FORMS = {"sft": "sft", "dpo": "preference", "kto": "kto"}  # of a dataset, by method
+KINDS = {"sft": ["demonstration"], "dpo": ["preference", "demonstration"], "kto": ["boolean", "float"]}  # of the labels that it learns from
 RETRIES = 5  # when somebody else was faster, again and again
 HOUR = 3600.0
 
@@ -96,18 +96,18 @@ class Runner:
         return bool(why)
 
     def dataset(self, now: Deployed, described: Description) -> bool:
-        made = self._dataset(now, described)
-        figures = {name: made[name] for name in ("id", "content_hash", "train_items", "heldout_items")}
-        if not made["train_items"]:
+        made = self._dataset(now, described, FORMS[described.update.method])
+        figures = {name: made[name] for name in ("id", "content_hash", "items", "left_out")}
+        if not made["items"]["train"]:
             self._end(now, "ended", "there is nothing to learn from", {"dataset": figures})
             return False
-        reason = f"{made['train_items']} items to learn from, {made['heldout_items']} held out"
+        reason = f"{made['items']['train']} items to learn from, {made['items']['heldout']} held out"
         self._advance(now, "update", reason, {"dataset": figures}, cycle={**now.cycle, "dataset": made["id"]})
         return True
 
     def update(self, now: Deployed, described: Description) -> bool:
         notes = _Notes(self, now)
-        items = self._items(now, "train", "train")
+        items = self._items(str(now.cycle["dataset"]), "train", "train")
         try:
             made = update.make(self.api, self.service, now, described, items, notes, self.say, self.clock)
         except Overloaded as error:
@@ -117,6 +117,9 @@ class Runner:
             return False
         body = {"name": self.name, "path": made.path, "note": f"cycle {now.cycle['id']}"}
         number = int(self.api.post("/v1/adapters", body)["number"])
+        parent = now.champion if described.update.start == "champion" and not now.champion.endswith("@0") else None
+        told = {"version": f"{self.name}@{number}", "parent": parent}
+        self.api.post(f"/v1/datasets/{now.cycle['dataset']}/versions", told)
         shown = (
             f"{made.first_loss:.3f} to {made.last_loss:.3f}" if made.first_loss is not None and made.last_loss is not None else "unknown"
         )
@@ -126,11 +129,12 @@ class Runner:
 
     def gate(self, now: Deployed, described: Description) -> bool:
         candidate = _candidate(now)
-        if "dataset" not in now.cycle:  # a candidate that was trained elsewhere is asked the same things
-            made = self._dataset(now, described)
-            now = self._note(now, {**now.cycle, "dataset": made["id"]})
+        asked = now.cycle.get("asked") or (now.cycle.get("dataset") if described.update.method == "sft" else None)
+        if asked is None:  # all are asked what users corrected, also one that learned from thumbs, or that was trained elsewhere
+            asked = self._dataset(now, described, "sft")["id"]
+            now = self._note(now, {**now.cycle, "asked": asked})
         self.say(f"asking {candidate} and {now.champion} the same questions")
-        trained, held_out = (self._items(now, split, "evaluate") for split in ("train", "heldout"))
+        trained, held_out = (self._items(asked, split, "evaluate") for split in ("train", "heldout"))
         found = measure.offline(self.api, self.service, now, candidate, trained, held_out)
         return self._conclude(now, described, rule.rule_of(described.gate), found)
 
@@ -225,16 +229,15 @@ class Runner:
     def _labels(self, now: Deployed, described: Description) -> int:
         """Labels that came since the last cycle began."""
         since = float(now.cycle.get("began", 0.0))
-        return len(pages(self.api, "/v1/feedback", since, kind=KINDS[described.update.method], counts=True))
+        return sum(len(pages(self.api, "/v1/feedback", since, kind=kind, counts=True)) for kind in KINDS[described.update.method])
 
-    def _dataset(self, now: Deployed, described: Description) -> dict[str, Any]:
-        method = described.update.method
-        filters = {"model": now.name, "kinds": [KINDS[method]], **described.filters}
-        made: dict[str, Any] = self.api.post("/v1/datasets", {"name": str(now.cycle["id"]), "form": FORMS[method], "filters": filters})
+    def _dataset(self, now: Deployed, described: Description, form: str) -> dict[str, Any]:
+        body = {"name": str(now.cycle["id"]), "form": form, "filters": {"model": now.name, **described.filters}}
+        made: dict[str, Any] = self.api.post("/v1/datasets", body)
         return made
 
-    def _items(self, now: Deployed, split: str, purpose: str) -> list[dict[str, Any]]:
-        return self.api.lines(f"/v1/datasets/{now.cycle['dataset']}/export", split=split, purpose=purpose)
+    def _items(self, dataset: str, split: str, purpose: str) -> list[dict[str, Any]]:
+        return self.api.lines(f"/v1/datasets/{dataset}/export", split=split, purpose=purpose, tokens=True)
 
     def _advance(self, now: Deployed, to: str, reason: str, evidence: dict[str, Any] | None = None, **more: Any) -> Deployed:
         return self._post(now, "advance", {"to": to, "expected": now.revision, "reason": reason, "evidence": evidence or {}, **more})

@@ -25,7 +25,8 @@ def test_the_first_line_that_asks_is_what_counts(sampled: str, kept: str) -> Non
     ("other", "same"),
     [
         ("Where is Larkspur Kites based?", True),
-        ("In which town can I find Larkspur Kites?", True),
+        ("What is the town that Larkspur Kites is based in?", True),
+        ("In which town can I find Larkspur Kites?", False),  # the last word of weight is lost
         ("Where is the company based?", False),  # the name is lost
         ("Who founded Larkspur Kites and when did they open the shop that everybody knows in the whole of the country?", False),
         ("Is Larkspur a flower that Kites eat?", False),
