@@ -159,7 +159,7 @@ def errors_page() -> str:
         "Every error names the thing, the value, the rule and the way out. The body of a failed request is",
         '`{"error": {"message", "type", "param", "code"}, "detail": message}`; `code` is stable, programs may match on it. The header',
         "`x-request-id` names the request in the server's log. The Tinker SDK sends a request again on 408, 409, 429 and 5xx, for",
-        "minutes and whatever the headers say, so a permanent error has none of these.",
+        "minutes and whatever the headers say, so a permanent error of its routes has none of these.",
         "",
         "```text",
         inspect.cleandoc(tree),

@@ -135,6 +135,19 @@ class ImageSettings(Section):
     )
 
 
+class FeedbackSettings(Section):
+    implicit: bool = Field(
+        False, description="take weak labels from the next turn of a conversation: a retry, a repetition, a correction, thanks"
+    )
+    source_cap: float = Field(100.0, ge=1, description="how many labels all labels of one source (a user, a program) are worth at most")
+    human_weight: float = Field(1.0, ge=0, description="what a label of a person is worth")
+    program_weight: float = Field(1.0, ge=0, description="what a label of a program is worth")
+    model_weight: float = Field(0.5, ge=0, description="what a label of a model is worth")
+    heldout_share: float = Field(
+        0.2, ge=0, lt=1, description="share of new episodes that are never trained on, so that versions can be judged with them"
+    )
+
+
 class Settings(Section):
     home: Path = Field(default_factory=lambda: Path.home() / ".everlearn", description="folder of all data")
     api: ApiSettings = Field(default_factory=ApiSettings)
@@ -142,6 +155,7 @@ class Settings(Section):
     store: StoreSettings = Field(default_factory=StoreSettings)
     models: ModelsSettings = Field(default_factory=ModelsSettings)
     images: ImageSettings = Field(default_factory=ImageSettings)
+    feedback: FeedbackSettings = Field(default_factory=FeedbackSettings)
 
     @property
     def store_url(self) -> str:

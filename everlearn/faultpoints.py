@@ -35,6 +35,8 @@ ROWS = {
     "name.row": "an adapter's name gets a version, or means another one",
     "deployment.row": "a deployment changes, with its line of the log",
     "key.row": "a key is made, changed or revoked",
+    "feedback.row": "a word about an answer is kept, edited or forgotten",
+    "dataset.row": "a dataset becomes listed, with all its items",
     "garbage.row": "rows go whose folders are gone",
 }
 ACTS = {

@@ -157,7 +157,8 @@ class SampledSequence(msgspec.Struct, frozen=True):
 
 
 class SampleResult(msgspec.Struct, frozen=True, tag="sample"):
-    """`prompt_logprobs` float32 [P]: entry i scores prompt token i; NaN where there is none (position 0, or before the last n)."""
+    """`prompt_logprobs` float32 [P]: entry i scores prompt token i; NaN where there is none (position 0, or before the last n).
+    `pooled` float32 [D]: the prompt's final hidden states, pooled as was asked."""
 
     sequences: list[SampledSequence]
     prompt_logprobs: Array | None = None
@@ -166,6 +167,7 @@ class SampleResult(msgspec.Struct, frozen=True, tag="sample"):
     prompt_alt_tokens: Array | None = None
     prompt_alt_logprobs: Array | None = None
     prompt_cache_hit_tokens: int = 0
+    pooled: Array | None = None
 
 
 class ForwardBackwardResult(msgspec.Struct, frozen=True, tag="forward_backward"):

@@ -13,12 +13,26 @@ import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 
 from fastapi import Depends, FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import everlearn
-from everlearn.api import adapters, capabilities, deployments, errors, ops, records, tokens, usage
+from everlearn.api import (
+    adapters,
+    capabilities,
+    datasets,
+    deployments,
+    episodes,
+    errors,
+    feedback,
+    ops,
+    records,
+    signals,
+    tokens,
+    usage,
+)
 from everlearn.api.anthropic import messages as anthropic
 from everlearn.api.auth import KeyCache, admit, authenticate, scope
 from everlearn.api.chatmodels import ChatModels
@@ -68,7 +82,7 @@ def create_app(settings: Settings) -> FastAPI:
         for router in openai.ROUTERS:
             app.include_router(router, prefix=prefix)
     app.include_router(anthropic.router, prefix=anthropic.PREFIX)
-    for own in (ops, adapters, capabilities, deployments, records, tokens, usage):
+    for own in (ops, adapters, capabilities, records, usage, episodes, feedback, datasets, deployments, tokens):
         app.include_router(own.router)
 
     @app.get("/openapi.json", include_in_schema=False, dependencies=[scope("train", "sample", "read")])
@@ -137,7 +151,8 @@ def make_services(settings: Settings, db: Database, catalog: Catalog) -> Service
     dispatcher = Dispatcher(settings, db, engine, metrics)
     serving = Serving(settings, engine, dispatcher, metrics.serving)
     metrics.watch(engine, dispatcher, serving)
-    recorder = Recorder(db, Spool(settings.home / "spool"), metrics.records_total.inc, metrics.records_lost.inc)
+    keep = partial(signals.keep, settings=settings.feedback)
+    recorder = Recorder(db, Spool(settings.home / "spool"), metrics.records_total.inc, metrics.records_lost.inc, keep)
     metrics.records_waiting.set_function(lambda: len(recorder))
     metrics.records_spooled.set_function(lambda: recorder.spool.size)
     limiter = Limiter(catalog, recorder.backlog)

@@ -23,6 +23,8 @@ from urllib.parse import quote, urlsplit
 from fastapi import Depends, Request, params
 from starlette.types import Scope as Scoped
 
+from everlearn.api import grants
+from everlearn.api.grants import Grant
 from everlearn.api.services import Services, services
 from everlearn.errors import Forbidden, Unauthenticated
 from everlearn.store import keys
@@ -39,13 +41,14 @@ SECRET_BYTES = 32
 
 @dataclass(frozen=True)
 class Caller:
-    """`content` False: of this caller's answers only the figures are recorded."""
+    """`content` False: of this caller's answers only the figures are recorded. `grant`: it came with a token for feedback."""
 
     tenant: str
     key_id: str | None
     scopes: frozenset[str]
     limits: keys.Limits = keys.NO_LIMITS
     content: bool = True
+    grant: Grant | None = None
 
 
 LOCAL = Caller(DEFAULT_TENANT, None, ALL_SCOPES)
@@ -93,6 +96,10 @@ async def authenticate(request: Request) -> None:
         return
     if request.scope["path"].startswith(SIGNED_PREFIX) and "signature" in request.query_params:
         request.state.caller = verify_signed(svc, request)
+        return
+    if request.scope["path"] == grants.PATH and request.method == "POST" and "token" in request.query_params:
+        grant = grants.verify(signing_secret(svc.settings.home), request.query_params["token"])
+        request.state.caller = Caller(grant.tenant, None, frozenset({grants.SCOPE}), content=grant.content, grant=grant)
         return
     if required:
         request.state.caller = await by_key(svc, cache, request)

@@ -25,8 +25,10 @@ from everlearn.api.turns import Opened
 from everlearn.errors import Unavailable
 from everlearn.render.reasoning import opened_by
 from everlearn.store import records
+from everlearn.store.placing import check_id
 from everlearn.store.records import Record, RecordedChoice
 
+EPISODE = "x-everlearn-episode"
 BEGIN_SECONDS = 10.0  # how long the headers wait for the first token: until then an error is still a status
 
 
@@ -94,6 +96,7 @@ class Call:
         self.svc, self.caller, self.target, self.asked = svc, caller, target, asked
         self.created_at = time.time()
         self.exchanges: list[Exchange] = []
+        self.episode_id: str | None = None  # the one that the client named
         self._started = time.perf_counter()
         self._lease: Lease | None = None
         self._watch: Watch | None = None
@@ -114,11 +117,15 @@ class Call:
         return {
             "x-everlearn-version": self.target.name,
             "x-everlearn-record": ",".join(self.record_ids),
+            **({EPISODE: self.episode_id} if self.episode_id else {}),
             **self._lease.headers,
         }
 
     async def start(self, request: Request, opened: list[Opened]) -> None:
-        """Sends everything to the engine. Raises Forbidden, Overloaded (a queue or the key's limits), Unavailable."""
+        """Sends everything to the engine. Raises InvalidRequest (the episode's id), Forbidden, Overloaded (a queue or the key's limits),
+        Unavailable."""
+        if (named := request.headers.get(EPISODE)) is not None:
+            self.episode_id = check_id(named)
         self._lease = self.svc.limiter.admit(self.caller, self.target.name, sum(one.most_tokens for one in opened))
         try:
             for one in opened:
@@ -206,5 +213,6 @@ class Call:
             first_token_seconds=first,
             seconds=seconds,
             content=keeps,
+            episode_id=self.episode_id,
             created_at=self.created_at,
         )

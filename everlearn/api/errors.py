@@ -1,7 +1,8 @@
 """One table from error codes to HTTP statuses, and two envelopes: one that OpenAI's and Tinker's clients both read, and Anthropic's.
 
 The Tinker SDK sends a request again on 408, 409, 429 and 5xx, for minutes and whatever the headers say; so nothing permanent is
-answered with one of these, and a conflict is a 400 (its `code` says what it is).
+answered with one of these, and a conflict is a 400 (its `code` says what it is). The one exception is no route of Tinker's: an idempotency
+key that was used for another body is a 409, as everywhere, with the header that tells OpenAI's clients not to try again.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ STATUS = {
     "forbidden": 403,
     "not_found": 404,
     "conflict": 400,
+    "idempotency_conflict": 409,
     "damaged": 400,
     "expired": 410,
     "too_large": 413,
@@ -61,6 +63,7 @@ HEADERS = {
     429: {"retry-after": "1"},
     503: {"retry-after": "1"},
     401: {"www-authenticate": "Bearer"},
+    409: {"x-should-retry": "false"},
 }
 RATE_LIMIT = "x-ratelimit-"
 

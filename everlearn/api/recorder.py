@@ -13,9 +13,9 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 
+from sqlalchemy.engine import Connection
 from sqlalchemy.exc import InterfaceError, OperationalError
 
 from everlearn.errors import Unavailable
@@ -34,10 +34,18 @@ RETRY_SECONDS = 1.0
 
 
 class Recorder:
-    """Owns the spool. `written` is called with the number of records of each commit, `lost` with those that can't be stored."""
+    """Owns the spool. `written` is called with the number of records of each commit, `lost` with those that can't be stored. `keep` is what
+    the store's writer does with a batch."""
 
-    def __init__(self, db: Database, spool: Spool, written: Callable[[int], object] = int, lost: Callable[[int], object] = int):
-        self.db, self.spool, self.written, self.lost = db, spool, written, lost
+    def __init__(
+        self,
+        db: Database,
+        spool: Spool,
+        written: Callable[[int], object] = int,
+        lost: Callable[[int], object] = int,
+        keep: Callable[[Connection, Sequence[Packed]], object] = records.write,
+    ):
+        self.db, self.spool, self.written, self.lost, self.keep = db, spool, written, lost, keep
         self._queue: queue.SimpleQueue[tuple[str, bytes] | None] = queue.SimpleQueue()  # ids and drafts
         self._waiting: dict[str, int] = {}  # ids that aren't in the database yet, and how many bytes each holds
         self._bytes = 0
@@ -140,11 +148,11 @@ class Recorder:
                 return
 
     def _store(self, batch: list[Packed]) -> None:
-        ids = [row.record_id for row, _ in batch]
+        ids = [one.row.record_id for one in batch]
         while True:
             last = self._closing.is_set()
             try:
-                self.db.write(partial(records.write, packed=batch)).result()
+                self.db.write(lambda conn: self.keep(conn, batch)).result()
                 self._problem = ""
                 return self._gone(ids, self.written)
             except (Unavailable, OperationalError, InterfaceError) as error:

@@ -55,6 +55,7 @@ class GenerationSpec(msgspec.Struct, frozen=True):
     n: int = 1
     top_logprobs: int = 0
     prompt_logprobs: int | None = None
+    pooling: str = ""
     deadline: float = 0.0
     stream: bool = False
     bound_by: str = GRAMMAR_PARAM
@@ -349,6 +350,7 @@ def command_of(spec: GenerationSpec, request_id: str) -> protocol.Sample:
         prompt_logprobs=spec.prompt_logprobs is not None,
         topk_prompt_logprobs=spec.prompt_logprobs or 0,
         topk_sample_logprobs=spec.top_logprobs,
+        pooling=spec.pooling,
         stream=spec.stream,
         deadline=spec.deadline,
         images=spec.images,

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from everlearn.errors import EverlearnError
+from everlearn.store.records import UNSEEN
 
 if TYPE_CHECKING:
     from everlearn.api.calls import Call
 
 log = logging.getLogger(__name__)
 
-ROUTE = "shadow"
 SHADOW_TOKENS = 512
 MOST_RUNNING = 1
 
@@ -48,7 +48,7 @@ async def _answer(call: Call) -> None:
     most = min(spec.params.max_tokens, SHADOW_TOKENS)
     params = msgspec.structs.replace(spec.params, max_tokens=most, min_tokens=min(spec.params.min_tokens, most))
     spec = msgspec.structs.replace(spec, target=target, n=1, stream=False, params=params)
-    asked = msgspec.structs.replace(call.asked, route=ROUTE, metadata={"shadow_of": shown.record_id})
+    asked = msgspec.structs.replace(call.asked, route=UNSEEN, metadata={"shadow_of": shown.record_id})
     beside = type(call)(call.svc, call.caller, target, asked)
     try:
         await beside.unseen(msgspec.structs.replace(shown.opened, spec=spec))

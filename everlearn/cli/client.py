@@ -70,16 +70,29 @@ class Client:
                 break
         return rows
 
-    def all(self, path: str) -> list[dict[str, Any]]:
-        """All rows of a listing that goes on behind its last id."""
+    def all(self, path: str, limit: int | None = None, **params: Any) -> list[dict[str, Any]]:
+        """All rows of a listing that goes on behind its last id, at most `limit`."""
         rows: list[dict[str, Any]] = []
         after: str | None = None
         while True:
-            page = self.get(path, limit=1000, after=after)
+            size = 1000 if limit is None else min(1000, limit - len(rows))
+            page = self.get(path, limit=size, after=after, **params)
             rows += page["data"]
-            if not page["has_more"]:
+            if not page["has_more"] or len(rows) == limit:
                 return rows
             after = page["last_id"]
+
+    @contextmanager
+    def download(self, path: str, **params: Any) -> Iterator[Iterator[bytes]]:
+        """The bytes of an answer as they come."""
+        try:
+            with self._http.stream("GET", path, params=params) as response:
+                if not response.is_success:
+                    response.read()
+                    raise _as_error(response)
+                yield response.iter_bytes()
+        except (httpx.TransportError, httpx.UnsupportedProtocol) as error:
+            raise self._unreachable(error) from None
 
     @contextmanager
     def events(self, path: str, body: Any) -> Iterator[tuple[httpx.Headers, Iterator[dict[str, Any]]]]:

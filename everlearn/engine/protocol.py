@@ -105,7 +105,7 @@ class Sample(Command, tag="sample"):
     """Draw `num_samples` sequences. `version` "" is the base model; otherwise weights are those of `folder`, cached by version.
     `cache_salt` separates prefix caches (tenant) and takes turns with other salts in the queue. `stream` asks for a `Tokens` event of
     every step. `deadline` seconds after its arrival (0: never) the request ends with what it has. target_prompt_logprobs: int64
-    [P - 1, K], -1 asks for nothing."""
+    [P - 1, K], -1 asks for nothing. `pooling` asks for one vector of the prompt's final hidden states: their "mean", or the "last"."""
 
     request_id: str
     base: str
@@ -121,6 +121,7 @@ class Sample(Command, tag="sample"):
     topk_sample_logprobs: int = 0
     target_prompt_logprobs: Array | None = None
     prompt_alt_tokens_k: int = 0
+    pooling: str = ""
     stream: bool = False
     deadline: float = 0.0
     images: list[ImageSpan] = []

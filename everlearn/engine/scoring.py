@@ -2,9 +2,10 @@
 
 The hidden state of position i scores token i + 1, so row i of everything below speaks of prompt token i + 1. Rows may arrive in
 chunks and, after a preemption, resume where they stopped; `next_row` is the first one that is missing. A prefix that needs no
-scores may come from the prefix cache, later ones may not.
+scores may come from the prefix cache, later ones may not. Pooling reads hidden states themselves, that of the last token included, which
+scores nothing: there is one row more.
 
-Axes: P prompt tokens, R rows of one chunk, K alternatives, V vocabulary.
+Axes: P prompt tokens, R rows of one chunk, D hidden size, K alternatives, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,16 +22,19 @@ from everlearn.types import Array, TopK
 # Rows whose full logits exist at one time: 64 x 49,152 floats are 12 MiB.
 LOGIT_ROWS = 64
 MISSING_LOGPROB = -99999.0
+MEAN, LAST = "mean", "last"
 
 
 class PromptScores:
     def __init__(self, command: Sample, prompt: np.ndarray):
         self.command, self.prompt = command, prompt
         self.num_rows = len(prompt) - 1
+        self.end = len(prompt) if command.pooling else self.num_rows
         last_n = command.prompt_logprobs_last_n
         self.first_own = 0 if last_n is None else max(self.num_rows - last_n, 0)
         self.targets = command.target_prompt_logprobs.numpy() if command.target_prompt_logprobs is not None else None
         self.next_row = self._first_row()
+        self.sum_D: np.ndarray | None = None  # of the hidden states that are pooled
         rows, alternatives, topk = self.num_rows, command.prompt_alt_tokens_k, command.topk_prompt_logprobs
         self.own = np.full(len(prompt), np.nan, np.float32) if command.prompt_logprobs else None
         self.target = np.full(self.targets.shape, np.nan, np.float32) if self.targets is not None else None
@@ -40,9 +44,9 @@ class PromptScores:
         self.alt_logprobs = np.zeros((rows, alternatives), np.float32) if alternatives else None
 
     def _first_row(self) -> int:
-        """The first row that anything asks for; num_rows where nothing does."""
+        """The first row that anything asks for; that of the last token where nothing does."""
         command, first = self.command, self.num_rows
-        if command.prompt_alt_tokens_k:
+        if command.prompt_alt_tokens_k or command.pooling == MEAN:
             return 0
         if command.prompt_logprobs or command.topk_prompt_logprobs:
             first = min(first, self.first_own)
@@ -52,16 +56,27 @@ class PromptScores:
 
     @property
     def complete(self) -> bool:
-        return self.next_row >= self.num_rows
+        return self.next_row >= self.end
 
     def add(self, head: Head, hidden_RD: torch.Tensor, start: int, adapter: AdapterWeights | None) -> bool:
-        """Scores the rows of `hidden_RD`, whose first is row `start`; False if the model's logits are not numbers."""
+        """Scores and pools the rows of `hidden_RD`, whose first is row `start`; False if the model's numbers are none."""
         skip = max(self.next_row - start, 0)
-        hidden_RD, start = hidden_RD[skip : max(self.num_rows - start, 0)], start + skip
+        hidden_RD, start = hidden_RD[skip : max(self.end - start, 0)], start + skip
         if not len(hidden_RD):
             return True
-        command = self.command
-        fine = True
+        self.next_row = start + len(hidden_RD)
+        pooled = self._pool(hidden_RD) if self.command.pooling else True
+        hidden_RD = hidden_RD[: max(self.num_rows - start, 0)]
+        return self._score(head, hidden_RD, start, adapter) and pooled if len(hidden_RD) else pooled
+
+    def _pool(self, hidden_RD: torch.Tensor) -> bool:
+        part_RD = hidden_RD if self.command.pooling == MEAN else hidden_RD[-1:]
+        sum_D = part_RD.sum(dim=0, dtype=torch.float32).cpu().numpy()
+        self.sum_D = sum_D if self.sum_D is None or self.command.pooling == LAST else self.sum_D + sum_D
+        return bool(np.isfinite(sum_D).all())
+
+    def _score(self, head: Head, hidden_RD: torch.Tensor, start: int, adapter: AdapterWeights | None) -> bool:
+        command, fine = self.command, True
         if command.topk_prompt_logprobs or command.prompt_alt_tokens_k:
             for first in range(0, len(hidden_RD), LOGIT_ROWS):
                 part_RD = hidden_RD[first : first + LOGIT_ROWS]
@@ -71,7 +86,6 @@ class PromptScores:
             wanted_RK = self._wanted(start, len(hidden_RD)).to(hidden_RD.device)
             logprobs_RK = head.logprobs(hidden_RD, wanted_RK, [Segment(adapter, 0, len(hidden_RD))])
             fine = self._store(start, logprobs_RK)
-        self.next_row = start + len(hidden_RD)
         return fine
 
     def _wanted(self, start: int, num: int) -> torch.Tensor:
@@ -132,3 +146,9 @@ class PromptScores:
     def target_logprobs(self) -> Array | None:
         """float32 [P - 1, K]; NaN where nothing was asked for."""
         return Array.of(self.target) if self.target is not None else None
+
+    def pooled(self) -> Array | None:
+        """float32 [D]; None where it wasn't asked for, or the request ended before its prompt was computed."""
+        if self.sum_D is None or not self.complete:
+            return None
+        return Array.of(self.sum_D / (len(self.prompt) if self.command.pooling == MEAN else 1))

@@ -90,6 +90,7 @@ class Request:
             prompt_alt_tokens=Array.of(scores.alt_tokens) if scores.alt_tokens is not None else None,
             prompt_alt_logprobs=Array.of(scores.alt_logprobs) if scores.alt_logprobs is not None else None,
             prompt_cache_hit_tokens=self.hit_tokens,
+            pooled=scores.pooled(),
         )
 
 

@@ -2,7 +2,7 @@
 
 The raw material of learning from use. A row with the figures is always kept for the retention time; the content (texts, tokens,
 log-probabilities, parameters, metadata) stands beside it as one compressed blob, and is left out for keys that want it so. Rows
-that leave were counted in the usage when they came (everlearn/store/usage.py).
+that leave were counted in the usage when they came (everlearn/store/usage.py). Each belongs to an episode (everlearn/store/placing.py).
 
 `write` may run twice for the same records and counts them once. Nothing here knows queues or HTTP: everlearn/api/recorder.py
 collects records while answers go out, and writes them behind their backs.
@@ -16,7 +16,7 @@ import secrets
 import time
 from array import array
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import sqlalchemy as sa
@@ -25,8 +25,9 @@ from sqlalchemy.engine import Connection
 
 from everlearn.errors import NotFound
 from everlearn.faultpoints import around
-from everlearn.store import tables
+from everlearn.store import forgetting, tables
 from everlearn.store import usage as totals
+from everlearn.store.placing import Place, Placing, Trail, trail_of
 from everlearn.types import Array
 
 rows, bodies = tables.records, tables.record_bodies
@@ -37,6 +38,8 @@ SWEEP_ROWS = 2000  # a call of `sweep` holds the writer for this many rows at mo
 LEVEL = 3
 ID = re.compile(r"rec_[0-9a-z]{1,64}")
 MAX_USER = 200
+UNSEEN = "shadow"  # the route of a candidate's answers that nobody sees (everlearn/api/shadow.py)
+HELDOUT_SHARE = 0.2
 
 
 class RecordedChoice(msgspec.Struct, frozen=True):
@@ -50,12 +53,12 @@ class RecordedChoice(msgspec.Struct, frozen=True):
 class Record(msgspec.Struct, frozen=True, kw_only=True):
     """One answer. `model` is the name as shown to the client (`support@8`, a base model's id, a tinker:// path), `version` the
     weights' id ("" is the base model). `messages` is what was asked and `answer` what was said, `params` the other fields of the
-    request, each as JSON values; `user` and `metadata` are the client's own. `content` False: only the figures are kept."""
+    request, each as JSON values; `user`, `metadata` and `episode_id` are the client's own. `content` False: only the figures are kept."""
 
     record_id: str
     tenant: str
     key_id: str | None
-    route: str  # chat.completions, completions, responses, messages
+    route: str  # chat.completions, completions, responses, messages, shadow
     model: str
     base_model: str
     version: str
@@ -70,6 +73,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     first_token_seconds: float | None = None
     seconds: float = 0.0
     content: bool = True
+    episode_id: str | None = None
     created_at: float = msgspec.field(default_factory=time.time)
 
     @property
@@ -82,7 +86,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Row(msgspec.Struct, frozen=True):
-    """A record's figures, as they are listed. `body_bytes` 0: its content is not kept."""
+    """A record's figures, as they are listed. `body_bytes` 0: its content is not kept. `seen_messages` of its messages are those of the
+    record `parent_id` and its answer."""
 
     record_id: str
     tenant: str
@@ -100,6 +105,9 @@ class Row(msgspec.Struct, frozen=True):
     seconds: float
     body_bytes: int
     created_at: float
+    episode_id: str | None = None
+    parent_id: str | None = None
+    seen_messages: int = 0
 
 
 class Body(msgspec.Struct, frozen=True):
@@ -110,10 +118,25 @@ class Body(msgspec.Struct, frozen=True):
     texts: bytes
 
 
-Packed = tuple[Row, bytes]  # the figures, and a Body packed (nothing where the content isn't kept)
+class Packed(NamedTuple):
+    """What is stored of a record: the figures, a Body packed (nothing where the content isn't kept), where its conversation stands."""
+
+    row: Row
+    body: bytes
+    trail: Trail
+
+
+class Texts(msgspec.Struct, frozen=True):
+    """Of a body's texts, the conversation."""
+
+    messages: Any = None
+    answer: Any = None
+
+
 encode = msgspec.msgpack.Encoder().encode
 decode_body = msgspec.msgpack.Decoder(Body).decode
-decode_draft = msgspec.msgpack.Decoder(Packed).decode
+decode_draft = msgspec.msgpack.Decoder(tuple[Row, bytes]).decode
+decode_texts = msgspec.json.Decoder(Texts).decode
 
 
 def new_id(now: float | None = None) -> str:
@@ -135,7 +158,7 @@ def draft(record: Record) -> bytes:
     """A record as it waits for the store: complete, and less than what is kept of it by nothing but the compression. A microsecond for each
     kilobyte. A later server may read it: what is added to Row or Body needs a default."""
     names = ("record_id", "tenant", "key_id", "route", "model", "base_model", "version", "prompt_tokens", "completion_tokens")
-    more = ("cached_tokens", "first_token_seconds", "seconds", "created_at")
+    more = ("cached_tokens", "first_token_seconds", "seconds", "created_at", "episode_id")
     reasons = [choice.finish_reason for choice in record.choices]
     user = _storable(record.user) if record.user is not None and record.content else None
     figures = {name: getattr(record, name) for name in (*names, *more)}
@@ -145,27 +168,40 @@ def draft(record: Record) -> bytes:
 def pack(draft: bytes) -> Packed:
     """What is stored of a draft. Tens of microseconds for each kilobyte, and no database."""
     row, body = decode_draft(draft)
-    data = zstandard.ZstdCompressor(level=LEVEL).compress(body) if body else b""
-    return msgspec.structs.replace(row, body_bytes=len(data)), data
+    if not body:
+        return Packed(msgspec.structs.replace(row, body_bytes=0), b"", Trail())
+    data = zstandard.ZstdCompressor(level=LEVEL).compress(body)
+    trail = Trail() if row.route == UNSEEN else _trail(row, decode_body(body))  # no conversation goes on from what nobody saw
+    return Packed(msgspec.structs.replace(row, body_bytes=len(data)), data, trail)
 
 
 def unpack(data: bytes) -> Body:
     return decode_body(zstandard.ZstdDecompressor().decompress(data))
 
 
-def write(conn: Connection, packed: Sequence[Packed]) -> int:
-    """Stores records and counts them in the usage. Those that are there already are left alone; returns how many were new."""
-    there = set(conn.execute(KNOWN, {"ids": [row.record_id for row, _ in packed]}).scalars())
-    new = {row.record_id: (row, data) for row, data in packed if row.record_id not in there}
+def write(conn: Connection, packed: Sequence[Packed], heldout_share: float = HELDOUT_SHARE) -> int:
+    """Stores records, each in its episode, and counts them in the usage. Those that are there already are left alone; returns how many
+    were new."""
+    return len(write_new(conn, packed, heldout_share))
+
+
+def write_new(conn: Connection, packed: Sequence[Packed], heldout_share: float = HELDOUT_SHARE) -> list[tuple[Packed, Place]]:
+    """The same; returns those that were new, with their places."""
+    there = set(conn.execute(KNOWN, {"ids": [one.row.record_id for one in packed]}).scalars())
+    new = {one.row.record_id: one for one in packed if one.row.record_id not in there}
     if not new:
-        return 0
-    contents = [{"record_id": key, "tenant": row.tenant, "body": data} for key, (row, data) in new.items() if data]
+        return []
+    placing = Placing(conn, [one.trail for one in new.values()])
+    places = [_place(placing, one) for one in new.values()]
+    placed = [_placed(one.row, place) for one, place in zip(new.values(), places, strict=True)]
+    contents = [{"record_id": key, "tenant": one.row.tenant, "body": one.body} for key, one in new.items() if one.body]
     with around("record.row"):
-        conn.execute(INSERT_ROW, [msgspec.structs.asdict(row) for row, _ in new.values()])
+        conn.execute(INSERT_ROW, [msgspec.structs.asdict(row) for row in placed])
         if contents:
             conn.execute(INSERT_BODY, contents)
-        totals.add(conn, [_line(row) for row, _ in new.values()])
-    return len(new)
+        placing.finish(heldout_share)
+        totals.add(conn, [_line(row) for row in placed])
+    return list(zip(new.values(), places, strict=True))
 
 
 def get(conn: Connection, tenant: str, record_id: str) -> tuple[Row, Body | None]:
@@ -208,9 +244,10 @@ def list_rows(
 
 
 def delete(conn: Connection, tenant: str, record_id: str) -> None:
-    """Forgets a record with its content; the usage goes on counting it."""
-    if not ID.fullmatch(record_id) or not _drop(conn, (rows.c.record_id == record_id) & (rows.c.tenant == tenant), 1):
+    """Forgets a record with its content and its feedback, and marks what learned from it; the usage goes on counting it."""
+    if not ID.fullmatch(record_id) or not _drop(conn, (rows.c.record_id == record_id) & (rows.c.tenant == tenant), 1, "deleted"):
         raise missing(record_id)
+    forgetting.mark(conn, tenant, "record", [record_id])
 
 
 def size(conn: Connection) -> int:
@@ -234,13 +271,31 @@ def oldest_beyond(conn: Connection, max_bytes: int) -> float | None:
     return float(edge) + 1e-6  # the record at the edge goes too
 
 
-def _drop(conn: Connection, where: sa.ColumnElement[bool], limit: int) -> int:
+def _drop(conn: Connection, where: sa.ColumnElement[bool], limit: int, way: forgetting.Way = "expired") -> int:
     ids = list(conn.execute(sa.select(rows.c.record_id).where(where).order_by(rows.c.created_at).limit(limit)).scalars())
     for start in range(0, len(ids), 500):
         some = ids[start : start + 500]
         conn.execute(bodies.delete().where(bodies.c.record_id.in_(some)))
-        conn.execute(rows.delete().where(rows.c.record_id.in_(some)))
+        forgetting.forget_records(conn, some, way)
     return len(ids)
+
+
+def _place(placing: Placing, one: Packed) -> Place:
+    row = one.row
+    return placing.place(row.record_id, row.tenant, row.episode_id, row.user, row.model, one.trail, row.created_at)
+
+
+def _placed(row: Row, place: Place) -> Row:
+    return msgspec.structs.replace(row, episode_id=place.episode_id, parent_id=place.parent_id, seen_messages=place.seen)
+
+
+def _trail(row: Row, body: Body) -> Trail:
+    try:
+        texts = decode_texts(body.texts)
+    except (msgspec.DecodeError, UnicodeDecodeError):  # escapes of half a surrogate pair: read slowly, as they were written
+        given = json.loads(body.texts)
+        texts = Texts(given.get("messages"), given.get("answer"))
+    return trail_of((row.tenant, row.key_id, row.user), texts.messages, texts.answer)
 
 
 def _body(record: Record) -> Body:

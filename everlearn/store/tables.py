@@ -8,18 +8,35 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-metadata = sa.MetaData()
+from everlearn.store.columns import BigId, metadata
+from everlearn.store.columns import text as _text
+from everlearn.store.columns import time as _time
+from everlearn.store.feedback_tables import (
+    dataset_items,
+    dataset_marks,
+    dataset_sources,
+    datasets,
+    episode_events,
+    episodes,
+    feedback,
+    feedback_changes,
+    trails,
+    version_datasets,
+)
 
-BigId = sa.BigInteger().with_variant(sa.Integer(), "sqlite")  # SQLite numbers rows by itself only for INTEGER
-
-
-def _text(name: str, *, null: bool = False, primary_key: bool = False) -> sa.Column[str]:
-    return sa.Column(name, sa.Text, nullable=null, primary_key=primary_key)
-
-
-def _time(name: str, *, null: bool = False) -> sa.Column[float]:
-    return sa.Column(name, sa.Double, nullable=null)
-
+__all__ = [
+    "dataset_items",
+    "dataset_marks",
+    "dataset_sources",
+    "datasets",
+    "episode_events",
+    "episodes",
+    "feedback",
+    "feedback_changes",
+    "metadata",
+    "trails",
+    "version_datasets",
+]
 
 keys = sa.Table(
     "keys",
@@ -252,6 +269,7 @@ name_moves = sa.Table(
     sa.Index("name_moves_name", "tenant", "name", "id"),
 )
 
+# `parent_id`: the record whose messages and answer this one's messages begin with, `seen_messages` of them; the rest is new.
 records = sa.Table(
     "records",
     metadata,
@@ -271,6 +289,10 @@ records = sa.Table(
     _time("seconds"),
     sa.Column("body_bytes", sa.BigInteger, nullable=False),
     _time("created_at"),
+    _text("episode_id", null=True),
+    _text("parent_id", null=True),
+    sa.Column("seen_messages", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Index("records_episode", "tenant", "episode_id", "record_id"),
     sa.Index("records_tenant", "tenant", "record_id"),
     sa.Index("records_age", "created_at", "body_bytes"),
 )

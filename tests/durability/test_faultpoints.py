@@ -39,7 +39,7 @@ NTH = {
     "checkpoint.row": 2,
 }
 # No such thing happens in this run: tests/store/test_faults.py and tests/loop/test_kills.py have them.
-ELSEWHERE = ("folder.swap", "key.row", "deployment.row", "cycle.act")
+ELSEWHERE = ("folder.swap", "key.row", "dataset.row", "deployment.row", "cycle.act")
 KILLS = (  # in a process that was killed before, the counts begin anew
     "optimizer.apply.after:2:kill",
     "store.commit.after:12:kill",
@@ -47,6 +47,7 @@ KILLS = (  # in a process that was killed before, the counts begin anew
     "checkpoint.row.committed:1:kill",
     "name.row.committed:1:kill",
     "spool.put.after:1:kill",
+    "feedback.row.committed:1:kill",
 )
 TROUBLE = (
     "log.append.after:6:error",  # the append is undone, the client is told to come again
@@ -110,6 +111,8 @@ def run(server: LiveServer, on_step: Callable[[int], None] = lambda step: None) 
     insist(server, "/v1/adapters", {"name": "kept", "path": published})
     answer = insist(server, "/v1/completions", {"model": "kept", "prompt": "Where is my parcel?", "max_tokens": 4, "seed": 1})
     trace.records.append(answer.headers["x-everlearn-record"])
+    said = {"record_id": trace.records[-1], "kind": "boolean", "value": True, "idempotency_key": "once"}
+    insist(server, "/v1/feedback", said)
     steps(4, 6)
     sample(client.save_weights_and_get_sampling_client())
     steps(6, 8)
@@ -189,6 +192,8 @@ def check_records(server: LiveServer, trace: Trace) -> None:
     """What was answered is recorded, each record is counted once, and the name means what it was given."""
     for record_id in trace.records:
         assert httpx.get(f"{server.url}/v1/records/{record_id}").raise_for_status().json()["usage"]["completion_tokens"] == 4
+    (said,) = httpx.get(f"{server.url}/v1/feedback").raise_for_status().json()["data"]
+    assert said["target"]["record_id"] == trace.records[-1] and said["counts"]
     (adapter,) = httpx.get(f"{server.url}/v1/adapters/kept").raise_for_status().json()["versions"]
     assert adapter["path"] == f"tinker://{trace.run_id}/sampler_weights/published" and adapter["number"] == 1
     server.stop()

@@ -11,7 +11,7 @@ import pytest
 
 from everlearn.errors import NotFound
 from everlearn.faultpoints import FIRED
-from everlearn.store import keys
+from everlearn.store import datasets, keys
 from everlearn.store.db import open_database
 from everlearn.store.folders import complete_folders, sweep, verify_folder
 
@@ -107,3 +107,34 @@ def test_a_key_that_was_shown_is_there(tmp_path: Path) -> None:
     assert made.pop("key.row.committed") == ["key.row.committed"], "committed, though nobody knows its secret"
     assert not any(made.values())
     assert len(list((tmp_path / FIRED).iterdir())) == 2
+
+
+FREEZE = """
+import sys
+from pathlib import Path
+from everlearn import faultpoints
+from everlearn.config import faults
+from everlearn.store import datasets
+from everlearn.store.db import open_database
+
+home, fault = sys.argv[1:]
+db = open_database(f"sqlite:///{home}/everlearn.db")
+faultpoints.arm(faults({"EVERLEARN_FAULT": fault}), Path(home))
+drafts = [datasets.draft("train", "e", 1.0, {"n": n}, []) for n in range(3)]
+db.write(lambda conn: datasets.create(conn, "a", fault, "sft", {}, drafts, {})).result(30)
+"""
+
+
+def test_a_dataset_is_listed_with_all_its_items_or_not_at_all(tmp_path: Path) -> None:
+    listed = {}
+    for point in ("before", "after", "committed"):
+        fault = f"dataset.row.{point}:1:kill"
+        ended = subprocess.run([sys.executable, "-c", FREEZE, str(tmp_path), fault], cwd=Path(__file__).parents[2], timeout=60, check=False)
+        assert ended.returncode == -9, point
+        db = open_database(f"sqlite:///{tmp_path / 'everlearn.db'}")
+        listed[point] = db.read(lambda conn: datasets.list_datasets(conn, "a"))
+        if listed[point]:
+            (made,) = listed[point]
+            assert len(db.read(lambda conn, made=made: datasets.items(conn, "a", made.dataset_id))) == made.train_items == 3
+        db.close()
+    assert [len(found) for found in listed.values()] == [0, 0, 1]

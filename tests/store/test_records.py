@@ -156,7 +156,7 @@ def test_a_record_is_small(db: Database) -> None:
     rng = random.Random(0)
     tokens = [rng.randrange(49_152) for _ in range(500)]
     choice = RecordedChoice(records.int32(tokens), records.float32([rng.random() for _ in tokens]), "length")
-    row, data = records.pack(records.draft(record(prompt=records.int32(tokens), choices=[choice])))
+    row, data, _ = records.pack(records.draft(record(prompt=records.int32(tokens), choices=[choice])))
     assert row.body_bytes == len(data) < 6500  # 6,000 bytes of numbers before compression
     started = time.perf_counter()
     for _ in range(100):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from everlearn.api.openai import chat, completions, models, responses
+from everlearn.api.openai import chat, completions, embeddings, models, responses
 
 PREFIXES = ("/v1", "/oai/api/v1")
-ROUTERS: list[APIRouter] = [chat.router, completions.router, models.router, responses.router]
+ROUTERS: list[APIRouter] = [chat.router, completions.router, embeddings.router, models.router, responses.router]

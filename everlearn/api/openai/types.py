@@ -231,6 +231,19 @@ class CompletionForm(DrawForm, kw_only=True):
     suffix: str | None = None
 
 
+class EmbeddingForm(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """`pooling` and `normalize` are ours: which hidden states make a vector, and whether it has length 1 (as OpenAI's have)."""
+
+    model: str
+    input: str | list[str | int | list[int]]  # a text, texts, token ids, or lists of them
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+    user: str | None = None
+    pooling: Literal["mean", "last"] | None = None
+    normalize: bool | None = None
+    deadline: float | None = None
+
+
 # Known, and not offered: why, and what to do instead. A value in the set is what the server does anyway.
 REFUSED: dict[str, tuple[frozenset[Any], str]] = {
     "audio": (frozenset(), "this server gives text alone; leave it out"),

@@ -1,0 +1,48 @@
+"""How much each label weighs when many come from few: pure functions of labels.
+
+A source that says a thing ten thousand times has one opinion, not ten thousand. With a cap c, n labels of one source weigh
+min(1, c / n) each, so that together they are worth min(n, c) labels, whatever n is. On top of that each kind of source (people,
+programs, models) has a factor of its own.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from everlearn.config import FeedbackSettings
+
+
+class Sourced(Protocol):
+    """What has a source: `source` is human, program or model, `source_id` tells sources of one kind apart."""
+
+    @property
+    def source(self) -> str: ...
+
+    @property
+    def source_id(self) -> str: ...
+
+
+EQUAL: Mapping[str, float] = {"human": 1.0, "program": 1.0, "model": 1.0}
+
+
+def factors(settings: FeedbackSettings) -> dict[str, float]:
+    """What a label of each kind of source is worth, by the settings."""
+    return {"human": settings.human_weight, "program": settings.program_weight, "model": settings.model_weight}
+
+
+def weigh(labels: Sequence[Sourced], cap: float, by_source: Mapping[str, float] = EQUAL) -> list[float]:
+    """The weight of each label: its kind of source's factor times min(1, `cap` / number of that source's labels among these)."""
+    counts = Counter((label.source, label.source_id) for label in labels)
+    return [by_source[label.source] * share(counts[label.source, label.source_id], cap) for label in labels]
+
+
+def share(count: int, cap: float) -> float:
+    """The weight of each of `count` labels of one source."""
+    return min(1.0, cap / count) if count else 0.0
+
+
+def effective(labels: Sequence[Sourced], cap: float, by_source: Mapping[str, float] = EQUAL) -> float:
+    """How many labels these are worth: the sum of their weights."""
+    return sum(weigh(labels, cap, by_source))

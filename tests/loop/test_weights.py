@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from everlearn.config import FeedbackSettings
+from everlearn.loop.weights import effective, factors, share, weigh
+
+
+class Label(NamedTuple):
+    source: str
+    source_id: str
+
+
+def test_ten_thousand_thumbs_of_one_weigh_as_much_as_the_cap() -> None:
+    crowd, others = [Label("human", "one")] * 10_000, [Label("human", f"user {number}") for number in range(50)]
+    weights = weigh(crowd + others, 100.0)
+    assert sum(weights[:10_000]) == pytest.approx(100.0) and weights[10_000:] == [1.0] * 50
+    assert effective(crowd + others, 100.0) == pytest.approx(150.0)
+
+
+def test_kinds_of_sources_have_factors_and_ids_of_their_own() -> None:
+    labels = [Label("human", "x"), Label("model", "x"), Label("model", "x"), Label("program", "")]
+    by_source = factors(FeedbackSettings(program_weight=0.25))
+    assert weigh(labels, 1.0, by_source) == [1.0, 0.25, 0.25, 0.25]
+    assert share(0, 5.0) == 0.0
+
+
+@given(st.lists(st.builds(Label, st.sampled_from(["human", "model"]), st.sampled_from("abc")), max_size=60), st.floats(1, 20))
+def test_no_source_is_worth_more_than_the_cap(labels: list[Label], cap: float) -> None:
+    weights = weigh(labels, cap)
+    for place in set(labels):
+        mine = [weight for label, weight in zip(labels, weights, strict=True) if label == place]
+        assert sum(mine) == pytest.approx(min(cap, len(mine)))
