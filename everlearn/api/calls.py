@@ -17,6 +17,7 @@ from fastapi import Request
 from everlearn.api.auth import Caller
 from everlearn.api.limiter import Lease
 from everlearn.api.replies import Reply, Step
+from everlearn.api.routing import EPISODE
 from everlearn.api.services import Services
 from everlearn.api.serving import Generation
 from everlearn.api.sse import Watch
@@ -28,7 +29,6 @@ from everlearn.store import records
 from everlearn.store.placing import check_id
 from everlearn.store.records import Record, RecordedChoice
 
-EPISODE = "x-everlearn-episode"
 BEGIN_SECONDS = 10.0  # how long the headers wait for the first token: until then an error is still a status
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,12 +16,11 @@ import msgspec
 from fastapi import Request
 from sqlalchemy import Connection
 
-from everlearn.errors import InvalidRequest
 from everlearn.store import deployments, names
 from everlearn.store.deployments import Deployment
+from everlearn.store.placing import check_id
 
-HEADER = "x-everlearn-episode"
-EPISODE = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+EPISODE = "x-everlearn-episode"
 Episode = Callable[[], str]
 
 
@@ -40,10 +38,9 @@ class Routed(msgspec.Struct, frozen=True):
 def episode_of(request: Request, user: str | None, said: Any) -> Episode:
     """What stands for the request's episode, found when it is asked for: only a candidate's share needs it. `said`: its messages, or its
     prompt."""
-    named = request.headers.get(HEADER, "")
-    if named and not EPISODE.fullmatch(named):
-        raise InvalidRequest(f"{HEADER} must be 1 to 128 letters, digits, '.', '_', ':' or '-'", param=HEADER)
+    named = request.headers.get(EPISODE, "")
     if named:
+        check_id(named)
         return lambda: f"episode:{named}"
     if user:
         return lambda: f"user:{user}"

@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from everlearn.errors import Conflict, InternalError, Overloaded, Unavailable
+from everlearn.errors import Conflict, InternalError, InvalidRequest, Overloaded, Unavailable
 from everlearn.faultpoints import around
 from everlearn.loop import description as descriptions
 from everlearn.loop import measure, outcomes, rule, update
@@ -97,9 +97,12 @@ class Runner:
 
     def dataset(self, now: Deployed, described: Description) -> bool:
         made = self._dataset(now, described, FORMS[described.update.method])
+        if made is None:
+            self._end(now, "ended", "nothing was said that could be learned from", {})
+            return False
         figures = {name: made[name] for name in ("id", "content_hash", "items", "left_out")}
         if not made["items"]["train"]:
-            self._end(now, "ended", "there is nothing to learn from", {"dataset": figures})
+            self._end(now, "ended", "all that was said is held out, and nothing is left to learn from", {"dataset": figures})
             return False
         reason = f"{made['items']['train']} items to learn from, {made['items']['heldout']} held out"
         self._advance(now, "update", reason, {"dataset": figures}, cycle={**now.cycle, "dataset": made["id"]})
@@ -129,12 +132,13 @@ class Runner:
 
     def gate(self, now: Deployed, described: Description) -> bool:
         candidate = _candidate(now)
-        asked = now.cycle.get("asked") or (now.cycle.get("dataset") if described.update.method == "sft" else None)
+        asked = now.cycle.get("asked", now.cycle.get("dataset") if described.update.method == "sft" else None)
         if asked is None:  # all are asked what users corrected, also one that learned from thumbs, or that was trained elsewhere
-            asked = self._dataset(now, described, "sft")["id"]
+            made = self._dataset(now, described, "sft")
+            asked = made["id"] if made else ""
             now = self._note(now, {**now.cycle, "asked": asked})
         self.say(f"asking {candidate} and {now.champion} the same questions")
-        trained, held_out = (self._items(asked, split, "evaluate") for split in ("train", "heldout"))
+        trained, held_out = (self._items(asked, split, "evaluate") if asked else [] for split in ("train", "heldout"))
         found = measure.offline(self.api, self.service, now, candidate, trained, held_out)
         return self._conclude(now, described, rule.rule_of(described.gate), found)
 
@@ -231,9 +235,15 @@ class Runner:
         since = float(now.cycle.get("began", 0.0))
         return sum(len(pages(self.api, "/v1/feedback", since, kind=kind, counts=True)) for kind in KINDS[described.update.method])
 
-    def _dataset(self, now: Deployed, described: Description, form: str) -> dict[str, Any]:
+    def _dataset(self, now: Deployed, described: Description, form: str) -> dict[str, Any] | None:
+        """None: nothing was said that counts."""
         body = {"name": str(now.cycle["id"]), "form": form, "filters": {"model": now.name, **described.filters}}
-        made: dict[str, Any] = self.api.post("/v1/datasets", body)
+        try:
+            made: dict[str, Any] = self.api.post("/v1/datasets", body)
+        except InvalidRequest as error:
+            if error.param != "filters":
+                raise
+            return None
         return made
 
     def _items(self, dataset: str, split: str, purpose: str) -> list[dict[str, Any]]:
