@@ -189,9 +189,10 @@ def advance(
     now = get(conn, tenant, name)
     if to == REST and kind not in ("rejected", "ended"):
         raise InvalidRequest(f"kind {kind[:40]!r}: a cycle ends 'rejected' or 'ended'; only `promote` makes a champion", param="kind")
-    if to not in NEXT.get(now.state, ()):
-        if _again(conn, now, kind, to, act):
-            return now
+    kind = kind if to == REST else "advanced"
+    if _again(conn, now, kind, to, act):
+        return now
+    if to not in NEXT[now.state]:
         raise Conflict(f"{name} is in {now.state!r}, from where {to[:40]!r} can't follow; {', '.join(NEXT[now.state])} can", param="to")
     changes: dict[str, Any] = {"state": to, "share": 0.0, "shadow": 0.0}
     if to in TRIED:
@@ -208,7 +209,7 @@ def advance(
         changes["shadow"] = _share(shadow, "shadow") if shadow else 0.0
     if cycle is not None:
         changes["cycle"] = cycle
-    return _apply(conn, now, kind if to == REST else "advanced", changes, act)
+    return _apply(conn, now, kind, changes, act)
 
 
 def promote(conn: Connection, tenant: str, name: str, act: Act, number: int | None = None, rule: bool = False) -> Deployment:
