@@ -252,7 +252,8 @@ def rollback(conn: Connection, tenant: str, name: str, act: Act, number: int | N
 
 
 def delete(conn: Connection, tenant: str, name: str) -> None:
-    """Gives up the deployment; the name goes on meaning its champion, and the log stays."""
+    """Gives up the deployment; the name goes on meaning its champion (where that was the base model, its first version), and the log
+    stays."""
     get(conn, tenant, name)
     with around("deployment.row"):
         conn.execute(table.delete().where(_here(tenant, name)))

@@ -105,7 +105,7 @@ def test_every_api_knows_arms(http: httpx.Client, client: openai.OpenAI, server:
             message = other.messages.create(model=deployed, messages=ASK, max_tokens=4, extra_headers=headers)
             stream = client.chat.completions.create(model=deployed, messages=ASK, max_tokens=4, stream=True, extra_headers=headers)
             assert {text.model, response.model, message.model, *(chunk.model for chunk in stream)} == {version}
-    with pytest.raises(openai.BadRequestError, match="x-everlearn-episode"):
+    with pytest.raises(openai.BadRequestError, match="episode 'not an id'"):
         ask(client, deployed, "not an id")
 
 
