@@ -33,6 +33,7 @@ ROWS = {
     "payloads.drop": "the log's payloads behind a snapshot go",
     "record.row": "records of answers, and what they count in the usage",
     "name.row": "an adapter's name gets a version, or means another one",
+    "deployment.row": "a deployment changes, with its line of the log",
     "key.row": "a key is made, changed or revoked",
     "feedback.row": "a word about an answer is kept, edited or forgotten",
     "dataset.row": "a dataset becomes listed, with all its items",
@@ -57,6 +58,7 @@ ACTS = {
     "result.emit": "an answer leaves the engine",
     "spool.put": "an answer's record outlives the process from here on",
     "spool.drop": "records leave the spool: the database has them",
+    "cycle.act": "a deployment's runner does the work of a state, or asks for the next one",
 }
 EFFECTS = ROWS | ACTS
 POINTS = tuple(

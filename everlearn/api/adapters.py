@@ -12,7 +12,7 @@ from everlearn.api.paging import After, Limit, page, refuse_unknown
 from everlearn.api.services import services
 from everlearn.api.tinker import forms
 from everlearn.errors import InvalidRequest
-from everlearn.store import checkpoints, names
+from everlearn.store import checkpoints, deployments, names
 from everlearn.store.names import NamedVersion
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"], dependencies=[scope("train", "sample", "read")])
@@ -61,7 +61,10 @@ async def name_adapter(request: Request) -> dict[str, Any]:
 
     def give(conn: Connection) -> NamedVersion:
         given = names.give(conn, owner, form.name, path, form.note)
-        return names.move(conn, owner, form.name, given.number, form.note) if form.move else given
+        if not form.move or given.current:
+            return given
+        deployments.guard_move(conn, owner, form.name)
+        return names.move(conn, owner, form.name, given.number, form.note)
 
     return adapter_json(await svc.write(give))
 
@@ -100,12 +103,22 @@ async def move_adapter(request: Request, name: str) -> dict[str, Any]:
     owner, (bare, number) = tenant(request), names.parse(name)
     if number is not None:
         raise InvalidRequest(f"{name!r} never moves; move {bare!r} to number {number} instead", param="name")
-    return adapter_json(await services(request).write(lambda conn: names.move(conn, owner, bare, form.number, form.note, form.expected)))
+
+    def move(conn: Connection) -> NamedVersion:
+        deployments.guard_move(conn, owner, bare)
+        return names.move(conn, owner, bare, form.number, form.note, form.expected)
+
+    return adapter_json(await services(request).write(move))
 
 
 @router.delete("/{name}", status_code=204, dependencies=CHANGES)
 async def delete_adapter(request: Request, name: str) -> Response:
     """Gives up a name with all its versions, or one version. The checkpoints stay, and can be deleted from now on."""
     owner, (bare, number) = tenant(request), names.parse(name)
-    await services(request).write(lambda conn: names.delete(conn, owner, bare, number))
+
+    def delete(conn: Connection) -> None:
+        deployments.guard_delete(conn, owner, bare, number)
+        names.delete(conn, owner, bare, number)
+
+    await services(request).write(delete)
     return Response(status_code=204)

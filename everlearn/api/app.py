@@ -19,7 +19,20 @@ from fastapi import Depends, FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import everlearn
-from everlearn.api import adapters, capabilities, datasets, episodes, errors, feedback, ops, records, signals, usage
+from everlearn.api import (
+    adapters,
+    capabilities,
+    datasets,
+    deployments,
+    episodes,
+    errors,
+    feedback,
+    ops,
+    records,
+    signals,
+    tokens,
+    usage,
+)
 from everlearn.api.anthropic import messages as anthropic
 from everlearn.api.auth import KeyCache, admit, authenticate, scope
 from everlearn.api.chatmodels import ChatModels
@@ -32,6 +45,7 @@ from everlearn.api.ops import Metrics
 from everlearn.api.recorder import Recorder
 from everlearn.api.services import Services
 from everlearn.api.serving import Serving
+from everlearn.api.shadow import Shadows
 from everlearn.api.supervise import EngineProcess
 from everlearn.api.tinker import places
 from everlearn.api.tinker.forms import CHECK_ADDRESS
@@ -68,7 +82,7 @@ def create_app(settings: Settings) -> FastAPI:
         for router in openai.ROUTERS:
             app.include_router(router, prefix=prefix)
     app.include_router(anthropic.router, prefix=anthropic.PREFIX)
-    for own in (ops, adapters, capabilities, records, usage, episodes, feedback, datasets):
+    for own in (ops, adapters, capabilities, records, usage, episodes, feedback, datasets, deployments, tokens):
         app.include_router(own.router)
 
     @app.get("/openapi.json", include_in_schema=False, dependencies=[scope("train", "sample", "read")])
@@ -142,7 +156,7 @@ def make_services(settings: Settings, db: Database, catalog: Catalog) -> Service
     metrics.records_waiting.set_function(lambda: len(recorder))
     metrics.records_spooled.set_function(lambda: recorder.spool.size)
     limiter = Limiter(catalog, recorder.backlog)
-    return Services(settings, db, catalog, engine, dispatcher, metrics, serving, ChatModels(catalog), limiter, recorder)
+    return Services(settings, db, catalog, engine, dispatcher, metrics, serving, ChatModels(catalog), limiter, recorder, Shadows())
 
 
 class Observe:

@@ -17,6 +17,7 @@ from fastapi import Request
 from everlearn.api.auth import Caller
 from everlearn.api.limiter import Lease
 from everlearn.api.replies import Reply, Step
+from everlearn.api.routing import EPISODE
 from everlearn.api.services import Services
 from everlearn.api.serving import Generation
 from everlearn.api.sse import Watch
@@ -28,7 +29,6 @@ from everlearn.store import records
 from everlearn.store.placing import check_id
 from everlearn.store.records import Record, RecordedChoice
 
-EPISODE = "x-everlearn-episode"
 BEGIN_SECONDS = 10.0  # how long the headers wait for the first token: until then an error is still a status
 
 
@@ -152,6 +152,12 @@ class Call:
         finally:
             self.end()
 
+    async def unseen(self, opened: Opened) -> None:
+        """Answers for the record alone: no client waits, and no share of a key is used (everlearn/api/shadow.py)."""
+        exchange = Exchange(opened, await self.svc.serving.generate(opened.spec), self.keep)
+        self.exchanges.append(exchange)
+        await exchange.whole()
+
     def end(self) -> None:
         """Frees what is still held, settles the share, hands over the records of what was cut off. Only the first time counts."""
         if self._ended or self._lease is None:
@@ -162,6 +168,8 @@ class Call:
         self._give_up()
         self._lease.spent(sum(exchange.prompt_tokens + exchange.completion_tokens for exchange in self.exchanges))
         self._lease.release()
+        if self.exchanges and self.exchanges[0].record_id in self._recorded:
+            self.svc.shadows.offer(self)
         for exchange in self.exchanges:
             if exchange.completion_tokens or exchange.generation.value is not None:
                 self._hand_over(exchange)

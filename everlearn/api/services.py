@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from everlearn.api.ops import Metrics
     from everlearn.api.recorder import Recorder
     from everlearn.api.serving import Serving
+    from everlearn.api.shadow import Shadows
     from everlearn.api.supervise import EngineProcess
     from everlearn.models.catalog import Catalog
     from everlearn.store.db import Database
@@ -45,6 +46,7 @@ class Services:
     chat_models: ChatModels
     limiter: Limiter
     records: Recorder
+    shadows: Shadows
     started_at: float = field(default_factory=time.time)
     samplers: dict[tuple[str, str], Sampler] = field(default_factory=dict)  # (tenant, id): those whose weights never change
 

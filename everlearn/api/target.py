@@ -12,6 +12,7 @@ import hashlib
 
 import msgspec
 
+from everlearn.api import routing
 from everlearn.api.auth import Caller
 from everlearn.api.services import Services
 from everlearn.api.tinker.sampling import of_checkpoint
@@ -32,6 +33,7 @@ class Target(msgspec.Struct, frozen=True):
     folder: str = ""
     adapter: str | None = None
     number: int | None = None
+    shadow: Target | None = None  # a deployment's candidate that answers the same prompt, unseen
 
     @property
     def shown_version(self) -> str:
@@ -44,8 +46,9 @@ class Target(msgspec.Struct, frozen=True):
         return "fp_" + hashlib.sha256(f"{self.base.name}\n{self.version}".encode()).hexdigest()[:12]
 
 
-async def resolve(svc: Services, caller: Caller, model: str) -> Target:
-    """Raises NotFound(param="model") for what the caller's tenant has not got, InvalidRequest for what can't be a model's name."""
+async def resolve(svc: Services, caller: Caller, model: str, episode: routing.Episode | None = None) -> Target:
+    """What answers. `episode` decides which arm of a deployment does (everlearn/api/routing.py); without one it is the champion. Raises
+    NotFound(param="model") for what the caller's tenant has not got, InvalidRequest for what can't be a model's name."""
     if not model or len(model) > MAX_NAME:
         raise InvalidRequest(f"model must be 1 to {MAX_NAME} characters; GET /v1/models lists what there is", param="model")
     if "tinker://" in model:
@@ -57,12 +60,17 @@ async def resolve(svc: Services, caller: Caller, model: str) -> Target:
     if at and not (number.isascii() and number.isdigit() and len(number) < 10):
         raise InvalidRequest(f"model {model[:100]!r}: a version is a whole number, as in {name[:80]}@3", param="model")
     try:
-        found = await svc.read(lambda conn: names.get(conn, caller.tenant, name, int(number) if at else None))
+        found = await svc.read(lambda conn: routing.route(conn, caller.tenant, name, int(number) if at else None, episode))
     except (NotFound, InvalidRequest):
         hint = await _hint(svc, caller, name, model)
         raise NotFound(f"there is no model {model[:200]!r}; {hint}GET /v1/models lists what there is", param="model") from None
+    return _target(svc, found)
+
+
+def _target(svc: Services, found: routing.Routed) -> Target:
+    shadow = None if found.shadow is None else _target(svc, found.shadow)
     base = svc.catalog.resolve(found.base_model)
-    return Target(f"{found.name}@{found.number}", base, found.version, found.folder, found.name, found.number)
+    return Target(f"{found.name}@{found.number}", base, found.version, found.folder, found.name, found.number, shadow)
 
 
 async def _hint(svc: Services, caller: Caller, name: str, model: str) -> str:

@@ -37,8 +37,18 @@ class Client:
     def put(self, path: str, body: Any = None) -> Any:
         return self._send("PUT", path, json=body)
 
+    def patch(self, path: str, body: Any = None) -> Any:
+        return self._send("PATCH", path, json=body)
+
     def delete(self, path: str) -> Any:
         return self._send("DELETE", path)
+
+    def lines(self, path: str, **params: Any) -> list[dict[str, Any]]:
+        """The rows of an answer that has one JSON object in each line."""
+        response = self._request("GET", path, params=params)
+        if not response.is_success:
+            raise _as_error(response)
+        return [json.loads(line) for line in response.text.split("\n") if line]
 
     def document(self, path: str) -> dict[str, Any]:
         """A page that explains itself whatever the status: /readyz and /health answer 503 with the reason in the body."""

@@ -27,8 +27,9 @@ LOCAL_KEY = "tml-local"  # the SDK wants a key of this form; a server without ke
 
 @click.command("demo", cls=Verb)
 @click.option("--open/--no-open", "open_report", default=True, help="open the report in a browser (only from a terminal)")
+@click.option("--loop", is_flag=True, help="the whole loop: a user corrects, a version learns it and takes over, a bad one is stopped")
 @pass_console
-def command(console: Console, open_report: bool) -> None:
+def command(console: Console, open_report: bool, loop: bool) -> None:
     """Teach the embedded model twenty facts and show before and after.
 
     Starts a server of its own (or uses the one named by --url), trains an adapter through the official Tinker SDK, prints the
@@ -45,6 +46,10 @@ def command(console: Console, open_report: bool) -> None:
         folder = embedded.ensure(MODEL, home, lambda text, share: bar.update(share, text))
     prepared = time.monotonic() - started
     lesson, recipe = handbook.load(), teach.Recipe()
+    if loop:
+        with _server(console, home, stage) as url:
+            _loop(console, url)
+        return
     with _server(console, home, stage) as url:
         ready = time.monotonic() - started - prepared
         outcome = run.run(lesson, recipe, url, console.key or LOCAL_KEY, MODEL, folder, stage)
@@ -54,6 +59,29 @@ def command(console: Console, open_report: bool) -> None:
     next_steps(console, outcome)
     if open_report and sys.stdout.isatty():
         webbrowser.open(report.as_uri())
+
+
+def _loop(console: Console, url: str) -> None:
+    """The loop's story, and what came of it."""
+    import msgspec
+    import tinker
+
+    from everlearn.cli.client import Client
+    from everlearn.demo import handbook, story
+
+    client = Client(url, console.key or "", timeout=600.0)
+    with tinker.ServiceClient(base_url=url, api_key=console.key or LOCAL_KEY, user_metadata={"client": "everlearn demo"}) as service:
+        told = story.play(handbook.load(), client, service, MODEL, {}, console.note)
+    client.close()
+    if console.format == "json":
+        console.result(msgspec.to_builtins(told))
+        return
+    totals = [msgspec.structs.asdict(score) for score in told.scores]
+    console.table([{**event, "reason": _short(event["reason"], 90)} for event in told.events], ["kind", "champion", "candidate", "reason"])
+    click.echo()
+    console.table(totals, list(totals[0]))
+    click.echo()
+    console.result({"learned in s": told.learned, "rollback in s": told.rollback_seconds, "bad version": _short(told.stopped, 90)})
 
 
 def _stages(console: Console) -> Callable[[str, float], AbstractContextManager[Progress]]:

@@ -28,6 +28,7 @@ NOUNS = {
     "run": "Training runs.",
     "checkpoint": "Saved weights of training runs.",
     "adapter": "Names of adapters and the versions that they mean.",
+    "deploy": "What answers under a name, what is tried beside it, and why.",
     "episode": "Conversations and tasks that answers belong to.",
     "feedback": "What was said about answers.",
     "dataset": "Feedback, frozen to be learned from.",

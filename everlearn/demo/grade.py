@@ -1,15 +1,17 @@
-"""Grading without a judge: an answer is right when it contains one of the accepted strings as whole words, whatever the case.
+"""Grading without a judge: an answer is right when it contains one of the accepted strings (everlearn/loop/judge.py).
 
-It knows nothing of models: strings in, a verdict out. The rule is generous to wordy answers and strict about numbers: 33 is not in
-133, 7:40 is not in 17:40, and 58 is not in 58.5.
+It knows nothing of models: strings in, a verdict out.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import msgspec
+
+from everlearn.loop.judge import accepted as is_right
+
+__all__ = ["SECTIONS", "Question", "Row", "Score", "grade", "is_right", "scores"]
 
 SECTIONS = ("taught", "paraphrase", "general")
 
@@ -42,15 +44,6 @@ class Score(msgspec.Struct, frozen=True):
     before: int
     after: int
     lost: int
-
-
-def is_right(answer: str, accept: Iterable[str]) -> bool:
-    text = _plain(answer)
-    return any(re.search(rf"(?<![\w.:,]){re.escape(_plain(wanted))}(?!\w|[.:,]\d)", text) for wanted in accept)
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())
 
 
 def grade(asked: Sequence[Question], before: Sequence[str], after: Sequence[str]) -> list[Row]:

@@ -1,6 +1,6 @@
-"""The lesson's material: an invented company's handbook, and general questions that must not suffer from it.
+"""The lesson's material: an invented company's handbook, and general questions that must not suffer from it (everlearn/loop/general.py).
 
-Everything in handbook.json is made up except the general knowledge. Three kinds of question never mix: those that are trained on,
+Everything in handbook.json is made up. Three kinds of question never mix: those that are trained on,
 paraphrases of them that are only asked, and general ones, of which the rehearsed are trained on (with the model's own answers) and
 the graded are not.
 """
@@ -10,6 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import msgspec
+
+from everlearn.loop import general
+from everlearn.loop.general import Graded
 
 
 class Fact(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -22,19 +25,14 @@ class Fact(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     paraphrases: list[str]
 
 
-class General(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A question whose answer everybody knows; it is asked before and after and never taught."""
-
-    question: str
-    accept: list[str]
-
-
 class Handbook(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     company: str
     facts: list[Fact]
-    general: list[General]
-    rehearsal: list[str]
+    general: list[Graded] = []
+    rehearsal: list[str] = []
 
 
 def load() -> Handbook:
-    return msgspec.json.decode((Path(__file__).parent / "handbook.json").read_bytes(), type=Handbook)
+    book = msgspec.json.decode((Path(__file__).parent / "handbook.json").read_bytes(), type=Handbook)
+    questions = general.load()
+    return msgspec.structs.replace(book, general=questions.graded, rehearsal=questions.rehearsed)

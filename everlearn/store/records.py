@@ -38,6 +38,7 @@ SWEEP_ROWS = 2000  # a call of `sweep` holds the writer for this many rows at mo
 LEVEL = 3
 ID = re.compile(r"rec_[0-9a-z]{1,64}")
 MAX_USER = 200
+UNSEEN = "shadow"  # the route of a candidate's answers that nobody sees (everlearn/api/shadow.py)
 HELDOUT_SHARE = 0.2
 
 
@@ -57,7 +58,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     record_id: str
     tenant: str
     key_id: str | None
-    route: str  # chat.completions, completions, responses, messages
+    route: str  # chat.completions, completions, responses, messages, shadow
     model: str
     base_model: str
     version: str
@@ -170,7 +171,8 @@ def pack(draft: bytes) -> Packed:
     if not body:
         return Packed(msgspec.structs.replace(row, body_bytes=0), b"", Trail())
     data = zstandard.ZstdCompressor(level=LEVEL).compress(body)
-    return Packed(msgspec.structs.replace(row, body_bytes=len(data)), data, _trail(row, decode_body(body)))
+    trail = Trail() if row.route == UNSEEN else _trail(row, decode_body(body))  # no conversation goes on from what nobody saw
+    return Packed(msgspec.structs.replace(row, body_bytes=len(data)), data, trail)
 
 
 def unpack(data: bytes) -> Body:

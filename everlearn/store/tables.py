@@ -320,3 +320,45 @@ usage = sa.Table(
     sa.Column("tokens_out", sa.BigInteger, nullable=False),
     _time("seconds"),
 )
+
+# `champion` and `candidate` are numbers of the name's versions; champion 0 is the base model itself. `share`: of the episodes, which the
+# candidate answers; `shadow`: of the requests, which it answers unseen. `cycle`: what the work on the next candidate has so far.
+deployments = sa.Table(
+    "deployments",
+    metadata,
+    _text("tenant", primary_key=True),
+    _text("name", primary_key=True),
+    _text("base_model"),
+    _text("state"),
+    sa.Column("champion", sa.BigInteger, nullable=False),
+    sa.Column("candidate", sa.BigInteger, nullable=True),
+    sa.Column("previous", sa.BigInteger, nullable=True),
+    sa.Column("share", sa.Double, nullable=False),
+    sa.Column("shadow", sa.Double, nullable=False),
+    sa.Column("paused", sa.Boolean, nullable=False),
+    _text("salt"),
+    sa.Column("revision", sa.BigInteger, nullable=False),
+    sa.Column("description", sa.JSON, nullable=False),
+    sa.Column("cycle", sa.JSON, nullable=False),
+    _time("created_at"),
+    _time("changed_at"),
+)
+
+deployment_events = sa.Table(
+    "deployment_events",
+    metadata,
+    sa.Column("id", BigId, primary_key=True, autoincrement=True),
+    _text("tenant"),
+    _text("name"),
+    _text("kind"),
+    _text("was"),
+    _text("state"),
+    sa.Column("champion", sa.BigInteger, nullable=False),
+    sa.Column("candidate", sa.BigInteger, nullable=True),
+    sa.Column("share", sa.Double, nullable=False),
+    _text("actor"),
+    _text("reason"),
+    sa.Column("evidence", sa.JSON, nullable=False),
+    _time("created_at"),
+    sa.Index("deployment_events_name", "tenant", "name", "id"),
+)

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from everlearn.demo import run, teach
-from everlearn.demo.handbook import Fact, General, Handbook
+from everlearn.demo.handbook import Fact, Handbook
+from everlearn.loop.general import Graded
 from everlearn.models import embedded
 from tests.live import LiveServer
 
@@ -24,7 +25,7 @@ BOOK = Handbook(
         Fact("who?", "the lazy dog", ["lazy dog"], ["who is it?"], ["who, please?"]),
         Fact("where?", "in france", ["france"], ["where is it?"], ["where, please?"]),
     ],
-    general=[General("what is the capital of france?", ["paris"])],
+    general=[Graded("what is the capital of france?", ["paris"])],
     rehearsal=["the quick brown", "hello"],
 )
 

@@ -18,6 +18,7 @@ from everlearn.api.errors import STATUS, anthropic_envelope
 from everlearn.api.openai import checks, shapes
 from everlearn.api.openai.types import read
 from everlearn.api.replies import Step
+from everlearn.api.routing import episode_of
 from everlearn.api.services import services
 from everlearn.api.sse import EventStream
 from everlearn.api.target import resolve
@@ -41,7 +42,8 @@ async def create_message(request: Request) -> Response:
     check_headers(request)
     form = await read(request, types.MessagesForm)
     draw = types.draw_of(form)
-    target = await resolve(svc, caller, form.model)
+    user = form.metadata.user_id if form.metadata else None
+    target = await resolve(svc, caller, form.model, episode_of(request, user, form.messages))
     chat = await svc.chat_models.get(target.base)
     turn = conversation.turn_of(form, chat, len(await request.body()))
     call = Call(svc, caller, target, asked(form, turn.messages))

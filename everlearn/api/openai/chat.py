@@ -13,6 +13,7 @@ from everlearn.api.calls import Call, Exchange
 from everlearn.api.openai import checks, shapes, types
 from everlearn.api.openai.shapes import encode
 from everlearn.api.replies import ContentDelta, Delta, ReasoningDelta, ScoredToken, Step
+from everlearn.api.routing import episode_of
 from everlearn.api.services import services
 from everlearn.api.sse import DONE, EventStream
 from everlearn.api.target import resolve
@@ -26,7 +27,7 @@ async def create_chat_completion(request: Request) -> Response:
     svc, caller = services(request), auth.caller(request)
     form = await types.read(request, types.ChatForm)
     draw = checks.chat_draw(form)
-    target = await resolve(svc, caller, form.model)
+    target = await resolve(svc, caller, form.model, episode_of(request, form.user, form.messages))
     chat = await svc.chat_models.get(target.base)
     turn = checks.chat_turn(form, chat.thinking, len(await request.body()))
     call = Call(svc, caller, target, checks.asked(form, caller, "chat.completions", turn.messages, "messages"))

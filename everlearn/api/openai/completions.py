@@ -20,6 +20,7 @@ from everlearn.api.chatmodels import ChatModel
 from everlearn.api.openai import checks, shapes, types
 from everlearn.api.openai.shapes import LOWEST, encode
 from everlearn.api.replies import ContentDelta, ScoredToken, Step
+from everlearn.api.routing import episode_of
 from everlearn.api.services import services
 from everlearn.api.sse import DONE, EventStream
 from everlearn.api.target import resolve
@@ -46,7 +47,7 @@ async def create_completion(request: Request) -> Response:
     svc, caller = services(request), auth.caller(request)
     form = await types.read(request, types.CompletionForm)
     draw = draw_of(form)
-    target = await resolve(svc, caller, form.model)
+    target = await resolve(svc, caller, form.model, episode_of(request, form.user, form.prompt))
     chat = await svc.chat_models.get(target.base)
     prompts = [await encoded(chat, prompt, form.suffix) for prompt in prompts_of(form)]
     grammar = checks.structured(form.structured_outputs)

@@ -22,6 +22,7 @@ from everlearn.api.openai import responses_types as forms
 from everlearn.api.openai.responses_events import Growing
 from everlearn.api.openai.shapes import encode
 from everlearn.api.replies import Step
+from everlearn.api.routing import episode_of
 from everlearn.api.services import Services, services
 from everlearn.api.sse import EventStream
 from everlearn.api.target import resolve
@@ -40,10 +41,10 @@ async def create_response(request: Request) -> Response:
     svc, caller = services(request), auth.caller(request)
     form = await types.read(request, forms.ResponsesForm)
     draw = forms.draw_of(form)
-    target = await resolve(svc, caller, form.model)
+    said = [*await earlier(svc, caller, form.previous_response_id), *items.messages_of(form.input)]
+    target = await resolve(svc, caller, form.model, episode_of(request, form.user, said))
     chat = await svc.chat_models.get(target.base)
     forms.check(form, chat.format.thinks)
-    said = [*await earlier(svc, caller, form.previous_response_id), *items.messages_of(form.input)]
     offered, choice = forms.tools_and_choice(form)
     effort = form.reasoning.effort if form.reasoning else None
     turn = Turn(

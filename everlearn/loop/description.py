@@ -1,0 +1,147 @@
+"""What an owner writes about a deployment: when to learn, how, and by which rule a version goes live. TOML in, a checked Description out.
+
+    base = "smollm2"
+
+    [triggers]
+    labels = 20            # learn when so many new labels are there
+    at = "03:00"           # and every night, in the runner's local time
+
+    [update]
+    method = "sft"         # from corrections; "dpo" from preferences, "kto" from thumbs
+    start = "base"         # each version learns from the base model anew; "champion": from the version that serves
+
+    [shadow]
+    answers = 20           # so many answers unseen before the candidate answers anybody
+
+    [gate]                 # the rule: everlearn/loop/rule.py
+    owner = "maria"
+    promote = "ask"        # "automatic": the rule may promote what passes all of it
+
+Pure: nothing here reads a file or a clock.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from typing import Any, Literal
+
+import msgspec
+
+from everlearn.errors import InvalidRequest
+from everlearn.loop import rule
+
+# What guardrails can be measured on (everlearn/loop/outcomes.py); the last one needs people who see the answers.
+GUARDRAILS = ("length", "cut_off", "tool_calls", "seconds", "refusal", "feedback_rate")
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    pass
+
+
+class Triggers(Section, frozen=True):
+    """Any of them begins a cycle. `at`: "HH:MM"; `labels`: new labels since the last cycle. Neither: only by hand."""
+
+    at: str = ""
+    labels: int = 0
+
+
+class Update(Section, frozen=True):
+    """How a candidate is made. `paraphrases`: wordings of each question that are sampled from the model, filtered, and trained with it.
+    `replay`: the most older corrections that ride along, newest first. `rehearsed`: general examples in every batch, as the model itself
+    would answer them. `beta` is of dpo and kto (everlearn/loop/preference.py), where paraphrases, replay and rehearsed have no part."""
+
+    method: Literal["sft", "dpo", "kto"] = "sft"
+    start: Literal["base", "champion"] = "base"
+    rank: int = 16
+    learning_rate: float = 2e-3
+    epochs: int = 7
+    batch: int = 20
+    paraphrases: int = 4
+    replay: int = 500
+    rehearsed: int = 12
+    beta: float = 0.1
+    seed: int = 0
+
+
+class Shadow(Section, frozen=True):
+    """`share` of the requests is answered by the candidate too, unseen, until there are `answers`. 0 answers: no shadow."""
+
+    share: float = 0.2
+    answers: int = 0
+
+
+class Budget(Section, frozen=True):
+    """Of one cycle: seconds from its begin to the gate's verdict, and training tokens. 0: no bound."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+
+
+class Description(Section, frozen=True):
+    """`gate` is the rule's table (everlearn/loop/rule.py reads it). `filters` choose what is learned from, as in POST /v1/datasets.
+    `settle`: seconds after its last answer from which an episode without feedback counts as one that gets none."""
+
+    base: str
+    triggers: Triggers = Triggers()
+    update: Update = Update()
+    shadow: Shadow = Shadow()
+    budget: Budget = Budget()
+    settle: float = 3600.0
+    filters: dict[str, Any] = {}
+    gate: dict[str, Any] = {}
+
+
+BOUNDS = {
+    "triggers.labels": (0, 1_000_000),
+    "update.rank": (1, 512),
+    "update.learning_rate": (1e-7, 1.0),
+    "update.epochs": (1, 1000),
+    "update.batch": (1, 1024),
+    "update.paraphrases": (0, 32),
+    "update.replay": (0, 100_000),
+    "update.rehearsed": (0, 256),
+    "update.beta": (1e-4, 100.0),
+    "shadow.share": (0.0, 1.0),
+    "shadow.answers": (0, 100_000),
+    "settle": (0.0, 1e7),
+    "budget.seconds": (0.0, 1e7),
+    "budget.tokens": (0, 10**12),
+}
+
+
+def read(text: str) -> tuple[str, Description]:
+    """The name (`name = "support"`, "" where the text has none) and the description of a TOML text. InvalidRequest names what is wrong."""
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidRequest(f"the description is not valid TOML: {error}; mend that line") from None
+    name = table.pop("name", "")
+    if not isinstance(name, str):
+        raise InvalidRequest(f"name = {name!r} must be text", param="name")
+    return name, of(table)
+
+
+def of(table: Any) -> Description:
+    """A description from its JSON or TOML table, checked."""
+    try:
+        found = msgspec.convert(table, Description)
+    except msgspec.ValidationError as error:
+        raise InvalidRequest(f"description: {error}; `everlearn deploy create --help` names the sections", param="description") from None
+    if found.triggers.at and not re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d", found.triggers.at):
+        raise InvalidRequest(f'triggers.at = {found.triggers.at!r} must be a time of the day, as in "03:00"', param="triggers.at")
+    for key, (least, most) in BOUNDS.items():
+        section, _, field = key.rpartition(".")
+        value = getattr(getattr(found, section) if section else found, field)
+        if not least <= value <= most:
+            raise InvalidRequest(f"{key} = {value} must be from {least} to {most}", param=key)
+    guarded = rule.rule_of(found.gate).guardrails
+    if unknown := [name for name in guarded if name not in GUARDRAILS]:
+        raise InvalidRequest(f"nothing measures the guardrail {unknown[0]!r}; there are {', '.join(GUARDRAILS)}", param="gate.guardrails")
+    return found
+
+
+def to_json(description: Description) -> dict[str, Any]:
+    """As it is stored: what was left out stays out."""
+    table: dict[str, Any] = msgspec.to_builtins(description)
+    return table

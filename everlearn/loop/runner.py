@@ -1,0 +1,312 @@
+"""The work of a deployment: collect, dataset, update, gate, shadow, canary, and then live or rejected.
+
+    collect --trigger--> dataset --> update --> gate --> shadow --> canary --> champion
+       ^                    |           |         |         |          |
+       +--------------------+-----------+---------+---------+----------+   ended or rejected
+
+A client of the server like any other, with an ordinary key. All that it knows is kept by the server: the deployment's state, and the
+cycle's notes. So whatever ends it, even in the middle of training, the next one reads where things stand and goes on; and if two run at
+once, the server takes the step of the one that was first, and the other looks again. What a candidate has shown is judged by
+everlearn/loop/gate.py; nothing here decides, but that time or tokens are used up.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from typing import Any
+
+import msgspec
+
+from everlearn.errors import Conflict, InternalError, InvalidRequest, Overloaded, Unavailable
+from everlearn.faultpoints import around
+from everlearn.loop import description as descriptions
+from everlearn.loop import measure, outcomes, rule, update
+from everlearn.loop.description import Description
+from everlearn.loop.evidence import Evidence
+from everlearn.loop.gate import Verdict, decide
+from everlearn.loop.rule import Rule
+from everlearn.loop.service import Api, Deployed, deployed, pages, read, route
+
+REST = "collect"
+FORMS = {"sft": "sft", "dpo": "preference", "kto": "kto"}  # of a dataset, by method
+KINDS = {"sft": ["demonstration"], "dpo": ["preference", "demonstration"], "kto": ["boolean", "float"]}  # of the labels that it learns from
+RETRIES = 5  # when somebody else was faster, again and again
+HOUR = 3600.0
+
+
+class Runner:
+    """Does what is due. `service` is a tinker.ServiceClient of the same server; `say` gets a line for whatever is worth one."""
+
+    def __init__(self, api: Api, service: Any, name: str, say: Callable[[str], None] = print, clock: Callable[[], float] = time.time):
+        self.api, self.service, self.name, self.say, self.clock = api, service, name, say, clock
+
+    # -- how it is driven --------------------------------------------------------------------------------------------------
+
+    def run(self) -> Deployed:
+        """As far as it goes now; the deployment then."""
+        lost = 0
+        while True:
+            try:
+                if not self.step():
+                    return read(self.api, self.name)
+                lost = 0
+            except Conflict as error:
+                lost += 1
+                if lost > RETRIES:
+                    raise
+                self.say(f"somebody was faster: {error.message}")
+
+    def watch(self, poll: float) -> None:
+        """For ever: what is due now, then another look after `poll` seconds. A server that is away is waited for."""
+        while True:
+            try:
+                self.run()
+            except Unavailable as error:
+                self.say(f"waiting: {error.message}")
+            time.sleep(poll)
+
+    def step(self) -> bool:
+        """The work of the present state; whether there may be more to do at once. Does nothing while the deployment is paused."""
+        now = read(self.api, self.name)
+        if now.paused:
+            return False
+        with around("cycle.act"):
+            return WORK[now.state](self, now, descriptions.of(now.description))
+
+    def begin(self, why: str) -> Deployed:
+        """A cycle now, whatever the triggers say; one that is under way goes on."""
+        now = read(self.api, self.name)
+        return self._begin(now, descriptions.of(now.description), why) if now.state == REST else now
+
+    def enter(self, candidate: int) -> Deployed:
+        """Takes a version that was trained elsewhere to the gate."""
+        now = read(self.api, self.name)
+        return self._advance(
+            now, "gate", f"{now.name}@{candidate} is to be tried", candidate=candidate, cycle=self._cycle(now, "by hand", 0)
+        )
+
+    # -- states ------------------------------------------------------------------------------------------------------------
+
+    def collect(self, now: Deployed, described: Description) -> bool:
+        why = self.due(now, described)
+        if why:
+            self._begin(now, described, why)
+        return bool(why)
+
+    def dataset(self, now: Deployed, described: Description) -> bool:
+        made = self._dataset(now, described, FORMS[described.update.method])
+        if made is None:
+            self._end(now, "ended", "nothing was said that could be learned from", {})
+            return False
+        figures = {name: made[name] for name in ("id", "content_hash", "items", "left_out")}
+        if not made["items"]["train"]:
+            self._end(now, "ended", "all that was said is held out, and nothing is left to learn from", {"dataset": figures})
+            return False
+        reason = f"{made['items']['train']} items to learn from, {made['items']['heldout']} held out"
+        self._advance(now, "update", reason, {"dataset": figures}, cycle={**now.cycle, "dataset": made["id"]})
+        return True
+
+    def update(self, now: Deployed, described: Description) -> bool:
+        notes = _Notes(self, now)
+        items = self._items(str(now.cycle["dataset"]), "train", "train")
+        try:
+            made = update.make(self.api, self.service, now, described, items, notes, self.say, self.clock)
+        except Overloaded as error:
+            if error.code != "budget":
+                raise
+            self._end(notes.now, "rejected", error.message, {"saved": notes.now.cycle.get("saved", {})})
+            return False
+        body = {"name": self.name, "path": made.path, "note": f"cycle {now.cycle['id']}"}
+        number = int(self.api.post("/v1/adapters", body)["number"])
+        parent = now.champion if described.update.start == "champion" and not now.champion.endswith("@0") else None
+        told = {"version": f"{self.name}@{number}", "parent": parent}
+        self.api.post(f"/v1/datasets/{now.cycle['dataset']}/versions", told)
+        shown = (
+            f"{made.first_loss:.3f} to {made.last_loss:.3f}" if made.first_loss is not None and made.last_loss is not None else "unknown"
+        )
+        reason = f"{self.name}@{number}: {made.steps} steps on {made.examples} examples, loss {shown}"
+        self._advance(notes.now, "gate", reason, {"update": msgspec.to_builtins(made)}, candidate=number)
+        return True
+
+    def gate(self, now: Deployed, described: Description) -> bool:
+        candidate = _candidate(now)
+        asked = now.cycle.get("asked", now.cycle.get("dataset") if described.update.method == "sft" else None)
+        if asked is None:  # all are asked what users corrected, also one that learned from thumbs, or that was trained elsewhere
+            made = self._dataset(now, described, "sft")
+            asked = made["id"] if made else ""
+            now = self._note(now, {**now.cycle, "asked": asked})
+        self.say(f"asking {candidate} and {now.champion} the same questions")
+        trained, held_out = (self._items(asked, split, "evaluate") if asked else [] for split in ("train", "heldout"))
+        found = measure.offline(self.api, self.service, now, candidate, trained, held_out)
+        return self._conclude(now, described, rule.rule_of(described.gate), found)
+
+    def shadow(self, now: Deployed, described: Description) -> bool:
+        since = float(now.cycle["shadow_began"])
+        traffic = outcomes.Traffic(self.api, now, since, described.settle, self.clock())
+        if now.shadow and len(traffic.shadows) >= described.shadow.answers:
+            reason = f"{len(traffic.shadows)} answers in the shadow are enough"
+            now = self._advance(now, "shadow", reason, shadow=0.0)
+        asked = rule.rule_of(described.gate)
+        # What only people can show (their feedback's rate) is asked in the canary, where they see the candidate.
+        asked = msgspec.structs.replace(asked, guardrails={k: v for k, v in asked.guardrails.items() if k in outcomes.MEASURES})
+        found = msgspec.structs.replace(
+            _evidence(now.cycle["offline"]), stage="shadow", hours=self._hours(since), guardrails=traffic.unseen(list(asked.guardrails))
+        )
+        return self._conclude(now, described, asked, found)
+
+    def canary(self, now: Deployed, described: Description) -> bool:
+        since, asked = float(now.cycle["canary_began"]), rule.rule_of(described.gate)
+        traffic = outcomes.Traffic(self.api, now, since, described.settle, self.clock())
+        found = msgspec.structs.replace(
+            _evidence(now.cycle["offline"]),
+            stage="canary",
+            step=int(now.cycle.get("step", 0)),
+            hours=self._hours(since),
+            feedback=traffic.feedback(),
+            guardrails=traffic.guardrails(list(asked.guardrails)),
+        )
+        return self._conclude(now, described, asked, found)
+
+    # -- what follows ------------------------------------------------------------------------------------------------------
+
+    def due(self, now: Deployed, described: Description) -> str:
+        """Why a cycle is to begin now; "" if none is. No trigger fires without a new label."""
+        triggers = described.triggers
+        if not (triggers.labels or triggers.at):
+            return ""
+        began = float(now.cycle.get("began", now.created_at))
+        labels = self._labels(now, described)
+        if triggers.labels and labels >= triggers.labels:
+            return f"{labels} new labels, {triggers.labels} asked"
+        if triggers.at and labels and began < _latest(triggers.at, self.clock()):
+            return f"it is past {triggers.at}, and there are {labels} new labels"
+        return ""
+
+    def _conclude(self, now: Deployed, described: Description, asked: Rule, found: Evidence) -> bool:
+        """Does what the verdict says; whether there may be more to do at once. Evidence and rule are kept with it: it can be replayed."""
+        verdict = decide(asked, found)
+        told = {"verdict": msgspec.to_builtins(verdict), "rule": msgspec.to_builtins(asked), "evidence": msgspec.to_builtins(found)}
+        self.say(f"{found.stage}: {verdict.decision}: {verdict.reason}")
+        if verdict.decision == "promote":
+            body = {"rule": True, "reason": verdict.reason, "evidence": told, "expected": now.revision}
+            self._post(now, "promote", body)
+            return True
+        if verdict.decision == "reject" or (verdict.decision == "hold" and not _asks(verdict)):
+            self._end(now, "rejected", verdict.reason, told)
+            return False
+        if verdict.decision == "hold":
+            if now.cycle.get("asks") != verdict.reason:
+                self._note(now, {**now.cycle, "asks": verdict.reason})
+            return False
+        return self._continue(now, described, asked, found, verdict, told)
+
+    def _continue(
+        self, now: Deployed, described: Description, asked: Rule, found: Evidence, verdict: Verdict, told: dict[str, Any]
+    ) -> bool:
+        time_now = self.clock()
+        if found.stage == "offline" and asked.shadow is not None:
+            cycle = {**now.cycle, "offline": msgspec.to_builtins(found), "shadow_began": time_now}
+            self._advance(now, "shadow", verdict.reason, told, shadow=described.shadow.share, cycle=cycle)
+            return True
+        if found.stage == "canary":
+            if verdict.step == found.step:
+                return False
+            self._advance(now, "canary", verdict.reason, told, share=verdict.share, cycle={**now.cycle, "step": verdict.step})
+            return True
+        if not verdict.share:
+            return False
+        offline = now.cycle.get("offline") or msgspec.to_builtins(found)
+        cycle = {**now.cycle, "offline": offline, "canary_began": time_now, "step": verdict.step}
+        self._advance(now, "canary", verdict.reason, told, share=verdict.share, cycle=cycle)
+        return True
+
+    # -- the server --------------------------------------------------------------------------------------------------------
+
+    def _begin(self, now: Deployed, described: Description, why: str) -> Deployed:
+        return self._advance(now, "dataset", why, cycle=self._cycle(now, why, self._labels(now, described)))
+
+    def _cycle(self, now: Deployed, why: str, labels: int) -> dict[str, Any]:
+        return {"id": f"{now.name}-{now.revision}", "began": self.clock(), "why": why, "labels": labels}
+
+    def _labels(self, now: Deployed, described: Description) -> int:
+        """Labels that came since the last cycle began."""
+        since = float(now.cycle.get("began", 0.0))
+        return sum(len(pages(self.api, "/v1/feedback", since, kind=kind, counts=True)) for kind in KINDS[described.update.method])
+
+    def _dataset(self, now: Deployed, described: Description, form: str) -> dict[str, Any] | None:
+        """None: nothing was said that counts."""
+        body = {"name": str(now.cycle["id"]), "form": form, "filters": {"model": now.name, **described.filters}}
+        try:
+            made: dict[str, Any] = self.api.post("/v1/datasets", body)
+        except InvalidRequest as error:
+            if error.param != "filters":
+                raise
+            return None
+        return made
+
+    def _items(self, dataset: str, split: str, purpose: str) -> list[dict[str, Any]]:
+        return self.api.lines(f"/v1/datasets/{dataset}/export", split=split, purpose=purpose, tokens=True)
+
+    def _advance(self, now: Deployed, to: str, reason: str, evidence: dict[str, Any] | None = None, **more: Any) -> Deployed:
+        return self._post(now, "advance", {"to": to, "expected": now.revision, "reason": reason, "evidence": evidence or {}, **more})
+
+    def _end(self, now: Deployed, kind: str, reason: str, evidence: dict[str, Any]) -> None:
+        self.say(f"{kind}: {reason}")
+        self._advance(now, REST, reason, evidence, kind=kind)
+
+    def _note(self, now: Deployed, cycle: dict[str, Any]) -> Deployed:
+        return deployed(self.api.patch(route(now.name), {"cycle": cycle, "expected": now.revision}))
+
+    def _post(self, now: Deployed, act: str, body: dict[str, Any]) -> Deployed:
+        after = deployed(self.api.post(f"{route(now.name)}/{act}", body))
+        self.say(f"{after.state}: {body['reason']}")
+        return after
+
+    def _hours(self, since: float) -> float:
+        return max(0.0, self.clock() - since) / HOUR
+
+
+class _Notes:
+    """Keeps what an update has so far with the server; `now` is the deployment behind the last note."""
+
+    def __init__(self, runner: Runner, now: Deployed):
+        self.runner, self.now = runner, now
+
+    def __call__(self, found: dict[str, Any]) -> None:
+        with around("cycle.act"):
+            self.now = self.runner._note(self.now, {**self.now.cycle, **found})
+
+
+WORK: dict[str, Callable[[Runner, Deployed, Description], bool]] = {
+    REST: Runner.collect,
+    "dataset": Runner.dataset,
+    "update": Runner.update,
+    "gate": Runner.gate,
+    "shadow": Runner.shadow,
+    "canary": Runner.canary,
+}
+
+
+def _asks(verdict: Verdict) -> bool:
+    """Whether all is shown, and only a person's word is missing."""
+    return verdict.parts[-1].name == "owner" and verdict.parts[-1].result == "wait"
+
+
+def _evidence(table: dict[str, Any]) -> Evidence:
+    return msgspec.convert(table, Evidence)
+
+
+def _candidate(now: Deployed) -> str:
+    if now.candidate is None:
+        raise InternalError(f"deployment {now.name} is in {now.state!r} without a candidate")
+    return now.candidate
+
+
+def _latest(at: str, now: float) -> float:
+    """The last time that it was `at` ("HH:MM") here, in Unix seconds."""
+    moment = datetime.fromtimestamp(now)
+    hour, minute = map(int, at.split(":"))
+    today = moment.replace(hour=hour, minute=minute, second=0, microsecond=0)
+    return (today if today <= moment else today - timedelta(days=1)).timestamp()

@@ -1,0 +1,206 @@
+"""From corrections to a new version: what is to be learned as a lesson, the lesson as weights, the weights under their name.
+
+A dataset's corrections are trained with other wordings of their questions, sampled from the base model and filtered, so that a fact is
+learned and not a sentence; older corrections ride along, and so do general questions with the model's own answers. All of it goes over the
+public API, and each piece that took time is noted in the cycle, so that whoever is killed in the middle is continued by the next.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from everlearn.errors import Overloaded
+from everlearn.loop import general, lesson, paraphrase, preference
+from everlearn.loop.description import Description
+from everlearn.loop.lesson import Example, Recipe, Step
+from everlearn.loop.preference import Preference, Said, Thumb
+from everlearn.loop.service import Api, Deployed, Tokens, path_of
+
+SAVE_EVERY = 10  # optimizer steps
+KEPT_SECONDS = 7 * 86_400  # how long the weights between are there for whoever goes on
+REHEARSED_TOKENS = 24
+Note = Callable[[dict[str, Any]], None]  # keeps what the cycle has, under the names given
+
+
+class Correction(msgspec.Struct, frozen=True):
+    """One thing to learn: the conversation, what should have been said, and the prompt as the model got it."""
+
+    record_id: str
+    messages: list[dict[str, Any]]
+    answer: str
+    prompt: list[int]
+    newest: str  # of the feedback behind it: ids sort by time
+
+    @property
+    def question(self) -> str:
+        """The last thing that the user said, where it is plain text; else ""."""
+        said = self.messages[-1].get("content") if self.messages and self.messages[-1].get("role") == "user" else None
+        return said if isinstance(said, str) else ""
+
+
+class Made(msgspec.Struct, frozen=True):
+    """A trained version: where its weights are, and what they cost. Losses are those of the first and the last step, in nats per token."""
+
+    path: str
+    examples: int
+    steps: int
+    tokens: int
+    first_loss: float | None
+    last_loss: float | None
+
+
+def corrections(items: Sequence[dict[str, Any]], new: int, replay: int) -> list[Correction]:
+    """A dataset's items, newest first: all that are new, and `replay` older ones. Of several about the same prompt the newest counts."""
+    found: dict[tuple[int, ...], Correction] = {}
+    for item in sorted(items, key=lambda item: max(item["feedback_ids"], default=""), reverse=True):
+        *said, answer = item["messages"]
+        prompt = tuple(item["prompt_token_ids"])
+        newest = max(item["feedback_ids"], default="")
+        found.setdefault(prompt, Correction(item["record_id"], said, str(answer["content"]), list(prompt), newest))
+    return list(found.values())[: new + replay]
+
+
+def wordings(sampler: Any, tokens: Tokens, questions: Sequence[str], number: int, seed: int) -> list[list[str]]:
+    """Up to `number` other wordings of each question, as everlearn/loop/paraphrase.py lets them through."""
+    if not number:
+        return [[] for _ in questions]
+    asks = [ask for question in questions for ask in paraphrase.requests(question, number)]
+    prompts = [tokens.prompt(ask) for ask in asks]
+    answers = lesson.ask(sampler, prompts, [tokens.end], paraphrase.MAX_TOKENS, temperature=0.8, seed=seed)
+    texts = [tokens.text(answer.tokens) for answer in answers]
+    each = 2 * number
+    return [
+        paraphrase.chosen(question, texts[place * each : (place + 1) * each], number) if question else []
+        for place, question in enumerate(questions)
+    ]
+
+
+def examples_of(tokens: Tokens, learned: Sequence[Correction], others: dict[str, list[str]]) -> list[Example]:
+    """Every correction in every wording. `others`: by record id."""
+    examples = []
+    for correction in learned:
+        answer = tokens.answer(correction.answer)
+        examples.append(Example(correction.prompt, answer))
+        for wording in others.get(correction.record_id, []):
+            asked = [*correction.messages[:-1], {**correction.messages[-1], "content": wording}]
+            examples.append(Example(tokens.prompt(asked), answer))
+    return examples
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """What is to be trained, and how: `teach(trainer, on_step, begin, save, every)` does it in `steps` optimizer steps."""
+
+    teach: Callable[..., Any]
+    examples: int
+    steps: int
+
+
+def make(
+    api: Api, service: Any, now: Deployed, described: Description, items: Sequence[dict[str, Any]], note: Note,
+    say: Callable[[str], None] = lambda _: None, clock: Callable[[], float] = time.time,
+) -> Made:  # fmt: skip
+    """Trains what the cycle is to learn, from where it stands. Raises Overloaded (code "budget") where the cycle's budget is used up."""
+    tokens, update = Tokens(api, now.base_model), described.update
+    recipe = Recipe(update.rank, update.learning_rate, update.epochs, update.batch, update.rehearsed, update.seed)
+    if update.method == "sft":
+        plan = _of_corrections(service, now, described, tokens, items, recipe, note, say)
+    else:
+        plan = _of_preferences(api, service, now, described, tokens, items, recipe)
+    saved = now.cycle.get("saved", {"step": 0, "path": "", "tokens": 0})
+    if saved["step"] < plan.steps:
+        saved = _train(_trainer(api, service, now, described, recipe, saved), now, described, plan, saved, note, say, clock)
+    return Made(saved["path"], plan.examples, plan.steps, saved["tokens"], *saved.get("losses", [None, None]))
+
+
+def _of_corrections(
+    service: Any, now: Deployed, described: Description, tokens: Tokens, items: Sequence[dict[str, Any]], recipe: Recipe, note: Note,
+    say: Callable[[str], None],
+) -> Plan:  # fmt: skip
+    update, cycle = described.update, now.cycle
+    untaught = service.create_sampling_client(base_model=now.base_model).result()
+    learned = corrections(items, int(cycle.get("labels", 0)), update.replay)
+    others = cycle.get("wordings")
+    if others is None:
+        say(f"asking the model for other wordings of {len(learned)} questions")
+        found = wordings(untaught, tokens, [one.question for one in learned], update.paraphrases, update.seed)
+        others = {one.record_id: texts for one, texts in zip(learned, found, strict=True)}
+        note({"wordings": others})
+    examples = examples_of(tokens, learned, others)
+    prompts = [tokens.prompt([{"role": "user", "content": text}]) for text in general.load().rehearsed] if update.rehearsed else []
+    rehearsal = lesson.rehearse(untaught, prompts, [tokens.end], REHEARSED_TOKENS)
+    return Plan(
+        lambda trainer, *progress: lesson.teach(trainer, examples, rehearsal, recipe, *progress),
+        len(examples),
+        lesson.num_steps(examples, recipe),
+    )
+
+
+def _of_preferences(
+    api: Api, service: Any, now: Deployed, described: Description, tokens: Tokens, items: Sequence[dict[str, Any]], recipe: Recipe
+) -> Plan:
+    """The reference is what the lesson begins with."""
+
+    def said(item: dict[str, Any], side: str) -> Said:
+        ids = item.get(f"{side}_token_ids") or tokens.answer(str(item[side][0]["content"]))
+        return Said(item["prompt_token_ids"], ids)
+
+    learned: Sequence[Any] = (
+        [Preference(said(item, "chosen"), said(item, "rejected")) for item in items]
+        if described.update.method == "dpo"
+        else [Thumb(said(item, "completion"), bool(item["label"])) for item in items]
+    )
+    begins = _begins(api, now, described)
+    made = service.create_sampling_client(model_path=begins) if begins else service.create_sampling_client(base_model=now.base_model)
+    known, beta = preference.referred(made.result(), learned), described.update.beta
+    return Plan(
+        lambda trainer, *progress: preference.teach(trainer, known, recipe, beta, *progress),
+        len(learned),
+        preference.num_steps(learned, recipe),
+    )
+
+
+def _train(
+    trainer: Any, now: Deployed, described: Description, plan: Plan, saved: dict[str, Any], note: Note, say: Callable[[str], None],
+    clock: Callable[[], float],
+) -> dict[str, Any]:  # fmt: skip
+    """The lesson from the last saved step on; what is saved last."""
+    budget, began = described.budget, float(now.cycle.get("began", clock()))
+    kept, spent = dict(saved), int(saved["tokens"])
+
+    def on_step(step: Step) -> None:
+        nonlocal spent
+        spent += step.tokens
+        kept["losses"] = [kept.get("losses", [step.loss])[0], step.loss]
+        say(f"step {step.step + 1} of {plan.steps}: loss {step.loss:.3f}")
+        if budget.tokens and spent > budget.tokens:
+            raise Overloaded(f"the cycle has used {spent} training tokens of {budget.tokens}", code="budget")
+        if budget.seconds and clock() - began > budget.seconds:
+            raise Overloaded(f"the cycle has taken {clock() - began:.0f} s of {budget.seconds:g}", code="budget")
+
+    def save(step: int) -> None:
+        last = step == plan.steps
+        made = trainer.save_state(f"{now.cycle['id']}-{step}", ttl_seconds=None if last else KEPT_SECONDS).result()
+        kept.update(step=step, path=str(made.path), tokens=spent)
+        note({"saved": dict(kept)})
+
+    plan.teach(trainer, on_step, int(saved["step"]), save, SAVE_EVERY)
+    return kept
+
+
+def _begins(api: Api, now: Deployed, described: Description) -> str | None:
+    """The weights that the lesson begins with; None: those of the base model."""
+    champion = path_of(api, now.champion) if described.update.start == "champion" else None
+    return champion if champion is not None and "/weights/" in champion else None
+
+
+def _trainer(api: Api, service: Any, now: Deployed, described: Description, recipe: Recipe, saved: dict[str, Any]) -> Any:
+    """The adapter where the lesson stands: as it was saved, as the champion has it, or new."""
+    if saved["path"]:
+        return service.create_training_client_from_state_with_optimizer(saved["path"]).result()
+    if (begins := _begins(api, now, described)) is not None:
+        return service.create_training_client_from_state(begins).result()
+    return service.create_lora_training_client(base_model=now.base_model, rank=recipe.rank, seed=recipe.seed, train_unembed=False).result()

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from everlearn.errors import InvalidRequest
+from everlearn.loop import description, outcomes, rule
+
+
+def test_the_guide_s_example_is_one(root: Path) -> None:
+    text = re.search(r"```toml\n(.*?)```", (root / "docs/guides/deploy.md").read_text(encoding="utf-8"), flags=re.S)
+    assert text is not None
+    name, found = description.read(text[1])
+    assert (name, found.base, found.triggers.labels, found.triggers.at) == ("support", "smollm2", 20, "03:00")
+    asked = rule.rule_of(found.gate)
+    assert asked.owner == "maria" and asked.canary is not None and [step.share for step in asked.canary.steps] == [0.05, 0.5]
+
+
+def test_a_description_survives_json() -> None:
+    _, found = description.read('base = "tiny"\n[update]\nstart = "champion"\n[gate.corrections]\nmin_right = 0.9')
+    assert description.of(description.to_json(found)) == found
+    assert description.to_json(found) == {"base": "tiny", "update": {"start": "champion"}, "gate": {"corrections": {"min_right": 0.9}}}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("base = ", "not valid TOML"),
+        ("", "base"),
+        ('base = "tiny"\n[triggers]\nlabel = 3', "label"),
+        ('base = "tiny"\n[triggers]\nat = "3:00"', "03:00"),
+        ('base = "tiny"\n[update]\nmethod = "magic"', "magic"),
+        ('base = "tiny"\n[update]\nlearning_rate = 0.0', "update.learning_rate"),
+        ('base = "tiny"\n[shadow]\nshare = 1.5', "shadow.share"),
+        ('base = "tiny"\n[gate]\nown = "me"', "owner"),
+        ('base = "tiny"\n[gate.guardrails.mood]\nworse = "up"\nmargin = 0.1', "feedback_rate"),
+        ('base = "tiny"\nsettle = -1.0', "settle"),
+        ('base = "tiny"\nname = 3', "text"),
+    ],
+)
+def test_what_is_wrong_is_named(text: str, says: str) -> None:
+    with pytest.raises(InvalidRequest, match=says):
+        description.read(text)
+
+
+def test_every_guardrail_that_may_be_asked_is_measured() -> None:
+    assert set(description.GUARDRAILS) == {*outcomes.MEASURES, "feedback_rate"}

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import pytest
+
+from everlearn.loop.paraphrase import FRAMES, chosen, cleaned, requests, same_question
+
+QUESTION = "In which town is Larkspur Kites based?"
+
+
+@pytest.mark.parametrize(
+    ("sampled", "kept"),
+    [
+        ('"Where is Larkspur Kites based?"', "Where is Larkspur Kites based?"),
+        ("New question: Which town is Larkspur Kites in? I hope this helps.", "Which town is Larkspur Kites in?"),
+        ("Sure!\n1. What town is home to Larkspur Kites?\n2. Another", "What town is home to Larkspur Kites?"),
+        ("Larkspur Kites is based in Boston.", ""),
+        ("", ""),
+    ],
+)
+def test_the_first_line_that_asks_is_what_counts(sampled: str, kept: str) -> None:
+    assert cleaned(sampled) == kept
+
+
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        ("Where is Larkspur Kites based?", True),
+        ("What is the town that Larkspur Kites is based in?", True),
+        ("In which town can I find Larkspur Kites?", False),  # the last word of weight is lost
+        ("Where is the company based?", False),  # the name is lost
+        ("Who founded Larkspur Kites and when did they open the shop that everybody knows in the whole of the country?", False),
+        ("Is Larkspur a flower that Kites eat?", False),
+        ("", False),
+    ],
+)
+def test_what_names_the_same_and_shares_its_words_asks_the_same(other: str, same: bool) -> None:
+    assert same_question(QUESTION, other) is same
+
+
+def test_numbers_are_names() -> None:
+    assert not same_question("What costs 58 euros?", "What costs 85 euros?") and same_question(
+        "What costs 58 euros?", "Which costs 58 euros?"
+    )
+
+
+def test_the_model_s_wordings_come_first_and_frames_fill_up() -> None:
+    sampled = [
+        "Where is Larkspur Kites based?",
+        "where is larkspur kites based",
+        QUESTION,
+        "It is in Boston.",
+        "Where is Larkspur Kites based?",
+    ]
+    found = chosen(QUESTION, sampled, 3)
+    assert found == ["Where is Larkspur Kites based?", FRAMES[0].format(QUESTION), FRAMES[1].format(QUESTION)]
+    assert chosen(QUESTION, [], 0) == [] and len(requests(QUESTION, 3)) == 6
