@@ -42,18 +42,26 @@ ROOM = 8192 - 128  # tokens that the embedded model takes, less its answer
 
 
 def runs_of(data: Path | None) -> list[str]:
-    """The names of all runs: suite/history/method, with +answers where the model answers."""
-    found = []
-    for suite in ("synthetic-300", "synthetic-2000"):
-        for seed in SEEDS:
-            found += [f"{suite}/{seed}/rules"]
-            found += [f"{suite}/{seed}/{name}+answers" for name in RULES] if suite == "synthetic-300" else []
-            found += [f"{suite}/{seed}/{name}+answers" for name in WRITERS] if suite == "synthetic-300" else []
+    """The names of all runs: suite/history/method@budget+answers; or suite/history/rules, all methods without a model at all budgets."""
+    found = [f"{suite}/{seed}/rules" for suite in ("synthetic-300", "synthetic-2000") for seed in SEEDS]
+    found += [
+        f"synthetic-300/{seed}/{name}@{budget}+answers"
+        for seed in SEEDS
+        for name in (*RULES, *WRITERS)
+        for budget in BUDGETS["synthetic-300"]
+        if name != "full" or budget == 256
+    ]
     if data is not None:
         found += [f"longmemeval/{number}/rules" for number in range(3)]
-        found += [f"longmemeval/{number}/{name}+answers" for number in range(3) for name in RULES[1:]]
+        found += [
+            f"longmemeval/{number}/{name}@{budget}+answers"
+            for number in range(3)
+            for name in (*RULES[1:], "overwrite")
+            for budget in BUDGETS["longmemeval"]
+        ]
         found += ["memorybank/all/rules"]
-        found += [f"memorybank/{part}/{name}+answers" for name in WRITERS for part in ("0-5", "5-10", "10-15")]
+        parts = ("0-5", "5-10", "10-15")
+        found += [f"memorybank/{part}/{name}@{budget}+answers" for name in WRITERS for part in parts for budget in BUDGETS["memorybank"]]
     return found
 
 
@@ -79,12 +87,14 @@ def asking(args: argparse.Namespace, wanted: bool) -> Iterator[Asking | None]:
 
     with server(argparse.Namespace(model="smollm2", base_url=None, base_model=None, threads=args.threads)) as live:
         sampler = tinker.ServiceClient(base_url=live.url).create_sampling_client(base_model=live.model)
-        yield Asking(sampler, ChatMl.of(sampler.get_tokenizer()))
+        tokenizer = load(model_folder("smollm2"))
+        yield Asking(sampler, ChatMl(tokenizer.encode, lambda ids: tokenizer.decode(ids, skip_special=True)))
 
 
 def one(args: argparse.Namespace, name: str) -> list[study.Run]:
     suite, history, what = name.split("/")
-    methods = RULES if what == "rules" else (what.removesuffix("+answers"),)
+    kind, _, only = what.removesuffix("+answers").partition("@")
+    methods, budgets = (RULES, BUDGETS[suite]) if what == "rules" else ((kind,), (int(only),))
     tokenizer = load(model_folder("smollm2"))
     head = importance.BY_HAND if args.head is None else importance.load(args.head)
     done = []
@@ -96,7 +106,7 @@ def one(args: argparse.Namespace, name: str) -> list[study.Run]:
         refill = None if model is None else Generate(model.sampler, model.chat)
         write = None if model is None else model.write
         for case in cases(suite, history, args.data, args.smoke):
-            for budget in BUDGETS[suite]:
+            for budget in budgets:
                 for kind in methods:
                     made = method(kind, encode, budget, seed=len(case.turns), head=head, write=write, refill=refill)
                     asked = any(question.answers for question in case.questions)

@@ -65,7 +65,7 @@ def memory(console: Console, suite: str, data: Path | None, methods: tuple[str, 
     info = _model(console, options["model"])
     runs = []
     with _asking(console, info, options["ask"], options["sampler"], options["begin"]) as asking:
-        encode = _encode(info) if asking is None else asking.chat.encode
+        encode = _encode(info)
         for budget in options["budgets"]:
             for case in found:
                 for name in methods:
@@ -117,6 +117,7 @@ def _asking(console: Console, info: BaseModelInfo, ask: bool, sampler: str | Non
 
     from everlearn.demo.server import serving
     from everlearn.memory.asking import Asking
+    from everlearn.render.tokenizer import load
     from everlearn.rl.prompts import ChatMl
 
     logging.getLogger("tinker").setLevel(logging.ERROR)  # it warns of every answer that takes longer than one poll
@@ -130,7 +131,8 @@ def _asking(console: Console, info: BaseModelInfo, ask: bool, sampler: str | Non
         key = console.key or LOCAL_KEY
         service = stack.enter_context(tinker.ServiceClient(base_url=url, api_key=key, user_metadata={"client": "everlearn eval"}))
         made = service.create_sampling_client(model_path=sampler) if sampler else service.create_sampling_client(base_model=info.name)
-        yield Asking(made, ChatMl.of(made.get_tokenizer()), begun)
+        tokenizer = load(Path(info.path))
+        yield Asking(made, ChatMl(tokenizer.encode, lambda ids: tokenizer.decode(ids, skip_special=True)), begun)
 
 
 def _method(name: str, encode: Encode, budget: int, seed: int, head: Path | None, asking: Asking | None) -> Any:

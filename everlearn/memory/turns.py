@@ -1,6 +1,6 @@
 """What happens to a window when a turn comes: importance, plan, refill, done. Where windows and archives are kept is the caller's.
 
-With a head and extraction (`Turns.by_rules`) a turn takes about a millisecond and no model, which is what a server does between two
+With a head and extraction (`Turns.by_rules`) a turn takes no model, which is what a server does between two
 requests.
 """
 
