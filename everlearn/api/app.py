@@ -18,7 +18,7 @@ from fastapi import Depends, FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import everlearn
-from everlearn.api import adapters, capabilities, errors, ops, records, usage
+from everlearn.api import adapters, capabilities, errors, memories, ops, records, usage
 from everlearn.api.anthropic import messages as anthropic
 from everlearn.api.auth import KeyCache, admit, authenticate, scope
 from everlearn.api.chatmodels import ChatModels
@@ -67,7 +67,7 @@ def create_app(settings: Settings) -> FastAPI:
         for router in openai.ROUTERS:
             app.include_router(router, prefix=prefix)
     app.include_router(anthropic.router, prefix=anthropic.PREFIX)
-    for own in (ops, adapters, capabilities, records, usage):
+    for own in (ops, adapters, capabilities, memories, records, usage):
         app.include_router(own.router)
 
     @app.get("/openapi.json", include_in_schema=False, dependencies=[scope("train", "sample", "read")])

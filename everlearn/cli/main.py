@@ -28,6 +28,7 @@ NOUNS = {
     "run": "Training runs.",
     "checkpoint": "Saved weights of training runs.",
     "adapter": "Names of adapters and the versions that they mean.",
+    "memory": "Memories of conversations, and what is in them.",
     "key": "API keys and their tenants.",
     "bench": "Measure a running server.",
     "eval": "Study what a model learns.",

@@ -298,3 +298,46 @@ usage = sa.Table(
     sa.Column("tokens_out", sa.BigInteger, nullable=False),
     _time("seconds"),
 )
+
+# A memory: `window` is what it shows now (everlearn/memory/window.py packs it), `tokens` its size, `turns` how many have come.
+memories = sa.Table(
+    "memories",
+    metadata,
+    _text("tenant", primary_key=True),
+    _text("memory_id", primary_key=True),
+    sa.Column("version", sa.BigInteger, nullable=False),
+    _text("base_model"),
+    sa.Column("budget", sa.BigInteger, nullable=False),
+    sa.Column("tokens", sa.BigInteger, nullable=False),
+    sa.Column("turns", sa.BigInteger, nullable=False),
+    sa.Column("window", sa.LargeBinary, nullable=False),
+    _time("created_at"),
+    _time("updated_at"),
+)
+
+memory_turns = sa.Table(
+    "memory_turns",
+    metadata,
+    _text("tenant", primary_key=True),
+    _text("memory_id", primary_key=True),
+    sa.Column("number", sa.BigInteger, primary_key=True, autoincrement=False),
+    _text("role"),
+    _text("text"),
+    sa.Column("supersedes", sa.BigInteger, nullable=True),
+    _time("created_at"),
+)
+
+# What became of the chunk of turn `source` when turn `turn` came; `after` null: it left the window.
+memory_rewrites = sa.Table(
+    "memory_rewrites",
+    metadata,
+    sa.Column("id", BigId, primary_key=True, autoincrement=True),
+    _text("tenant"),
+    _text("memory_id"),
+    sa.Column("source", sa.BigInteger, nullable=False),
+    sa.Column("turn", sa.BigInteger, nullable=False),
+    _text("before"),
+    _text("after", null=True),
+    _text("refill"),
+    sa.Index("memory_rewrites_source", "tenant", "memory_id", "source", "id"),
+)
