@@ -86,7 +86,7 @@ def asking(args: argparse.Namespace, wanted: bool) -> Iterator[Asking | None]:
     import tinker
 
     with server(argparse.Namespace(model="smollm2", base_url=None, base_model=None, threads=args.threads)) as live:
-        sampler = tinker.ServiceClient(base_url=live.url).create_sampling_client(base_model=live.model)
+        sampler = tinker.ServiceClient(base_url=live.url).create_sampling_client(base_model=live.model).result()
         tokenizer = load(model_folder("smollm2"))
         yield Asking(sampler, ChatMl(tokenizer.encode, lambda ids: tokenizer.decode(ids, skip_special=True)))
 

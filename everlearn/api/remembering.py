@@ -59,10 +59,10 @@ async def open_memory(call: Call, chat: ChatModel, wanted: Wanted, turn: Turn, d
     shape = msgspec.structs.replace(turn, messages=shown(window))
     for _ in range(RETRIES):
         _, prompt, _ = await encode_turn(call.svc, chat, shape)
-        over = len(prompt) - window.budget
-        if over <= 0:
+        around = max(0, len(prompt) - window.size)  # what the template takes, as it stands around these chunks
+        if len(prompt) <= window.budget:
             break
-        window, _ = await asyncio.to_thread(rules.tighten, window, window.frame + over)
+        window, _ = await asyncio.to_thread(rules.tighten, window, max(around, window.frame + 1))
         shape = msgspec.structs.replace(turn, messages=shown(window))
     else:
         raise InvalidRequest(
@@ -76,7 +76,7 @@ async def open_memory(call: Call, chat: ChatModel, wanted: Wanted, turn: Turn, d
 
     async def remember(exchange: Exchange) -> None:
         if exchange.replies[0].finish and not remembered:
-            remembered.append(await _commit(call, rules, start, said, str(exchange.replies[0].message()["content"] or ""), window.frame))
+            remembered.append(await _commit(call, rules, start, said, str(exchange.replies[0].message()["content"] or ""), around))
 
     remembered: list[Memory] = []
     call.remember = remember
@@ -186,13 +186,20 @@ async def _commit(call: Call, rules: Turns, start: Memory, said: Sequence[Said],
 def _told(rules: Turns, window: Window, said: Sequence[Said], answer: str, frame: int) -> tuple[Window, list[memories.Turn], list[Rewrite]]:
     turns: list[memories.Turn] = []
     rewrites: list[Rewrite] = []
-    if frame > window.frame:
-        window, changed = rules.tighten(window, frame)
-        rewrites += rewrites_of(changed, window.turn)
-    for one in (*said, Said("assistant", answer)):
+    for place, one in enumerate((*said, Said("assistant", answer))):
+        if place == len(said):  # the prompt as it was is together: from here on what is around it takes what it took there
+            window, done = _framed(rules, window, frame)
+            rewrites += done
         before = window.turn
         window, done = put(rules, window, [one])
         rewrites += done
         if window.turn > before:
             turns.append(memories.Turn(window.turn, one.role, one.text))
     return window, turns, rewrites
+
+
+def _framed(rules: Turns, window: Window, frame: int) -> tuple[Window, list[Rewrite]]:
+    if frame <= window.frame:
+        return msgspec.structs.replace(window, frame=frame), []
+    window, changed = rules.tighten(window, frame)
+    return window, rewrites_of(changed, window.turn)

@@ -130,7 +130,7 @@ def _asking(console: Console, info: BaseModelInfo, ask: bool, sampler: str | Non
                 url = stack.enter_context(serving(home, home / "eval" / "server.log", console.config, on_wait, Path(info.path)))
         key = console.key or LOCAL_KEY
         service = stack.enter_context(tinker.ServiceClient(base_url=url, api_key=key, user_metadata={"client": "everlearn eval"}))
-        made = service.create_sampling_client(model_path=sampler) if sampler else service.create_sampling_client(base_model=info.name)
+        made = service.create_sampling_client(**({"model_path": sampler} if sampler else {"base_model": info.name})).result()
         tokenizer = load(Path(info.path))
         yield Asking(made, ChatMl(tokenizer.encode, lambda ids: tokenizer.decode(ids, skip_special=True)), begun)
 

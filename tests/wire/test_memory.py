@@ -124,7 +124,7 @@ def test_errors_name_what_is_wrong(client, http):
         )
     assert http.get("/memories/none").status_code == 404
     say(client, "fred", "hi")
-    with pytest.raises(openai.ConflictError, match=f"has a budget of {BUDGET}, not 500"):
+    with pytest.raises(openai.BadRequestError, match=f"has a budget of {BUDGET}, not 500"):
         say(client, "fred", "hi", extra_body={"memory": {"id": "fred", "budget": 500}})
 
 
