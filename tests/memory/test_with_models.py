@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 import tinker
 
@@ -14,9 +15,12 @@ from everlearn.errors import InvalidRequest
 from everlearn.memory.asking import ANSWER_TOKENS, Asking
 from everlearn.memory.counterfactual import Counterfactual, surprisals
 from everlearn.memory.decide import UNDECIDED, Decided, level_of
+from everlearn.memory.distil import examples
 from everlearn.memory.generate import Generate
+from everlearn.memory.importance import FEATURES, distilled
 from everlearn.memory.memory import Memory
 from everlearn.memory.plan import Plan
+from everlearn.memory.synthetic import synthetic
 from everlearn.memory.window import Chunk, Window, chunk_of, line
 from everlearn.render.tokenizer import load
 from everlearn.rl.prompts import ChatMl
@@ -79,6 +83,18 @@ def test_the_counterfactual_is_the_difference_of_two_log_likelihoods(sampler, ch
     assert len(Counterfactual(sampler, later=4).falls(chunks, [0])) == 1  # nothing else stands before them
     with pytest.raises(InvalidRequest, match="later is 0"):
         Counterfactual(sampler, later=0)
+
+
+def test_a_head_is_distilled_from_what_answers_needed(sampler, chat):
+    case = synthetic(120, 1, 6)
+    inputs, targets = examples(sampler, chat.encode, case, others=3)
+    assert inputs.shape == (24, len(FEATURES)) and targets.shape == (24,) and 0 <= targets.min() <= targets.max() < 1
+    again = examples(sampler, chat.encode, case, others=3)
+    assert (again[0] == inputs).all() and again[1] == pytest.approx(targets, abs=1e-4)
+    head = distilled(inputs, targets)
+    assert np.abs(head.scores(inputs) - targets).mean() <= np.abs(targets.mean() - targets).mean() + 0.02
+    with pytest.raises(InvalidRequest, match="others is 0"):
+        examples(sampler, chat.encode, case, others=0)
 
 
 def test_surprisal_takes_one_forward_pass(sampler, chunks):
