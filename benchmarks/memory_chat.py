@@ -34,7 +34,7 @@ def conversation(turns: int, seed: int) -> tuple[list[str], list[Any]]:
     facts = synthetic(200, seed, 20)
     plain = [question for question in facts.questions if question.kind in ("fact", "preference")]
     chosen = sorted(plain, key=lambda question: question.kind != "preference")[:10]
-    places = [2, *sorted(random.Random(seed).sample(range(4, turns // 10), len(chosen) - 1))]
+    places = [2, *sorted(random.Random(seed).sample(range(4, max(14, turns // 10)), len(chosen) - 1))]
     for question, place in zip(chosen, places, strict=True):
         chatter[place] = next(text for _, text in facts.turns if question.words <= words_of(text))
     return chatter, chosen

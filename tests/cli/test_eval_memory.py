@@ -23,12 +23,12 @@ def test_retention_without_a_model(tiny_model: Path, tmp_path: Path, capsys: pyt
 
 
 def test_answers_from_a_server(server: LiveServer, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    arguments = ["eval", "memory", "--turns", "60", "--facts", "4", "--histories", "1", "--budget", "120", "--methods", "last,overwrite"]
+    arguments = ["eval", "memory", "--turns", "60", "--facts", "4", "--histories", "1", "--budget", "120", "--methods", "last,summary"]
     arguments += ["--ask", "--model", str(tiny_model), "--url", server.url, "--key", KEY, "--home", str(tmp_path / "home")]
     code = run(arguments)
     told = capsys.readouterr()
     assert code == 0, told.err
-    assert "overwrite" in told.out and "f1" in told.out
+    assert "summary" in told.out and "f1" in told.out
 
 
 def test_mistakes_are_named(tiny_model: Path, capsys: pytest.CaptureFixture[str]):

@@ -47,7 +47,8 @@ def chunks(chat: ChatMl) -> tuple[Chunk, ...]:
 
 
 def test_generated_refills_keep_to_their_caps_and_follow_from_the_seed(sampler, chat, chunks):
-    plan = Plan(Window(1000, chunks, 4), chunks, 4, (0, 2, 3), (12, 9, 15))
+    chunks = tuple(chunk_of(chat.encode, chunk.role, " ".join([chunk.text] * 6), chunk.born) for chunk in chunks)
+    plan = Plan(Window(5000, chunks, 4), chunks, 4, (0, 2, 3), (70, 60, 80))
     assert len(plan.holes) == 3
     found = {}
     for name, made in (
