@@ -38,6 +38,7 @@ from everlearn.rl.prompts import ChatMl
 
 BUDGETS = {"synthetic-300": (256, 512, 1024), "synthetic-2000": (256, 512, 1024), "longmemeval": (512, 2048), "memorybank": (512, 2048)}
 SEEDS = (0, 1, 2)
+HELD_OUT = 100  # added to a seed: the weights by hand were set while looking at histories 0 to 2
 ROOM = 8192 - 128  # tokens that the embedded model takes, less its answer
 
 
@@ -68,7 +69,7 @@ def runs_of(data: Path | None) -> list[str]:
 def cases(suite: str, history: str, data: Path | None, smoke: bool) -> list[Case]:
     if suite.startswith("synthetic"):
         turns = int(suite.split("-")[1])
-        return [synthetic(100 if smoke else turns, int(history))]
+        return [synthetic(100 if smoke else turns, HELD_OUT + int(history))]
     if data is None:
         raise SystemExit(f"suite {suite} needs --data")
     if suite == "longmemeval":
