@@ -27,6 +27,7 @@ from everlearn.api import (
     episodes,
     errors,
     feedback,
+    memories,
     ops,
     records,
     signals,
@@ -82,7 +83,7 @@ def create_app(settings: Settings) -> FastAPI:
         for router in openai.ROUTERS:
             app.include_router(router, prefix=prefix)
     app.include_router(anthropic.router, prefix=anthropic.PREFIX)
-    for own in (ops, adapters, capabilities, records, usage, episodes, feedback, datasets, deployments, tokens):
+    for own in (ops, adapters, capabilities, memories, records, usage, episodes, feedback, datasets, deployments, tokens):
         app.include_router(own.router)
 
     @app.get("/openapi.json", include_in_schema=False, dependencies=[scope("train", "sample", "read")])

@@ -41,6 +41,7 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     user: str | None = None
     metadata: dict[str, str] | None = None
     store: bool = True
+    store_asked: bool = False  # the client said store: true
 
 
 class Exchange:
@@ -97,6 +98,8 @@ class Call:
         self.created_at = time.time()
         self.exchanges: list[Exchange] = []
         self.episode_id: str | None = None  # the one that the client named
+        self.remember: Callable[[Exchange], Awaitable[None]] | None = None  # awaited with each exchange once all of it is said
+        self.memory: dict[str, Any] | None = None  # what the answer tells of the memory that the conversation is in
         self._started = time.perf_counter()
         self._lease: Lease | None = None
         self._watch: Watch | None = None
@@ -175,7 +178,9 @@ class Call:
                 self._hand_over(exchange)
 
     async def keep(self, exchange: Exchange) -> None:
-        """All of it is said: from here on its record outlives this process."""
+        """All of it is said: from here on its record, and what a memory has of it, outlive this process."""
+        if self.remember is not None:
+            await self.remember(exchange)
         self._hand_over(exchange)
         await self.svc.records.safe(exchange.record_id)
 

@@ -36,7 +36,6 @@ def row_json(row: Row) -> dict[str, Any]:
         "continues": row.parent_id,
         "key_id": row.key_id,
         "user": row.user,
-        "episode_id": row.episode_id,
         "finish_reasons": row.finish_reasons,
         "usage": {
             "prompt_tokens": row.prompt_tokens,

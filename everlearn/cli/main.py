@@ -32,6 +32,7 @@ NOUNS = {
     "episode": "Conversations and tasks that answers belong to.",
     "feedback": "What was said about answers.",
     "dataset": "Feedback, frozen to be learned from.",
+    "memory": "Memories of conversations, and what is in them.",
     "key": "API keys and their tenants.",
     "bench": "Measure a running server.",
     "eval": "Study what a model learns, and what it forgets.",

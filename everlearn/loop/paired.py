@@ -120,8 +120,8 @@ def _root(rising) -> float:  # type: ignore[no-untyped-def]
 def between(champion: Interval, candidate: Interval) -> Interval:
     """Candidate minus champion where each was measured by itself, from their intervals, d being the difference:
 
-        low  = d - sqrt((candidate - its low)^2 + (champion's high - champion)^2)
-        high = d + sqrt((candidate's high - candidate)^2 + (champion - its low)^2)
+    low  = d - sqrt((candidate - its low)^2 + (champion's high - champion)^2)
+    high = d + sqrt((candidate's high - candidate)^2 + (champion - its low)^2)
     """
     gain = candidate.mean - champion.mean
     low = gain - math.hypot(candidate.mean - candidate.low, champion.high - champion.mean)

@@ -230,5 +230,3 @@ def _fitted(
         rows.append(np.asarray(background_ND, dtype=np.float64))
     found = whitening.fit(np.concatenate(rows), settings.rank)
     return posterior.fit(labels, found, settings.heads, before.spread if before is not None else 1.0, settings.flip_rates)
-
-

@@ -15,7 +15,7 @@ import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,6 +72,29 @@ class Database:
         """Runs `fn(conn)` here, in a transaction that sees one state of the database and is rolled back after it."""
         with self.engine.connect() as conn:
             return fn(conn)
+
+    def scrub(self, tables: Sequence[str]) -> None:
+        """Takes the last bytes of deleted rows of `tables` from the disk; blocks for as long as copying takes, on SQLite of the whole file.
+        Writes wait meanwhile. (PostgreSQL's write-ahead files keep older pages until it recycles them.)"""
+        with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
+            driver: Any = conn.connection.driver_connection
+            if self.dialect == "sqlite":
+                for statement in ("PRAGMA wal_checkpoint(TRUNCATE)", "VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)"):
+                    self._patiently(driver, statement)
+            else:
+                for table in tables:
+                    driver.execute(f"VACUUM FULL {table}")
+
+    def _patiently(self, driver: Any, statement: str) -> None:
+        """A checkpoint that a reader kept from ending says so in its answer, and is begun again."""
+        deadline = time.monotonic() + BUSY_SECONDS
+        while True:
+            row = driver.execute(statement).fetchone()
+            if row is None or row[0] == 0:
+                return
+            if time.monotonic() > deadline:
+                raise Unavailable("the store is busy; what was forgotten is deleted, but its last bytes wait to be overwritten: try again")
+            time.sleep(0.05)
 
     def claim_server(self) -> None:
         """Makes this process the server of the database until it ends; refuses when another one is. Commands that only look

@@ -23,6 +23,7 @@ from everlearn.store.feedback_tables import (
     trails,
     version_datasets,
 )
+from everlearn.store.memory_tables import memories, memory_rewrites, memory_turns
 
 __all__ = [
     "dataset_items",
@@ -33,6 +34,9 @@ __all__ = [
     "episodes",
     "feedback",
     "feedback_changes",
+    "memories",
+    "memory_rewrites",
+    "memory_turns",
     "metadata",
     "trails",
     "version_datasets",

@@ -47,7 +47,7 @@ def test_imports_fall_downward(sources):
     assert not upward
 
 
-CLIENTS = {"rl", "rewards"}
+CLIENTS = {"rl", "rewards", "memory"}
 
 
 def test_clients_know_nothing_of_the_server(sources):

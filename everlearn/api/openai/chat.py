@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from everlearn.api import auth
+from everlearn.api import auth, remembering
 from everlearn.api.calls import Call, Exchange
 from everlearn.api.openai import checks, shapes, types
 from everlearn.api.openai.shapes import encode
@@ -31,6 +31,8 @@ async def create_chat_completion(request: Request) -> Response:
     chat = await svc.chat_models.get(target.base)
     turn = checks.chat_turn(form, chat.thinking, len(await request.body()))
     call = Call(svc, caller, target, checks.asked(form, caller, "chat.completions", turn.messages, "messages"))
+    if (memory := checks.memory(form, request.headers)) is not None:
+        turn = await remembering.open_memory(call, chat, memory, turn, draw)
     opened = await open_turn(svc, caller.tenant, target, turn, draw, stream=bool(form.stream))
     await call.start(request, [opened])
     if form.stream:

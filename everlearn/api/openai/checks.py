@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -23,11 +23,13 @@ from everlearn.api.openai.types import (
     ToolForm,
     refuse,
 )
+from everlearn.api.remembering import Wanted
 from everlearn.api.turns import Draw, Turn
 from everlearn.errors import InvalidRequest, TooLarge, Unsupported
 from everlearn.types import Grammar
 
 _encode = msgspec.json.encode
+MEMORY, MEMORY_BUDGET = "x-everlearn-memory", "x-everlearn-memory-budget"
 NAME = re.compile(r"[A-Za-z0-9_.:-]{1,128}")  # of functions and schemas; OpenAI takes 64 characters, MCP's tools have more
 
 
@@ -169,6 +171,7 @@ def asked(form: Any, caller: Caller, route: str, said: Any, field: str) -> Asked
         user=label(form.user, "user") or label(getattr(form, "safety_identifier", None), "safety_identifier"),
         metadata=metadata(form.metadata),
         store=form.store is not False,
+        store_asked=form.store is True,
     )
 
 
@@ -252,6 +255,20 @@ def chat_turn(form: ChatForm, thinking: Callable[[str], dict[str, Any]], chars: 
         continue_final=continues,
         chars=chars,
     )
+
+
+def memory(form: ChatForm, headers: Mapping[str, str]) -> Wanted | None:
+    """The memory that the request names, in its body or in the headers x-everlearn-memory and x-everlearn-memory-budget."""
+    given, budget = headers.get(MEMORY), headers.get(MEMORY_BUDGET)
+    if form.memory is not None and given is not None:
+        raise InvalidRequest(f"memory is named in the body and in the header {MEMORY}; send one of them", param="memory")
+    if form.memory is not None:
+        return Wanted(form.memory.id, form.memory.budget, form.memory.recent)
+    if given is None:
+        return None
+    if budget is not None and not (budget.isascii() and budget.isdigit() and len(budget) < 10):
+        raise InvalidRequest(f"header {MEMORY_BUDGET} is {budget[:20]!r}; it must be a number of tokens", param="memory.budget")
+    return Wanted(given, None if budget is None else int(budget))
 
 
 def canonical(message: dict[str, Any]) -> dict[str, Any]:

@@ -48,6 +48,8 @@ def ours(call: Call) -> dict[str, Any]:
         told["records"] = call.record_ids
     if any(reply.finish == "deadline" for exchange in call.exchanges for reply in exchange.replies):
         told["finish"] = "deadline"
+    if call.memory is not None:
+        told["memory"] = call.memory
     return told
 
 

@@ -164,6 +164,14 @@ class StreamOptions(Form):
     include_obfuscation: bool | None = None
 
 
+class MemoryForm(Form):
+    """Which memory the conversation is in; `budget` and `recent` are those of a new one."""
+
+    id: str
+    budget: int | None = None
+    recent: int | None = None
+
+
 # ---- requests ----
 
 
@@ -210,6 +218,7 @@ class ChatForm(DrawForm, kw_only=True):
     add_generation_prompt: bool | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    memory: MemoryForm | None = None
     service_tier: str | None = None
     verbosity: str | None = None
     modalities: list[str] | None = None

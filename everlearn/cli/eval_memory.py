@@ -1,0 +1,179 @@
+"""`everlearn eval memory`: what ways of remembering keep of a history within a budget, and what a model answers from it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from everlearn.cli.console import Console, pass_console
+from everlearn.cli.eval import LOCAL_KEY, Names, Numbers, command
+
+if TYPE_CHECKING:
+    from everlearn.memory.asking import Asking
+    from everlearn.memory.study import Run
+    from everlearn.memory.suites import Case
+    from everlearn.memory.window import Encode
+    from everlearn.types import BaseModelInfo
+
+SUITES = ("synthetic", "longmemeval", "memorybank")
+
+
+@command.command("memory")
+@click.option("--suite", type=click.Choice(SUITES), default="synthetic", show_default=True, help="what is remembered and asked")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="LongMemEval's JSON file, or the folder of MemoryBank's English files",
+)
+@click.option("--budget", "budgets", type=Numbers(), default="512", show_default=True, help="tokens that may be shown")
+@click.option("--methods", type=Names(), default="last,random,bm25,forget,extract", show_default=True, help="ways of remembering")
+@click.option("--turns", type=click.IntRange(min=1), default=2000, show_default=True, help="length of a synthetic history")
+@click.option("--facts", type=click.IntRange(1, 35), default=20, show_default=True, help="asked about in a synthetic history")
+@click.option("--histories", type=click.IntRange(min=1), metavar="N", help="the first N [default: 3 synthetic ones, all of a file]")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="of the first synthetic history and of chance")
+@click.option("--head", type=click.Path(path_type=Path), metavar="FILE", help="weights of importance [default: those set by hand]")
+@click.option("--model", default="smollm2", show_default=True, metavar="NAME|FOLDER", help="whose tokens are counted, and who answers")
+@click.option("--ask", is_flag=True, help="let the model answer as well; methods summary, overwrite and generate need it")
+@click.option("--sampler", metavar="TINKER_PATH", help="weights that answer, on the server of --url [default: the base model]")
+@click.option("--begin", default="", metavar="TEXT", help="how each answer begins")
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="every run with its values, as JSON")
+@pass_console
+def memory(console: Console, suite: str, data: Path | None, methods: tuple[str, ...], out: Path | None, **options: Any) -> None:
+    """Let each method read every history turn by turn, then ask all questions and score what it kept.
+
+    Evidence retention (`kept`) looks for the words of the evidence in one piece of what is shown, and needs no model; with --ask the model
+    answers from it, scored by exact match, containment and token-F1. Intervals are 95 % over histories and questions.
+    """
+    from everlearn.memory import study
+    from everlearn.memory.methods import RULES, WRITERS
+
+    if unknown := [name for name in methods if name not in (*RULES, *WRITERS)]:
+        raise click.UsageError(f"--methods: {unknown[0]!r} is none; there are {', '.join((*RULES, *WRITERS))}")
+    if not options["ask"] and (writers := [name for name in methods if name in WRITERS]):
+        raise click.UsageError(f"--methods: {writers[0]} is written by a model; add --ask")
+    if (suite == "synthetic") == (data is not None):
+        raise click.UsageError(
+            f"--data belongs to the suites {', '.join(SUITES[1:])}; suite {suite} {'takes none' if data else 'needs it'}"
+        )
+    found = _cases(suite, data, options["turns"], options["facts"], options["histories"], options["seed"])
+    info = _model(console, options["model"])
+    runs = []
+    with _asking(console, info, options["ask"], options["sampler"], options["begin"]) as asking:
+        encode = _encode(info)
+        for budget in options["budgets"]:
+            for case in found:
+                for name in methods:
+                    made = _method(name, encode, budget, options["seed"], options["head"], asking)
+                    with console.progress(f"{name}, {budget} tokens, {case.name}"):
+                        answers = None if asking is None else asking.answers
+                        one = study.run(suite, case, made, budget, encode, options["seed"], answers, info.max_context - 128)
+                    runs.append(_noted(console, one))
+    _show(console, runs, out, {"suite": suite, "model": info.name, **{key: value for key, value in options.items() if key != "model"}})
+
+
+def _cases(suite: str, data: Path | None, turns: int, facts: int, histories: int | None, seed: int) -> list[Case]:
+    from everlearn.memory.suites import longmemeval, memorybank
+    from everlearn.memory.synthetic import synthetic
+
+    if data is None:
+        return [synthetic(turns, seed + number, facts) for number in range(histories or 3)]
+    return (longmemeval if suite == "longmemeval" else memorybank)(data)[:histories]
+
+
+def _model(console: Console, model: str) -> BaseModelInfo:
+    from everlearn.models.catalog import Catalog
+
+    settings = console.settings({"models.default": model} if Path(model).is_dir() else None)
+    catalog = Catalog(settings)
+    info = catalog.resolve(str(Path(model).absolute()) if Path(model).is_dir() else model)
+    if not catalog.is_ready(info.name):
+        with console.progress(f"preparing {info.name}", 1.0) as bar:
+            catalog.prepare(info.name, lambda text, share: bar.update(share, text))
+    return catalog.resolve(info.name)
+
+
+def _encode(info: BaseModelInfo) -> Encode:
+    from everlearn.render.tokenizer import load
+
+    tokenizer = load(Path(info.path))
+    return lambda text: tokenizer.encode(tokenizer.guard(text))
+
+
+@contextmanager
+def _asking(console: Console, info: BaseModelInfo, ask: bool, sampler: str | None, begun: str) -> Iterator[Asking | None]:
+    """The model on the server that was named, else on one of its own; None where nothing is asked."""
+    if not ask:
+        yield None
+        return
+    from contextlib import ExitStack
+
+    import tinker
+
+    from everlearn.demo.server import serving
+    from everlearn.memory.asking import Asking
+    from everlearn.render.tokenizer import load
+    from everlearn.rl.prompts import ChatMl
+
+    logging.getLogger("tinker").setLevel(logging.ERROR)  # it warns of every answer that takes longer than one poll
+    with ExitStack() as stack:
+        url = console.url
+        if url is None:
+            home = console.settings().home
+            with console.progress("starting the server") as bar:
+                on_wait: Callable[[float, str], None] = lambda seconds, state: bar.update(round(seconds), state)  # noqa: E731
+                url = stack.enter_context(serving(home, home / "eval" / "server.log", console.config, on_wait, Path(info.path)))
+        key = console.key or LOCAL_KEY
+        service = stack.enter_context(tinker.ServiceClient(base_url=url, api_key=key, user_metadata={"client": "everlearn eval"}))
+        made = service.create_sampling_client(**({"model_path": sampler} if sampler else {"base_model": info.name})).result()
+        tokenizer = load(Path(info.path))
+        yield Asking(made, ChatMl(tokenizer.encode, lambda ids: tokenizer.decode(ids, skip_special=True)), begun)
+
+
+def _method(name: str, encode: Encode, budget: int, seed: int, head: Path | None, asking: Asking | None) -> Any:
+    from everlearn.memory import importance
+    from everlearn.memory.methods import method
+
+    weights = importance.BY_HAND if head is None else importance.load(head)
+    if asking is None:
+        return method(name, encode, budget, seed=seed, head=weights)
+    from everlearn.memory.generate import Generate
+
+    refill = Generate(asking.sampler, asking.chat)
+    return method(name, encode, budget, seed=seed, head=weights, write=asking.write, refill=refill)
+
+
+def _noted(console: Console, run: Run) -> Run:
+    kept = sum(run.kept) / max(1, len(run.kept))
+    console.note(f"{run.method}, {run.budget} tokens, {run.case}: kept {kept:.0%}, {1000 * run.seconds_per_turn:.2f} ms per turn")
+    return run
+
+
+def _show(console: Console, runs: list[Run], out: Path | None, facts: dict[str, Any]) -> None:
+    import msgspec
+
+    from everlearn.memory.study import METRICS, summed
+
+    rows = summed(runs)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        record = {"settings": facts, "rows": rows, "runs": runs}
+        out.write_bytes(msgspec.json.format(msgspec.json.encode(record, enc_hook=str)) + b"\n")
+    if console.format == "json":
+        console.result({"rows": rows})
+        return
+    columns = ["method", "budget", *(metric for metric in METRICS if any(metric in row for row in rows)), "tokens", "ms_per_turn"]
+    console.table([_row(row) for row in rows], columns)
+
+
+def _row(row: dict[str, Any]) -> dict[str, Any]:
+    shown = {"method": row["method"], "budget": row["budget"], "tokens": round(row["tokens"])}
+    for metric, value in row.items():
+        if isinstance(value, dict):
+            shown[metric] = f"{100 * value['mean']:.1f} ({100 * value['low']:.1f} to {100 * value['high']:.1f})"
+    return shown | {"ms_per_turn": f"{1000 * row['seconds_per_turn']:.2f}"}

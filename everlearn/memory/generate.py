@@ -1,0 +1,69 @@
+"""Refill by a model: each hole is written anew by whoever samples, with what stands before and behind it in sight.
+
+Autoregressive models see a hole as fill-in-the-middle: prefix, what stood in the hole, suffix, and the order to write it shorter. All holes
+of a turn are sent at once, so a server answers them in one batch. What comes back is cut to the cap: a model's idea of a length is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import tinker
+
+from everlearn.errors import InvalidRequest
+from everlearn.memory.plan import FLOOR, Hole, Plan
+from everlearn.memory.refill import fitted
+from everlearn.memory.window import SYSTEM, Chunk, Window, line
+from everlearn.rl.policy import seed_of
+from everlearn.rl.prompts import ChatMl
+
+AROUND = 2  # chunks before and behind a hole that are shown
+AROUND_CHARS = 400  # of each of them
+HOLE_CHARS = 6000
+ORDER = (
+    "Below is a part of a conversation. One line of it is too long for the memory. Write that line again in at most {words} words. "
+    "Keep names, numbers, dates, wishes and decisions word for word; leave out the rest. Write nothing else.\n\n"
+    "Before it:\n{before}\nThe line:\n{hole}\nBehind it:\n{after}"
+)
+
+
+class Generate:
+    """`temperature` 0 is greedy. With a temperature, the same window, holes and `seed` give the same texts."""
+
+    name = "generate"
+
+    def __init__(self, sampler: tinker.SamplingClient, chat: ChatMl, temperature: float = 0.0, seed: int = 0):
+        if not temperature >= 0.0:
+            raise InvalidRequest(f"temperature is {temperature}; it must be at least 0", param="temperature")
+        self.sampler, self.chat, self.temperature, self.seed = sampler, chat, temperature, seed
+
+    def fill(self, plan: Plan) -> list[str]:
+        chunks, holes = plan.chunks, plan.holes
+        futures = [self.sampler.sample(self.prompt(chunks, hole), 1, self._params(chunks, hole)) for hole in holes]
+        return [
+            self.text(chunks[hole.place], hole, list(future.result().sequences[0].tokens))
+            for hole, future in zip(holes, futures, strict=True)
+        ]
+
+    def least(self, window: Window, chunk: Chunk) -> int:
+        return FLOOR
+
+    def prompt(self, chunks: Sequence[Chunk], hole: Hole) -> tinker.ModelInput:
+        chunk, place = chunks[hole.place], hole.place
+        before = "".join(_short(other) for other in chunks[max(0, place - AROUND) : place] if other.role != SYSTEM)
+        after = "".join(_short(other) for other in chunks[place + 1 : place + 1 + AROUND])
+        order = ORDER.format(words=max(3, (2 * hole.cap) // 3), before=before, hole=line(chunk.role, chunk.text[:HOLE_CHARS]), after=after)
+        return self.chat.ask(order, begun=f"{chunk.role}:")
+
+    def text(self, chunk: Chunk, hole: Hole, tokens: list[int]) -> str:
+        """What a sampled answer says in the hole: its first paragraph, cut to the cap."""
+        said = self.chat.decode(tokens).strip().split("\n\n")[0].strip().removeprefix(f"{chunk.role}:")
+        return fitted(said, chunk.role, hole.cap, self.chat.encode)
+
+    def _params(self, chunks: Sequence[Chunk], hole: Hole) -> tinker.SamplingParams:
+        seed = seed_of(self.seed, chunks[hole.place].sources, chunks[hole.place].rewrites, hole.cap)
+        return tinker.SamplingParams(max_tokens=hole.cap, temperature=self.temperature, stop=list(self.chat.stop), seed=seed)
+
+
+def _short(chunk: Chunk) -> str:
+    return line(chunk.role, chunk.text[:AROUND_CHARS])

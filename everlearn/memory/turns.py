@@ -1,0 +1,88 @@
+"""What happens to a window when a turn comes: importance, plan, refill, done. Where windows and archives are kept is the caller's.
+
+With a head and extraction (`Turns.by_rules`) a turn takes no model, which is what a server does between two
+requests.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from everlearn.memory.importance import BY_HAND, Head, Importance, Surface, counted
+from everlearn.memory.mask import Masking, worth
+from everlearn.memory.plan import Plan, Rewrite, planned, settled, tightened
+from everlearn.memory.refill import Extract, Refill
+from everlearn.memory.window import SYSTEM, Chunk, Encode, Window, chunk_of
+
+REFRESHED = 8  # chunks that are weighed again with every turn
+Changed = tuple[Window, list[Rewrite]]
+
+
+class Turns:
+    def __init__(self, encode: Encode, importance: Importance, refill: Refill, masking: Masking | None = None):
+        self.encode, self.importance, self.refill, self.masking = encode, importance, refill, masking or Masking()
+
+    @classmethod
+    def by_rules(cls, encode: Encode, head: Head = BY_HAND) -> Turns:
+        return cls(encode, Surface(head), Extract(encode, head.score))
+
+    def add(
+        self, window: Window, role: str, text: str, *, hold: bool = True, pinned: bool = False, sources: tuple[int, ...] = ()
+    ) -> Changed:
+        """A turn with the next number. See `planned` for `hold`."""
+        window = msgspec.structs.replace(window, words=counted(window.words, text))
+        chunk = chunk_of(self.encode, role, text, window.turn + 1, pinned=pinned, sources=sources)
+        late = self.importance.late
+        if not late:
+            window = self._refreshed(window)
+            (value,) = self.importance.of(window, (*window.chunks, chunk), [len(window.chunks)])
+            chunk = msgspec.structs.replace(chunk, importance=value)
+        plan = planned(window, chunk, self.masking, hold, self.refill.least)
+        if plan.masked and late:
+            plan = planned(self._weighed(window, chunk), chunk, self.masking, hold, self.refill.least)
+        return self._settled(plan)
+
+    def instruct(self, window: Window, text: str) -> Changed:
+        """The system's text: it takes the place of the one before. The same again changes nothing."""
+        if any(chunk.role == SYSTEM and chunk.pinned and chunk.text == text for chunk in window.chunks):
+            return window, []
+        gone = tuple(chunk for chunk in window.chunks if not (chunk.role == SYSTEM and chunk.pinned))
+        return self.add(msgspec.structs.replace(window, chunks=gone), SYSTEM, text, pinned=True)
+
+    def correct(self, window: Window, number: int, role: str, text: str) -> Changed:
+        """`text` as the newest turn in the place of what turn `number` said."""
+        old = [chunk for chunk in window.chunks if number in chunk.sources]
+        rest = tuple(chunk for chunk in window.chunks if number not in chunk.sources)
+        pinned = any(chunk.pinned for chunk in old)
+        sources = (*(old[0].sources if old else (number,)), window.turn + 1)
+        return self.add(msgspec.structs.replace(window, chunks=rest), role, text, pinned=pinned, sources=sources)
+
+    def tighten(self, window: Window, frame: int) -> Changed:
+        """The same turns, where what is around them takes `frame` tokens."""
+        return self._settled(tightened(window, frame, self.masking, self.refill.least))
+
+    def _refreshed(self, window: Window) -> Window:
+        """A few chunks weighed again, others with every turn: what was rare when it was said may have become chatter since."""
+        num = len(window.chunks)
+        places = sorted({(window.turn * REFRESHED + step) % num for step in range(REFRESHED)}) if num else []
+        return self._reweighed(window, window.chunks, places)
+
+    def _weighed(self, window: Window, chunk: Chunk) -> Window:
+        """The window with new importances of the chunks that are next to be masked: twice as many as can be refilled, the least worth."""
+        places = [place for place, other in enumerate(window.chunks) if not other.pinned]
+        places.sort(key=lambda place: (worth(window.chunks[place], window.turn, self.masking), window.chunks[place].born))
+        return self._reweighed(window, (*window.chunks, chunk), sorted(places[: 2 * self.masking.most]))
+
+    def _reweighed(self, window: Window, around: tuple[Chunk, ...], places: list[int]) -> Window:
+        chunks = list(window.chunks)
+        for place, value in zip(places, self.importance.of(window, around, places), strict=True):
+            chunks[place] = msgspec.structs.replace(chunks[place], importance=value)
+        return msgspec.structs.replace(window, chunks=tuple(chunks))
+
+    def _settled(self, plan: Plan) -> Changed:
+        texts = self.refill.fill(plan) if plan.holes else []
+        return settled(plan, texts, self.encode, None if self.importance.late else lambda role, text: self._worth(plan.window, role, text))
+
+    def _worth(self, window: Window, role: str, text: str) -> float:
+        """What a refilled text is worth by itself."""
+        return self.importance.of(window, (Chunk(role, text, (), (0,), 0),), [0])[0]
