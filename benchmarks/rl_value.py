@@ -51,10 +51,11 @@ def main() -> None:
     parser.add_argument("--collect", action="store_true", help="run nothing; make the result file of what is there")
     args = parser.parse_args()
     args.runs.mkdir(parents=True, exist_ok=True)
-    args.model = str(walker.ensure())
     if args.collect:
         collect(args)
-    elif args.only:
+        return
+    args.model = str(walker.ensure())
+    if args.only:
         one_run(args, args.only, args.luck, args.seed)
     else:
         for seed, luck, rate, arm in itertools.product(
