@@ -149,8 +149,8 @@ class Runner:
             reason = f"{len(traffic.shadows)} answers in the shadow are enough"
             now = self._advance(now, "shadow", reason, shadow=0.0)
         asked = rule.rule_of(described.gate)
-        # What only people can show (their feedback's rate) is asked in the canary, where they see the candidate.
-        asked = msgspec.structs.replace(asked, guardrails={k: v for k, v in asked.guardrails.items() if k in outcomes.MEASURES})
+        # What only shown answers can tell (their feedback's rate, how long they took) is asked in the canary, where people see them.
+        asked = msgspec.structs.replace(asked, guardrails={k: v for k, v in asked.guardrails.items() if k in descriptions.IN_SHADOW})
         found = msgspec.structs.replace(
             _evidence(now.cycle["offline"]), stage="shadow", hours=self._hours(since), guardrails=traffic.unseen(list(asked.guardrails))
         )
