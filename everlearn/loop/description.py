@@ -87,7 +87,7 @@ class Budget(Section, frozen=True):
 
 class Description(Section, frozen=True):
     """`gate` is the rule's table (everlearn/loop/rule.py reads it). `filters` choose what is learned from, as in POST /v1/datasets.
-    `settle`: seconds after its last answer from which an episode without feedback counts as one that gets none."""
+    `settle`: seconds after its last answer in which an episode's feedback has to come to count in `feedback_rate`."""
 
     base: str
     triggers: Triggers = Triggers()
