@@ -17,6 +17,9 @@
     owner = "maria"
     promote = "ask"        # "automatic": the rule may promote what passes all of it
 
+    [gate.shadow]          # without it no candidate comes into the shadow
+    min_hours = 1.0
+
 Pure: nothing here reads a file or a clock.
 """
 
@@ -33,6 +36,9 @@ from everlearn.loop import rule
 
 # What guardrails can be measured on (everlearn/loop/outcomes.py); the last one needs people who see the answers.
 GUARDRAILS = ("length", "cut_off", "tool_calls", "seconds", "refusal", "feedback_rate")
+# What answers that nobody saw are compared in. Not whether they were cut off or how long they took: shadows are cut short, and wait.
+IN_SHADOW = ("length", "tool_calls", "refusal")
+SUITES = ("general",)  # of general questions (everlearn/loop/measure.py)
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -65,7 +71,8 @@ class Update(Section, frozen=True):
 
 
 class Shadow(Section, frozen=True):
-    """`share` of the requests is answered by the candidate too, unseen, until there are `answers`. 0 answers: no shadow."""
+    """`share` of the requests is answered by the candidate too, unseen, until there are `answers`. Whether there is a shadow, and how long
+    at least, says the rule (`[gate.shadow]`)."""
 
     share: float = 0.2
     answers: int = 0
@@ -80,7 +87,7 @@ class Budget(Section, frozen=True):
 
 class Description(Section, frozen=True):
     """`gate` is the rule's table (everlearn/loop/rule.py reads it). `filters` choose what is learned from, as in POST /v1/datasets.
-    `settle`: seconds after its last answer from which an episode without feedback counts as one that gets none."""
+    `settle`: seconds after its last answer in which an episode's feedback has to come to count in `feedback_rate`."""
 
     base: str
     triggers: Triggers = Triggers()
@@ -135,10 +142,42 @@ def of(table: Any) -> Description:
         value = getattr(getattr(found, section) if section else found, field)
         if not least <= value <= most:
             raise InvalidRequest(f"{key} = {value} must be from {least} to {most}", param=key)
-    guarded = rule.rule_of(found.gate).guardrails
-    if unknown := [name for name in guarded if name not in GUARDRAILS]:
-        raise InvalidRequest(f"nothing measures the guardrail {unknown[0]!r}; there are {', '.join(GUARDRAILS)}", param="gate.guardrails")
+    asked = rule.rule_of(found.gate)
+    _check_measured(asked)
+    _check_shadow(found.shadow, asked)
     return found
+
+
+def _check_measured(asked: rule.Rule) -> None:
+    """Refuses what the runner doesn't measure: its part would wait for ever, and no candidate would pass."""
+    for name in ("safety", "parity"):
+        if getattr(asked, name) is not None:
+            raise InvalidRequest(
+                f"the runner doesn't measure {name}, so no candidate could pass; remove [gate.{name}]", param=f"gate.{name}"
+            )
+    if asked.alarms != rule.AlarmsRule():
+        raise InvalidRequest("the runner raises no alarms, so there are none to ignore; remove [gate.alarms]", param="gate.alarms")
+    if unknown := [name for name in (asked.retained.suites if asked.retained else ()) if name not in SUITES]:
+        told = f"the runner doesn't measure the suite {unknown[0]!r}; there is {', '.join(SUITES)}, or leave suites out"
+        raise InvalidRequest(told, param="gate.retained.suites")
+    if unknown := [name for name in asked.guardrails if name not in GUARDRAILS]:
+        raise InvalidRequest(f"nothing measures the guardrail {unknown[0]!r}; there are {', '.join(GUARDRAILS)}", param="gate.guardrails")
+
+
+def _check_shadow(shadow: Shadow, asked: rule.Rule) -> None:
+    """Refuses a shadow that never begins, and one that never has enough answers for its guardrails."""
+    if asked.shadow is None:
+        if shadow.answers:
+            told = f"shadow.answers = {shadow.answers}, but the rule has no shadow; add [gate.shadow], or remove [shadow]"
+            raise InvalidRequest(told, param="gate.shadow")
+        return
+    needs = {name: guard.min_num for name, guard in asked.guardrails.items() if name in IN_SHADOW}
+    most = max([1, *needs.values()])
+    if shadow.answers < most:
+        why = "; ".join(f"the guardrail {name} waits for {num}" for name, num in needs.items() if num == most) or "the rule has a shadow"
+        raise InvalidRequest(f"shadow.answers = {shadow.answers} must be at least {most}: {why}", param="shadow.answers")
+    if not shadow.share:
+        raise InvalidRequest("shadow.share = 0 answers nothing, and the rule has a shadow; give a share above 0", param="shadow.share")
 
 
 def to_json(description: Description) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from everlearn.loop.rule import CanaryRule, Rule
 __all__ = ["Decision", "Entry", "Part", "Verdict", "course", "decide", "entry", "read_entry", "replay"]
 
 Decision = Literal["promote", "hold", "reject", "continue"]
+UNSEEN = -1  # in the place of a step: the candidate answers nobody yet
 CLOSE = 1e-6  # between figures of the same evidence on two machines
 
 
@@ -61,8 +62,8 @@ def decide(rule: Rule, evidence: Evidence) -> Verdict:
         stage=evidence.stage,
         reason=reason,
         parts=tuple(shown),
-        step=step,
-        share=_share(rule, evidence.stage, decision, step),
+        step=max(step, 0),
+        share=_share(rule, decision, step),
         rule_sha256=digest(rule),
         evidence_sha256=digest(evidence),
     )
@@ -79,7 +80,7 @@ def _conclude(rule: Rule, evidence: Evidence, shown: list[Part]) -> tuple[Decisi
     if missing:
         return "hold", "; ".join(f"{part.name}: {part.reason}" for part in missing), 0
     if evidence.stage == "offline" and (rule.shadow or rule.canary):
-        return "continue", f"{len(shown)} offline checks passed", 0
+        return "continue", f"{len(shown)} offline checks passed", UNSEEN if rule.shadow else 0
     if evidence.stage == "shadow":
         return _after_shadow(rule, evidence, shown)
     if not open_parts and (rule.canary is None or step == len(rule.canary.steps) - 1):
@@ -94,7 +95,7 @@ def _after_shadow(rule: Rule, evidence: Evidence, shown: list[Part]) -> tuple[De
     least = rule.shadow.min_hours if rule.shadow else 0.0
     if evidence.hours < least or open_parts:
         waits = [f"{part.name}: {part.reason}" for part in open_parts]
-        return "continue", "; ".join([f"{evidence.hours:g} of {least:g} hours in the shadow", *waits]), 0
+        return "continue", "; ".join([f"{evidence.hours:g} of {least:g} hours in the shadow", *waits]), UNSEEN
     if rule.canary is None:
         return _promotion(rule, shown)
     return "continue", f"{evidence.hours:g} hours in the shadow without an objection", 0
@@ -124,10 +125,10 @@ def _is_shown(shown: list[Part]) -> bool:
     return all(part.result == "pass" for part in shown)
 
 
-def _share(rule: Rule, stage: Stage, decision: Decision, step: int) -> float:
+def _share(rule: Rule, decision: Decision, step: int) -> float:
     if decision == "promote":
         return 1.0
-    if decision != "continue" or rule.canary is None or (stage == "offline" and rule.shadow is not None):
+    if decision != "continue" or rule.canary is None or step == UNSEEN:
         return 0.0
     return rule.canary.steps[step].share
 

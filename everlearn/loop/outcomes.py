@@ -11,17 +11,19 @@ from statistics import fmean
 from typing import Any
 
 from everlearn.errors import NotFound
+from everlearn.loop.description import IN_SHADOW
 from everlearn.loop.evidence import Outcome
 from everlearn.loop.service import Api, Deployed, pages
 
 SHADOW = "shadow"  # the route of answers that nobody saw
+SHADOW_TOKENS = 512  # where they are cut (everlearn/api/shadow.py)
 REFUSES = re.compile(r"\b(?:I(?:'m| am) sorry|I can(?:'t|not)|I(?:'m| am) (?:unable|not able)|as an AI)\b", flags=re.IGNORECASE)
 Episode = list[dict[str, Any]]  # its records, oldest first
 
 
 class Traffic:
-    """What both arms answered since a time, and what was said of it. `settle`: how long after its last answer an episode without feedback
-    counts as one that gets none."""
+    """What both arms answered since a time, and what was said of it. `settle`: how long after its last answer an episode's feedback has to
+    come to count in the rate; what comes later counts as feedback all the same."""
 
     def __init__(self, api: Api, now: Deployed, since: float, settle: float, until: float):
         self.api, self.now, self.settle, self.until = api, now, settle, until
@@ -54,17 +56,28 @@ class Traffic:
         return found
 
     def feedback_rate(self) -> tuple[Outcome, ...]:
-        """1 for an episode that got feedback, 0 for one that got none in time; those that may still get some are left out."""
+        """1 for an episode that got feedback in time, 0 for one that got none; those whose time isn't over are left out.
+
+        Both enter when their time is over, also those with feedback: entering when it comes, they would be all that is known of an arm
+        whose share has just grown. What has entered stays, with its value.
+        """
+        now = int(self.until)  # rows have whole seconds: in the present one more may come
         order = sorted((self._settled(episode), episode) for episode in self.episodes)
-        return tuple(Outcome(self.arms[episode], float(episode in self.said)) for at, episode in order if at <= self.until)
+        return tuple(Outcome(self.arms[episode], float(self._said_by(episode, at))) for at, episode in order if at < now)
 
     def unseen(self, names: Sequence[str]) -> dict[str, tuple[Outcome, ...]]:
-        """The same of the shadow's answers against the champion's, answer by answer."""
+        """The same of the shadow's answers against the champion's, answer by answer; both as long as a shadow's can be."""
         shown = [(row["id"], row, False) for rows in self.episodes.values() for row in rows]
         both = sorted([*shown, *((row["id"], row, True) for row in self.shadows)], key=lambda item: item[0])
         return {
-            name: tuple(Outcome(candidate, MEASURES[name](self, row)) for _, row, candidate in both) for name in names if name in MEASURES
+            name: tuple(Outcome(candidate, self._within_shadow(name, row)) for _, row, candidate in both)
+            for name in names
+            if name in IN_SHADOW
         }
+
+    def _within_shadow(self, name: str, row: dict[str, Any]) -> float:
+        value = MEASURES[name](self, row)
+        return min(value, float(SHADOW_TOKENS)) if name == "length" else value
 
     def content(self, row: dict[str, Any]) -> str:
         """What was answered, as text; "" where that isn't kept."""
@@ -79,10 +92,17 @@ class Traffic:
         return tuple(Outcome(self.arms[episode], fmean(measure(self, row) for row in rows)) for episode, rows in self.episodes.items())
 
     def _settled(self, episode: str) -> float:
-        """When it is known whether the episode gets feedback."""
-        if episode in self.said:
-            return float(self.said[episode][0]["created_at"])
-        return float(self.episodes[episode][-1]["created_at"]) + self.settle
+        """When the episode's time for feedback is over: `settle` after its last answer, or the last before so long a pause."""
+        first, *others = (float(row["created_at"]) for row in self.episodes[episode])
+        over = first + self.settle
+        for answered in others:
+            if answered > over:
+                break
+            over = answered + self.settle
+        return over
+
+    def _said_by(self, episode: str, time: float) -> bool:
+        return episode in self.said and float(self.said[episode][0]["created_at"]) <= time
 
 
 def value_of(row: dict[str, Any]) -> float | None:

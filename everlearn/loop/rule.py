@@ -150,9 +150,6 @@ margin = 0.05
 [kl]
 most = 0.5               # nats per token, from the serving version
 
-[parity]
-most = 0.01              # sampler against trainer
-
 [canary]
 gain = 0.0               # the candidate must be better than that ...
 alpha = 0.05             # ... and be promoted wrongly at most this often, over all looks
@@ -175,10 +172,6 @@ margin = 0.02
 worse = "both"
 margin = 0.1             # of the limit
 limit = 1024.0
-
-[guardrails.tool_errors]
-worse = "up"
-margin = 0.02
 
 [guardrails.feedback_rate]
 worse = "both"

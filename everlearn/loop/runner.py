@@ -19,7 +19,7 @@ from typing import Any
 
 import msgspec
 
-from everlearn.errors import Conflict, InternalError, InvalidRequest, Overloaded, Unavailable
+from everlearn.errors import Conflict, InternalError, InvalidRequest, NotFound, Overloaded, Unavailable
 from everlearn.faultpoints import around
 from everlearn.loop import description as descriptions
 from everlearn.loop import measure, outcomes, rule, update
@@ -110,7 +110,10 @@ class Runner:
 
     def update(self, now: Deployed, described: Description) -> bool:
         notes = _Notes(self, now)
-        items = self._items(str(now.cycle["dataset"]), "train", "train")
+        try:
+            items = self._items(str(now.cycle["dataset"]), "train", "train")
+        except (Conflict, NotFound) as error:
+            return self._rebuilt(now, error.message)
         try:
             made = update.make(self.api, self.service, now, described, items, notes, self.say, self.clock)
         except Overloaded as error:
@@ -128,6 +131,25 @@ class Runner:
         )
         reason = f"{self.name}@{number}: {made.steps} steps on {made.examples} examples, loss {shown}"
         self._advance(notes.now, "gate", reason, {"update": msgspec.to_builtins(made)}, candidate=number)
+        return True
+
+    def _rebuilt(self, now: Deployed, why: str) -> bool:
+        """Begins the update anew with what is left of its dataset, something of which was deleted; whether anything is.
+
+        What was trained so far learned from what is gone, and goes with it.
+        """
+        self.say(f"beginning the update anew: {why}")
+        try:
+            made = self.api.post(f"/v1/datasets/{now.cycle['dataset']}/rebuild")
+        except (InvalidRequest, NotFound) as error:
+            if isinstance(error, InvalidRequest) and error.param != "filters":
+                raise
+            made = None
+        if made is None or not made["items"]["train"]:
+            self._end(now, "ended", "all that was to be learned was deleted", {})
+            return False
+        kept = {key: value for key, value in now.cycle.items() if key not in ("saved", "wordings")}
+        self._note(now, {**kept, "dataset": made["id"]})
         return True
 
     def gate(self, now: Deployed, described: Description) -> bool:
@@ -149,8 +171,8 @@ class Runner:
             reason = f"{len(traffic.shadows)} answers in the shadow are enough"
             now = self._advance(now, "shadow", reason, shadow=0.0)
         asked = rule.rule_of(described.gate)
-        # What only people can show (their feedback's rate) is asked in the canary, where they see the candidate.
-        asked = msgspec.structs.replace(asked, guardrails={k: v for k, v in asked.guardrails.items() if k in outcomes.MEASURES})
+        # What only shown answers can tell (their feedback's rate, how long they took) is asked in the canary, where people see them.
+        asked = msgspec.structs.replace(asked, guardrails={k: v for k, v in asked.guardrails.items() if k in descriptions.IN_SHADOW})
         found = msgspec.structs.replace(
             _evidence(now.cycle["offline"]), stage="shadow", hours=self._hours(since), guardrails=traffic.unseen(list(asked.guardrails))
         )

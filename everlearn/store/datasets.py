@@ -120,7 +120,10 @@ def create(
     reward_version: str | None = None,
     rebuilt_from: str | None = None,
 ) -> Dataset:
-    """Freezes the drafts, but those that were made of what is gone by now. Raises InvalidRequest where nothing is left."""
+    """Freezes the drafts, but those that were made of what is gone by now. Raises InvalidRequest where nothing is left.
+
+    Asked again, for instance by whoever got no answer, it returns what the same call froze before, unless that is marked by now.
+    """
     _check(name, form, reward_version)
     alive = _alive(conn, tenant, drafts) if rebuilt_from is None else list(drafts)
     counts = Counter(left_out) + Counter({VANISHED: len(drafts) - len(alive)})
@@ -134,6 +137,8 @@ def create(
     row |= {"filters": dict(filters), "left_out": dict(counts)}
     row |= {"train_items": numbers["train"], "heldout_items": numbers["heldout"], "bytes": sum(len(one.body) for one in alive)}
     row |= {"content_hash": content_hash(alive), "reward_version": reward_version, "rebuilt_from": rebuilt_from, "created_at": now}
+    if (before := _same(conn, row)) is not None:
+        return before
     items, sources = [], []
     for number, one in enumerate(alive):
         place = {"dataset_id": dataset_id, "number": number, "tenant": tenant}
@@ -147,6 +152,13 @@ def create(
         for start in range(0, len(sources), 1000):
             conn.execute(source_rows.insert(), sources[start : start + 1000])
     return get(conn, tenant, dataset_id)
+
+
+def _same(conn: Connection, row: Mapping[str, Any]) -> Dataset | None:
+    """The newest unmarked dataset that is the one of `row` but for its id and time."""
+    where = sa.and_(*(table.c[key] == row[key] for key in ("tenant", "name", "form", "content_hash", "reward_version", "rebuilt_from")))
+    found = (Dataset(**one._mapping) for one in conn.execute(_counted().where(where).order_by(table.c.dataset_id.desc())))
+    return next((one for one in found if not one.marks and one.filters == row["filters"]), None)
 
 
 def content_hash(drafts: Sequence[Draft]) -> str:

@@ -173,3 +173,25 @@ def test_a_cycle_ends_with_its_budget_and_with_nothing_to_learn(http: httpx.Clie
     assert runner.run().state == "collect"
     last = events(http, "frugal")[-1]
     assert last["kind"] == "rejected" and "100" in last["reason"]
+
+
+def test_what_is_deleted_during_an_update_begins_it_anew(http: httpx.Client, parts: Any) -> None:
+    runner, user = parts("forgetful", DESCRIPTION)
+    user.asks_all(6, corrects=True)
+    while runner.api.get("/v1/deployments/forgetful")["state"] != "update":
+        assert runner.step()
+    before = runner.api.get("/v1/deployments/forgetful")
+    noted = {**before["cycle"], "wordings": {"r": ["what?"]}, "saved": {"step": 10, "path": "tinker://x", "tokens": 3}}
+    runner.api.patch("/v1/deployments/forgetful", {"cycle": noted, "expected": before["revision"]})
+    learned = runner.api.lines(f"/v1/datasets/{before['cycle']['dataset']}/export", split="train", purpose="train")
+    http.delete(f"/v1/records/{learned[0]['record_id']}").raise_for_status()
+    assert runner.step(), "there is more to do"
+    now = runner.api.get("/v1/deployments/forgetful")
+    made = runner.api.get(f"/v1/datasets/{now['cycle']['dataset']}")
+    assert (made["rebuilt_from"], made["items"]["train"]) == (before["cycle"]["dataset"], len(learned) - 1)
+    assert now["state"] == "update" and now["cycle"] == {**before["cycle"], "dataset": made["id"]}, "what learned from it is gone"
+    for item in learned[1:]:
+        http.delete(f"/v1/records/{item['record_id']}").raise_for_status()
+    assert not runner.step()
+    last = events(http, "forgetful")[-1]
+    assert (last["state"], last["kind"]) == ("collect", "ended") and "deleted" in last["reason"]

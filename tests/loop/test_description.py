@@ -6,7 +6,21 @@ from pathlib import Path
 import pytest
 
 from everlearn.errors import InvalidRequest
-from everlearn.loop import description, outcomes, rule
+from everlearn.loop import description, measure, outcomes, rule
+
+SHADOW = """base = "tiny"
+[shadow]
+answers = {answers}
+share = {share}
+[gate.shadow]
+[gate.guardrails.length]
+worse = "both"
+margin = 0.1
+[gate.guardrails.feedback_rate]
+worse = "both"
+margin = 0.1
+min_num = 900
+"""
 
 
 def test_the_guide_s_example_is_one(root: Path) -> None:
@@ -15,6 +29,7 @@ def test_the_guide_s_example_is_one(root: Path) -> None:
     name, found = description.read(text[1])
     assert (name, found.base, found.triggers.labels, found.triggers.at) == ("support", "smollm2", 20, "03:00")
     asked = rule.rule_of(found.gate)
+    assert asked.shadow is not None and found.shadow.answers == 50
     assert asked.owner == "maria" and asked.canary is not None and [step.share for step in asked.canary.steps] == [0.05, 0.5]
 
 
@@ -36,6 +51,15 @@ def test_a_description_survives_json() -> None:
         ('base = "tiny"\n[shadow]\nshare = 1.5', "shadow.share"),
         ('base = "tiny"\n[gate]\nown = "me"', "owner"),
         ('base = "tiny"\n[gate.guardrails.mood]\nworse = "up"\nmargin = 0.1', "feedback_rate"),
+        ('base = "tiny"\n[gate.safety]\nmargin = 0.1', "doesn't measure safety.*remove"),
+        ('base = "tiny"\n[gate.parity]\nmost = 0.1', "doesn't measure parity.*remove"),
+        ('base = "tiny"\n[gate.alarms]\nignore = ["drift"]', "no alarms"),
+        ('base = "tiny"\n[gate.retained]\nsuites = ["general", "arithmetic"]', "'arithmetic'; there is general"),
+        ('base = "tiny"\n[gate.guardrails.tool_errors]\nworse = "up"\nmargin = 0.1', "'tool_errors'"),
+        ('base = "tiny"\n[shadow]\nanswers = 50', r"add \[gate.shadow\]"),
+        ('base = "tiny"\n[gate.shadow]', "shadow.answers = 0 must be at least 1"),
+        (SHADOW.format(answers=49, share=0.2), "at least 50: the guardrail length waits for 50"),
+        (SHADOW.format(answers=50, share=0.0), "share above 0"),
         ('base = "tiny"\nsettle = -1.0', "settle"),
         ('base = "tiny"\nname = 3', "text"),
     ],
@@ -47,3 +71,9 @@ def test_what_is_wrong_is_named(text: str, says: str) -> None:
 
 def test_every_guardrail_that_may_be_asked_is_measured() -> None:
     assert set(description.GUARDRAILS) == {*outcomes.MEASURES, "feedback_rate"}
+    assert set(description.IN_SHADOW) < set(outcomes.MEASURES)
+    assert description.SUITES == (measure.SUITE,)
+
+
+def test_a_shadow_with_enough_answers_is_one() -> None:
+    assert description.read(SHADOW.format(answers=50, share=0.2))[1].shadow.answers == 50, "what only people show isn't asked in it"

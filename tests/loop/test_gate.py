@@ -176,8 +176,11 @@ def test_the_shadow_comes_between_when_the_rule_has_one():
     rule = msgspec.structs.replace(RULE, shadow=read_rule("[shadow]\nmin_hours = 2.0").shadow)
     assert (decide(rule, GOOD).decision, decide(rule, GOOD).share) == ("continue", 0.0)
     shadow = change(GOOD, stage="shadow", hours=1.0, guardrails={"refusal": traffic(800, 0.01, 0.01)})
-    assert "1 of 2 hours" in decide(rule, shadow).reason
-    assert "without an objection" in decide(rule, change(shadow, hours=2.5)).reason
+    waiting, over = decide(rule, shadow), decide(rule, change(shadow, hours=2.5))
+    assert (waiting.decision, waiting.step, waiting.share) == ("continue", 0, 0.0) and "1 of 2 hours" in waiting.reason
+    assert (over.decision, over.step, over.share) == ("continue", 0, 0.01) and "without an objection" in over.reason
+    few = decide(rule, change(shadow, hours=2.5, guardrails={}))
+    assert (few.decision, few.share) == ("continue", 0.0), "nobody meets a candidate whose guardrails still wait"
     harmful = change(shadow, guardrails={"refusal": traffic(800, 0.01, 0.2)})
     assert decide(rule, harmful).decision == "reject"
 

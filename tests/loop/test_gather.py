@@ -73,7 +73,9 @@ def test_the_same_words_make_the_same_hash(db: Database) -> None:
     for number in range(3):
         say(db, ask(db, number, TRAIN[number]), kind="demonstration", answer=f"answer {number}")
     first, second = freeze(db, "sft"), freeze(db, "sft")
-    assert first.content_hash == second.content_hash and first.dataset_id != second.dataset_id
+    assert first == second, "who asks again, not having heard the answer, gets the same"
+    other = freeze(db, "sft", sources=["human"])
+    assert other.content_hash == first.content_hash and other.dataset_id != first.dataset_id
     say(db, ask(db, 9, TRAIN[9]), kind="demonstration", answer="more")
     assert freeze(db, "sft").content_hash != first.content_hash
     assert read(db, first) == read(db, second) and len(read(db, first)) == 3
@@ -180,6 +182,8 @@ def test_a_deletion_marks_all_that_learned_from_it(db: Database, what: str) -> N
     again = do(db, lambda conn: datasets.rebuild(conn, "a", made.dataset_id))
     assert (again.train_items, again.marks, again.rebuilt_from) == (1, 0, made.dataset_id)
     assert [item["record_id"] for item in read(db, again)] == [stays.record_id]
+    assert do(db, lambda conn: datasets.rebuild(conn, "a", made.dataset_id)) == again
+    assert freeze(db, "sft").dataset_id not in (made.dataset_id, again.dataset_id)
     kept = db.read(
         lambda conn: (
             conn.execute(sa.select(tables.dataset_items.c.body).where(tables.dataset_items.c.dataset_id == made.dataset_id)).scalars().all()
@@ -188,8 +192,8 @@ def test_a_deletion_marks_all_that_learned_from_it(db: Database, what: str) -> N
     assert sorted(map(bool, kept)) == [False, True], "what is deleted is deleted in the dataset too"
 
 
-def freeze_other(db: Database) -> Dataset:
-    return do(db, lambda conn: datasets.create(conn, "a", "other", "sft", {}, [datasets.draft("train", "e", 1.0, {"x": 1}, [])], {}))
+def freeze_other(db: Database, name: str = "other") -> Dataset:
+    return do(db, lambda conn: datasets.create(conn, "a", name, "sft", {}, [datasets.draft("train", "e", 1.0, {"x": 1}, [])], {}))
 
 
 def test_what_only_grew_old_stays_in_datasets(db: Database) -> None:
@@ -212,7 +216,7 @@ def test_what_is_deleted_between_reading_and_writing_is_left_out(db: Database) -
 
 def test_a_dataset_goes_but_its_lineage_stays(db: Database) -> None:
     say(db, ask(db, 1, TRAIN[0]))
-    free, used = freeze(db, "kto"), freeze(db, "kto")
+    free, used = freeze(db, "kto"), freeze(db, "kto", sources=["human"])
     do(db, lambda conn: datasets.learned(conn, "a", "v-1", [used.dataset_id]))
     for made in (free, used):
         do(db, lambda conn, made=made: datasets.delete(conn, "a", made.dataset_id))
@@ -234,8 +238,8 @@ def test_pages(db: Database) -> None:
         after = page[-1].number
     assert found == [number for number in range(10) if number % 3]
     assert [one.number for one in db.read(lambda conn: datasets.traces(conn, "a", made.dataset_id, 7))] == [8, 9]
-    for _ in range(3):
-        freeze_other(db)
+    for name in ("one", "two", "three"):
+        freeze_other(db, name)
     listed = db.read(lambda conn: datasets.list_datasets(conn, "a"))
     assert len(listed) == 4 and listed[-1].dataset_id == made.dataset_id
     assert db.read(lambda conn: datasets.list_datasets(conn, "a", 2, listed[0].dataset_id)) == listed[1:3]

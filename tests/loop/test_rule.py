@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import tomllib
+
 import msgspec
 import pytest
 
 from everlearn.errors import InvalidRequest
+from everlearn.loop import description
 from everlearn.loop.rule import DEFAULT_RULE, Rule, Step, read_rule, rule_of
 
 
@@ -11,7 +14,8 @@ def test_the_default_rule_reads_and_promotes_nobody_by_itself():
     rule = read_rule(DEFAULT_RULE)
     assert (rule.owner, rule.promote) == ("", "ask")
     assert [step.share for step in rule.canary.steps] == [0.01, 0.05, 0.25, 0.5]
-    assert set(rule.guardrails) == {"refusal", "length", "tool_errors", "feedback_rate"}
+    assert set(rule.guardrails) == {"refusal", "length", "feedback_rate"}
+    assert description.of({"base": "tiny", "gate": tomllib.loads(DEFAULT_RULE)}).base == "tiny", "a deployment takes it"
     assert msgspec.json.decode(msgspec.json.encode(rule), type=Rule) == rule
 
 

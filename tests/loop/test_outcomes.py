@@ -1,0 +1,90 @@
+"""What the gate is told of traffic, from the rows that a server lists."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from everlearn.api import shadow
+from everlearn.loop import outcomes
+from everlearn.loop.evidence import Outcome
+from everlearn.loop.outcomes import Traffic
+from everlearn.loop.service import Deployed
+
+NOW = Deployed("support", "tiny", "canary", "support@1", "support@2", None, 0.5, 0.0, False, 3, {"base": "tiny"}, {}, 0.0)
+
+
+class Rows:
+    """The listings of a server, as far as one has come by `until`; newest first, as the server sends them."""
+
+    url, key = "", ""
+
+    def __init__(self, records: list[dict[str, Any]], feedback: list[dict[str, Any]], until: float):
+        self.listed = {"/v1/records": records, "/v1/feedback": feedback}
+        self.until = until
+
+    def get(self, path: str, **_: Any) -> Any:
+        rows = [row for row in self.listed[path] if row["created_at"] <= self.until]
+        return {"data": sorted(rows, key=lambda row: row["created_at"], reverse=True), "has_more": False, "last_id": None}
+
+    def post(self, path: str, body: Any = None) -> Any:
+        raise AssertionError(path)
+
+    patch = post
+
+    def lines(self, path: str, **_: Any) -> list[dict[str, Any]]:
+        raise AssertionError(path)
+
+
+def answer(at: int, episode: str, version: int = 1, tokens: int = 8, route: str = "chat") -> dict[str, Any]:
+    row = {"id": f"r{at:06}-{episode}-{route}", "created_at": at, "episode_id": episode, "model": f"support@{version}", "route": route}
+    return {**row, "usage": {"completion_tokens": tokens}, "finish_reasons": ["stop"], "seconds": 0.1}
+
+
+def thumb(at: int, episode: str) -> dict[str, Any]:
+    return {"id": f"f{at:06}", "created_at": at, "kind": "boolean", "value": 1.0, "target": {"episode_id": episode}}
+
+
+def traffic(records: list[dict[str, Any]], feedback: list[dict[str, Any]], until: float, settle: float = 100.0) -> Traffic:
+    return Traffic(Rows(records, feedback, until), NOW, 0.0, settle, until)
+
+
+def test_feedback_alone_doesn_t_bring_an_episode_into_the_rate() -> None:
+    """The same people with both versions, the candidate's share just grown: what is known so far shows no difference."""
+    records = [answer(10 * number, f"e{number}", 1 + number % 2) for number in range(40)]
+    feedback = [thumb(10 * number + 5, f"e{number}") for number in range(40) if number % 4 < 2]
+    assert traffic(records, feedback, until=99.0).feedback_rate() == (), "nobody's time is over"
+    found = traffic(records, feedback, until=300.0).feedback_rate()
+    assert len(found) == 20
+    for arm in (False, True):
+        values = [outcome.value for outcome in found if outcome.candidate == arm]
+        assert sum(values) / len(values) == 0.5
+
+
+def test_the_rate_only_grows() -> None:
+    """Feedback that comes late, and episodes that go on after their time, change nothing of what was told."""
+    records = [
+        answer(0, "early"),
+        answer(20, "talks", 2),
+        answer(90, "talks", 2),
+        answer(400, "talks", 2),
+        answer(30, "quiet"),
+        answer(310, "late"),
+    ]
+    feedback = [thumb(10, "early"), thumb(150, "talks"), thumb(250, "quiet")]
+    before: tuple[Outcome, ...] = ()
+    for until in range(0, 600, 10):
+        found = traffic(records, feedback, float(until)).feedback_rate()
+        assert found[: len(before)] == before, until
+        before = found
+    assert before == (Outcome(False, 1.0), Outcome(False, 0.0), Outcome(True, 1.0), Outcome(False, 0.0))
+
+
+def test_answers_in_the_shadow_are_compared_as_if_both_were_cut_there() -> None:
+    assert outcomes.SHADOW_TOKENS == shadow.SHADOW_TOKENS
+    records = [answer(1, "e", 1, tokens=2000), answer(2, "e", 2, tokens=512, route="shadow")]
+    found = traffic(records, [], 10.0).unseen(["length", "cut_off", "seconds", "tool_calls"])
+    assert found == {
+        "length": (Outcome(False, 512.0), Outcome(True, 512.0)),
+        "tool_calls": (Outcome(False, 0.0), Outcome(True, 0.0)),
+    }
+    assert [one.value for one in traffic(records, [], 10.0).guardrails(["length"])["length"]] == [2000.0], "what was shown counts whole"
