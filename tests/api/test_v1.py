@@ -195,3 +195,14 @@ def test_a_key_whose_texts_are_not_kept_leaves_none_in_a_memory(app: Server) -> 
     app.ask("GET", "/v1/memories/ann", 404)
     error = app.ask("POST", "/v1/memories/ann/correct", 400, headers=discreet, json={"number": 0, "text": "Nora is my aunt."})["error"]
     assert (error["code"], error["param"]) == ("unsupported", "text")
+
+
+def test_who_may_only_sample_sees_no_cycle(app: Server) -> None:
+    _, secret = app.db.write(lambda conn: keys.create(conn, "a", "shop", ("sample",))).result()
+    app.ask("POST", "/v1/deployments", json={"name": "learner", "description": {"base": "tiny"}})
+    cycle = {"id": "c1", "wordings": {"rec_1": ["where does Nora live?"]}}
+    made = app.ask("POST", "/v1/deployments/learner/advance", json={"to": "dataset", "expected": 1, "cycle": cycle})
+    assert made["cycle"] == app.ask("GET", "/v1/deployments/learner")["cycle"] == cycle
+    shop = {"x-api-key": secret}
+    shown = [app.ask("GET", "/v1/deployments/learner", headers=shop), *app.ask("GET", "/v1/deployments", headers=shop)["data"]]
+    assert [one["cycle"] for one in shown] == [{}, {}] and shown[0]["state"] == "dataset"
