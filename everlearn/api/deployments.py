@@ -6,8 +6,10 @@ decided elsewhere is only kept and served here; but no rule promotes what its ow
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, Query, Request, Response
 from sqlalchemy import Connection
 
@@ -23,6 +25,7 @@ from everlearn.store.deployments import Act, Deployment, Event
 
 router = APIRouter(prefix="/v1/deployments", tags=["deployments"], dependencies=[scope("train", "sample", "read")])
 CHANGES = [scope("train")]
+TOLD = {"train", "read", "admin"}  # scopes whose keys see the cycle
 
 
 class CreateForm(forms.Form):
@@ -76,6 +79,12 @@ def deployment_json(found: Deployment) -> dict[str, Any]:
     return {"id": found.name, "object": "deployment", **shown, **versions, "description": found.description, "cycle": found.cycle, **times}
 
 
+def seen_by(caller: auth.Caller) -> Callable[[Deployment], dict[str, Any]]:
+    """A deployment as `caller` sees it: its cycle may hold words of users while an update runs, and is empty for who may only sample."""
+    told = bool(caller.scopes & TOLD)
+    return lambda found: deployment_json(found if told else msgspec.structs.replace(found, cycle={}))
+
+
 def event_json(name: str, event: Event) -> dict[str, Any]:
     candidate = None if event.candidate is None else f"{name}@{event.candidate}"
     told = {field: getattr(event, field) for field in ("kind", "was", "state", "share", "actor", "reason", "evidence")}
@@ -105,14 +114,14 @@ async def create_deployment(request: Request) -> dict[str, Any]:
 @router.get("")
 async def list_deployments(request: Request, limit: int = Limit, after: str | None = After) -> dict[str, Any]:
     refuse_unknown(request, "limit", "after")
-    owner = tenant(request)
-    return page(await services(request).read(lambda conn: deployments.list_all(conn, owner, limit + 1, after)), limit, deployment_json)
+    owner, seen = tenant(request), seen_by(auth.caller(request))
+    return page(await services(request).read(lambda conn: deployments.list_all(conn, owner, limit + 1, after)), limit, seen)
 
 
 @router.get("/{name}")
 async def get_deployment(request: Request, name: str) -> dict[str, Any]:
     owner = tenant(request)
-    return deployment_json(await services(request).read(lambda conn: deployments.get(conn, owner, _bare(name))))
+    return seen_by(auth.caller(request))(await services(request).read(lambda conn: deployments.get(conn, owner, _bare(name))))
 
 
 @router.get("/{name}/history")

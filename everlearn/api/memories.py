@@ -10,9 +10,9 @@ import msgspec
 from fastapi import APIRouter, Query, Request, Response
 from sqlalchemy import Connection
 
-from everlearn.api.auth import scope, tenant
+from everlearn.api.auth import caller, scope, tenant
 from everlearn.api.paging import After, Limit, page, refuse_unknown
-from everlearn.api.remembering import rewrites_of, rules_of, window_of, with_window
+from everlearn.api.remembering import refuse_discreet, rewrites_of, rules_of, window_of, with_window
 from everlearn.api.services import Services, services
 from everlearn.api.tinker import forms
 from everlearn.errors import Conflict, InvalidRequest, NotFound
@@ -130,6 +130,7 @@ async def pin(request: Request, memory_id: str) -> dict[str, Any]:
 @router.post("/{memory_id}/correct", dependencies=CHANGES)
 async def correct(request: Request, memory_id: str) -> dict[str, Any]:
     """`text` takes the place of what turn `number` said, as the newest turn, which supersedes it: both at once, or neither."""
+    refuse_discreet(caller(request), "text", "correct it with another key")
     form = await forms.read(request, CorrectForm)
     svc, owner = services(request), tenant(request)
     if not form.text.strip() or not storable(form.text):

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from everlearn.api.auth import Caller
 from everlearn.api.calls import Call, Exchange
 from everlearn.api.chatmodels import ChatModel
 from everlearn.api.turns import Draw, Turn, encode_turn
@@ -51,7 +52,8 @@ def rules_of(chat: ChatModel) -> Turns:
 async def open_memory(call: Call, chat: ChatModel, wanted: Wanted, turn: Turn, draw: Draw) -> Turn:
     """The turn as the model is to see it, within the budget; `call` will remember it. Raises NotFound and InvalidRequest for a memory that
     isn't there or can't be made, Conflict for one of another model, Unsupported for what can't be remembered, TooLarge for turns without
-    room."""
+    room, and for a key whose texts aren't kept."""
+    refuse_discreet(call.caller, "memory")
     said = said_in(turn, draw)
     rules = rules_of(chat)
     memory, window = await _stored(call, wanted)
@@ -81,6 +83,12 @@ async def open_memory(call: Call, chat: ChatModel, wanted: Wanted, turn: Turn, d
     remembered: list[Memory] = []
     call.remember = remember
     return shape
+
+
+def refuse_discreet(caller: Caller, param: str, way_out: str = "leave it out") -> None:
+    """A memory is nothing but texts that are kept. Raises Unsupported for a key of which none are."""
+    if not caller.content:
+        raise Unsupported(f"{param}: what is said with this key isn't kept (its owner wants it so); {way_out}", param=param)
 
 
 def said_in(turn: Turn, draw: Draw) -> list[Said]:

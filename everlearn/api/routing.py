@@ -1,7 +1,8 @@
 """Which version answers under a bare name: what the name means, or, where it is deployed, the champion or the candidate.
 
 A candidate gets a share of the episodes, not of the requests: whoever talks with it goes on talking with it. An episode is named by the
-client (`x-everlearn-episode`); else it is the user's, else it is known by how its conversation began, which every later turn sends again.
+client (`x-everlearn-episode`); else it is the user's, else it is known by its key and how its conversation began, which every later turn
+sends again.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import msgspec
 from fastapi import Request
 from sqlalchemy import Connection
 
+from everlearn.api import auth
 from everlearn.store import deployments, names
 from everlearn.store.deployments import Deployment
-from everlearn.store.placing import check_id
+from everlearn.store.placing import UNHEARD, check_id
 
 EPISODE = "x-everlearn-episode"
 Episode = Callable[[], str]
@@ -44,7 +46,8 @@ def episode_of(request: Request, user: str | None, said: Any) -> Episode:
         return lambda: f"episode:{named}"
     if user:
         return lambda: f"user:{user}"
-    return lambda: "begin:" + hashlib.sha256(json.dumps(_beginning(msgspec.to_builtins(said))).encode()).hexdigest()
+    key = auth.caller(request).key_id
+    return lambda: "begin:" + hashlib.sha256(json.dumps([key, _beginning(msgspec.to_builtins(said))]).encode()).hexdigest()
 
 
 def route(conn: Connection, tenant: str, name: str, number: int | None, episode: Episode | None) -> Routed:
@@ -75,8 +78,10 @@ def _version(conn: Connection, tenant: str, name: str, number: int | None) -> Ro
 
 
 def _beginning(said: Any) -> Any:
-    """The conversation up to the first thing that a user said."""
+    """The conversation up to the first thing that a user said, without what the system says: it may hold the time of day. All of it where
+    no user speaks."""
     if not isinstance(said, list):
         return said
-    first = next((i for i, message in enumerate(said) if isinstance(message, dict) and message.get("role") == "user"), 0)
-    return said[: first + 1]
+    heard = [message for message in said if isinstance(message, dict) and message.get("role") not in UNHEARD]
+    first = next((i for i, message in enumerate(heard) if message.get("role") == "user"), None)
+    return said if first is None else heard[: first + 1]

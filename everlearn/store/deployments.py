@@ -39,6 +39,8 @@ NEXT = {
 }
 TRIED = ("gate", "shadow", "canary")  # states that have a candidate
 MAX_REASON = 2000
+# What an update notes of the words of users, whose records may be deleted: it is in no later state's cycle.
+DRAFTS = ("wordings",)
 
 
 class Deployment(msgspec.Struct, frozen=True):
@@ -214,7 +216,8 @@ def advance(
 
 def promote(conn: Connection, tenant: str, name: str, act: Act, number: int | None = None, rule: bool = False) -> Deployment:
     """The candidate, or version `number`, answers from the next request on. With `rule` it is the owner's rule that says so: it must be
-    there, and it reaches no other version than the candidate, and no state but the canary where the gate has one."""
+    there, and it reaches no other version than the candidate, and no state but the canary where the gate has one. Where it names the
+    champion, the candidate is given up."""
     now = get(conn, tenant, name)
     if _again(conn, now, "promoted", REST, act):
         return now
@@ -230,22 +233,25 @@ def promote(conn: Connection, tenant: str, name: str, act: Act, number: int | No
     if rule and (now.state not in needs or wanted != now.candidate or now.paused):
         said = "paused" if now.paused else f"in {now.state!r}"
         raise Conflict(f"the rule promotes the candidate that it has tried; {name} is {said}", param="rule")
+    if wanted == now.champion != now.candidate:
+        return _apply(conn, now, "rejected", _rest(), act)
     _candidate(conn, now, wanted)
-    return _apply(conn, now, "promoted", {**_rest(), "champion": wanted, "previous": now.champion}, act)
+    previous = now.previous if wanted == now.champion else now.champion
+    return _apply(conn, now, "promoted", {**_rest(), "champion": wanted, "previous": previous}, act)
 
 
 def rollback(conn: Connection, tenant: str, name: str, act: Act, number: int | None = None) -> Deployment:
-    """While a candidate is tried: it is given up, and the champion answers everybody. Otherwise, or with `number`: the champion before
-    this one (or that version) answers from the next request on."""
+    """While a candidate is tried: it is given up, and the champion answers everybody. Otherwise, or with the `number` of another version:
+    the champion before this one (or that version) answers from the next request on."""
     now = get(conn, tenant, name)
     if _again(conn, now, "rejected", REST, act) or _again(conn, now, "rolled_back", REST, act):
         return now
-    if now.candidate is not None and number is None:
+    if now.candidate is not None and number in (None, now.champion):
         return _apply(conn, now, "rejected", _rest(), act)
     wanted = now.previous if number is None else number
     if wanted is None:
         raise Conflict(f"{name} has had one champion only; name the version: everlearn deploy rollback {name} --to NUMBER", param="number")
-    if wanted == now.champion and now.candidate is None:
+    if wanted == now.champion:
         return now
     _candidate(conn, now, wanted)
     return _apply(conn, now, "rolled_back", {**_rest(), "champion": wanted, "previous": None}, act)
@@ -254,8 +260,10 @@ def rollback(conn: Connection, tenant: str, name: str, act: Act, number: int | N
 def delete(conn: Connection, tenant: str, name: str) -> None:
     """Gives up the deployment; the name goes on meaning its champion (where that was the base model, its first version), and the log
     stays."""
-    get(conn, tenant, name)
+    now = get(conn, tenant, name)
     with around("deployment.row"):
+        if now.champion == 0 and _meant(conn, tenant, name) is not None:
+            names.move(conn, tenant, name, names.versions(conn, tenant, name)[-1].number, "its deployment was given up")
         conn.execute(table.delete().where(_here(tenant, name)))
 
 
@@ -329,6 +337,8 @@ def _apply(conn: Connection, now: Deployment, kind: str, changes: dict[str, Any]
     if _again(conn, now, kind, str(changes.get("state", now.state)), act):
         return now
     _check(now, act.expected)
+    if now.state == "update" and changes.get("state", "update") != "update":
+        changes["cycle"] = {name: value for name, value in changes.get("cycle", now.cycle).items() if name not in DRAFTS}
     with around("deployment.row"):
         after = _write(conn, now, changes)
         _log(conn, kind, now.state, after, act)

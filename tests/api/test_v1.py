@@ -183,3 +183,26 @@ def test_capabilities_say_what_is_enforced(app: Server) -> None:
     told = app.ask("GET", "/v1/capabilities", headers={"x-api-key": secret})["key"]
     assert told["limits"] == {"rpm": 60, "tpm": None, "concurrency": None, "models": ["tiny"]}
     assert (told["scopes"], told["content_recorded"]) == (["sample"], False)
+
+
+def test_a_key_whose_texts_are_not_kept_leaves_none_in_a_memory(app: Server) -> None:
+    _, secret = app.db.write(lambda conn: keys.create(conn, "a", "discreet", content=False)).result()
+    discreet, chat = {"x-api-key": secret}, {"model": "tiny", "messages": [{"role": "user", "content": "My sister is Nora."}]}
+    memory = {"x-everlearn-memory": "ann", "x-everlearn-memory-budget": "100"}
+    for headers, body in ((discreet | memory, chat), (discreet, chat | {"memory": {"id": "ann", "budget": 100}})):
+        error = app.ask("POST", "/v1/chat/completions", 400, headers=headers, json=body)["error"]
+        assert (error["code"], error["param"]) == ("unsupported", "memory") and "isn't kept" in error["message"]
+    app.ask("GET", "/v1/memories/ann", 404)
+    error = app.ask("POST", "/v1/memories/ann/correct", 400, headers=discreet, json={"number": 0, "text": "Nora is my aunt."})["error"]
+    assert (error["code"], error["param"]) == ("unsupported", "text")
+
+
+def test_who_may_only_sample_sees_no_cycle(app: Server) -> None:
+    _, secret = app.db.write(lambda conn: keys.create(conn, "a", "shop", ("sample",))).result()
+    app.ask("POST", "/v1/deployments", json={"name": "learner", "description": {"base": "tiny"}})
+    cycle = {"id": "c1", "wordings": {"rec_1": ["where does Nora live?"]}}
+    made = app.ask("POST", "/v1/deployments/learner/advance", json={"to": "dataset", "expected": 1, "cycle": cycle})
+    assert made["cycle"] == app.ask("GET", "/v1/deployments/learner")["cycle"] == cycle
+    shop = {"x-api-key": secret}
+    shown = [app.ask("GET", "/v1/deployments/learner", headers=shop), *app.ask("GET", "/v1/deployments", headers=shop)["data"]]
+    assert [one["cycle"] for one in shown] == [{}, {}] and shown[0]["state"] == "dataset"

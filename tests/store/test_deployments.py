@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -100,6 +101,50 @@ def test_a_rollback_gives_up_what_is_tried_before_it_moves_the_champion(two: Dat
     with pytest.raises(Conflict, match="one champion only"):
         rollback(two)
     assert rollback(two, number=0).champion == 0, "the base model is a version like any other"
+
+
+def test_the_champion_named_again_gives_up_the_candidate_and_keeps_what_was_before(two: Database) -> None:
+    create(two)
+    promote(two, number=2)
+    for act in (promote, rollback):
+        to_canary(two, candidate=1)
+        stopped = act(two, number=2)
+        assert (stopped.champion, stopped.candidate, stopped.previous, stopped.state) == (2, None, 1, "collect")
+        assert log(two)[-1] == "rejected" and act(two, number=2) == stopped
+    to_canary(two, candidate=2)
+    assert promote(two).previous == 1, "a candidate that is the champion changes nothing but the log"
+    assert rollback(two).champion == 1
+
+
+def test_a_name_given_up_on_the_base_model_means_its_first_version_again(two: Database) -> None:
+    create(two, champion=0)
+    promote(two, number=2)
+    rollback(two, number=0)
+    do(two, lambda conn: deployments.delete(conn, "a", "support"))
+    assert two.read(lambda conn: names.get(conn, "a", "support")).number == 1, "not the one that was rolled back"
+    create(two, name="fresh")
+    do(two, lambda conn: deployments.delete(conn, "a", "fresh"))
+    with pytest.raises(NotFound):
+        two.read(lambda conn: names.get(conn, "a", "fresh"))
+
+
+def test_what_an_update_noted_of_users_words_ends_with_it(two: Database) -> None:
+    create(two)
+    noted = {"id": "c1", "wordings": {"rec_1": ["where does Nora live?"]}}
+    ends: list[Callable[[], Deployment]] = [
+        lambda: advance(two, "gate", candidate=2),
+        lambda: advance(two, "collect", kind="ended"),
+        lambda: promote(two, number=2),
+        lambda: rollback(two, number=1),
+    ]
+    for end in ends:
+        advance(two, "dataset", cycle={"id": "c1"})
+        begun = advance(two, "update")
+        there = do(two, lambda conn, seen=begun.revision: deployments.note(conn, "a", "support", noted, seen))
+        assert there.cycle == noted, "the next runner goes on with it"
+        assert end().cycle == {"id": "c1"}
+        if get(two).state != "collect":
+            advance(two, "collect", kind="rejected")
 
 
 def test_states_follow_each_other_in_one_order(two: Database) -> None:
