@@ -146,6 +146,7 @@ def test_a_folder_of_one_s_own(tmp_path: Path):
 def test_pieces_lose_no_words():
     text = "One.\n\n\nTwo words.\n\n" + "long " * 3000 + "\n\nEnd."
     assert " ".join(pieces(text)).split() == text.split()
+    assert pieces("x" * 398 + "\n\nEND") == ["x" * 398 + "\n\nEND"]  # one token alone can't be scored
     assert list(pieces("")) == [] and max(map(len, pieces("x" * 9000))) <= 4000
 
 
