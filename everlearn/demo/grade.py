@@ -1,4 +1,4 @@
-"""Grading without a judge: an answer is right when it contains one of the accepted strings (everlearn/loop/judge.py).
+"""Grading without a judge: an answer is right when it contains one of the accepted strings (everlearn/loop/corrected.py).
 
 It knows nothing of models: strings in, a verdict out.
 """
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from everlearn.loop.judge import accepted as is_right
+from everlearn.loop.corrected import accepted as is_right
 
 __all__ = ["SECTIONS", "Question", "Row", "Score", "grade", "is_right", "scores"]
 

@@ -23,6 +23,7 @@ from everlearn.rewards.rules import read_number
 OURS = Path(__file__).parent / "suite"
 PIECE = 400  # characters of a piece of text, at most, but for a paragraph that is longer; one piece is one unit
 LONGEST_PIECE = 4000
+SHORT_PIECE = 20
 GRADED = 2000  # characters of an answer that are looked at for the words that were wanted
 
 
@@ -145,8 +146,17 @@ def _try(row: Instructed) -> None:
             instructions.follows("x", name, parameters)
 
 
-def pieces(text: str) -> Iterator[str]:
-    """Paragraphs, put together to pieces of at most PIECE characters; what is longer than LONGEST_PIECE is cut at a space."""
+def pieces(text: str) -> list[str]:
+    """Paragraphs, put together to pieces of at most PIECE characters; what is longer than LONGEST_PIECE is cut at a space. A last word by
+    itself belongs to the piece before: one token alone can't be scored."""
+    found = list(_pieces(text))
+    if len(found) > 1 and len(found[-1]) < SHORT_PIECE:
+        last = found.pop()
+        found[-1] += f"\n\n{last}"
+    return found
+
+
+def _pieces(text: str) -> Iterator[str]:
     held = ""
     for paragraph in (part.strip() for part in re.split(r"\n\s*\n", text)):
         while len(paragraph) > LONGEST_PIECE:

@@ -44,7 +44,10 @@ class Subject:
     async def surprise(self, text: str) -> tuple[float, int]:
         """Nats that the model needs for each token of a text but the first, and how many tokens those are."""
         body = await self._send("completions", {"prompt": text, "max_tokens": 0, "echo": True, "logprobs": 0})
-        logprobs = ((body["choices"][0].get("logprobs") or {}).get("token_logprobs") or [])[1:]
+        given = (body["choices"][0].get("logprobs") or {}).get("token_logprobs") or []
+        if len(given) == 1:
+            raise InvalidRequest(f"the text {text!r} is one token, which nothing foretells; make it longer or leave it out", param="data")
+        logprobs = given[1:]
         if not logprobs or any(value is None for value in logprobs):
             raise Unsupported(f"{self.url} scores no prompts (echo with logprobs); leave texts out of the suite", param="model")
         return -sum(logprobs) / len(logprobs), len(logprobs)

@@ -15,8 +15,8 @@ import tinker
 
 from everlearn.errors import NotFound
 from everlearn.loop import general, lesson
+from everlearn.loop.corrected import accepted, right
 from everlearn.loop.evidence import Evidence, Interval, Measure, Pair, Retained
-from everlearn.loop.judge import accepted, right
 from everlearn.loop.paired import proportion
 from everlearn.loop.service import Api, Deployed, Tokens, path_of
 

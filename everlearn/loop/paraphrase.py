@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from everlearn.loop.judge import EMPTY, words
+from everlearn.loop.corrected import EMPTY, words
 
 ASK = 'Say this question in other words: "{}"'
 # Shown as a conversation: a small model that has seen three rephrases a fourth, and one that was only told to answers the question.

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from everlearn.errors import Conflict, InvalidRequest, NotFound
+from everlearn.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from everlearn.memory.plan import Rewrite
 from everlearn.memory.window import Window
 
@@ -97,10 +97,13 @@ class Archive:
         return version + 1
 
     def scrub(self) -> None:
-        """Writes the file anew from what is left in it: pages that were split may still hold bytes of what was deleted."""
+        """Writes the file anew from what is left in it: pages that were split may still hold bytes of what was deleted. Raises Unavailable
+        where another connection is reading, so that its log must stay; call it again."""
         self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self._db.execute("VACUUM")
-        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        busy, *_ = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        if busy:
+            raise Unavailable("somebody reads the archive, so what was forgotten is still in its log; scrub again when that's over")
 
     def turn(self, number: int) -> Turn:
         row = self._db.execute("SELECT * FROM turns WHERE number = ?", (number,)).fetchone()

@@ -119,6 +119,8 @@ class Judge:
         loop = asyncio.get_running_loop()
         found = self._of_loop.get(loop)
         if found is None:
+            for old in [one for one in self._of_loop if one.is_closed()]:  # its connections hold it, so nobody else lets go
+                del self._of_loop[old]
             found = self._of_loop[loop] = (self.connect(), asyncio.Semaphore(self.at_once))
         return found
 

@@ -15,6 +15,7 @@ from everlearn.errors import InvalidRequest
 
 Kind = Literal["thumb", "preference", "stars"]
 CATEGORIES: dict[str, int] = {"thumb": 2, "preference": 2, "stars": 5}
+MOST_FLIPPED = 0.45  # share of labels that are wrong; at 0.5 they would say nothing
 
 
 class Label(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,7 +73,7 @@ def flip_rate(agreed: int, pairs: int) -> float:
     """
     if not 0 <= agreed <= pairs or not pairs:
         raise InvalidRequest(f"{agreed} of {pairs} pairs agree; give at least one pair", param="pairs")
-    return min((1 - max(2 * agreed / pairs - 1, 0.0) ** 0.5) / 2, 0.45)
+    return min((1 - max(2 * agreed / pairs - 1, 0.0) ** 0.5) / 2, MOST_FLIPPED)
 
 
 def hashed(text: str, salt: int) -> int:

@@ -20,7 +20,7 @@ import numpy as np
 from everlearn.errors import InvalidRequest
 from everlearn.rewards import links, posterior, whitening
 from everlearn.rewards.calibration import Calibration, calibration, reliability
-from everlearn.rewards.labels import CATEGORIES, Label, check
+from everlearn.rewards.labels import CATEGORIES, MOST_FLIPPED, Label, check
 from everlearn.rewards.reward import Part
 
 EARLY = 50  # labels of a policy that count as coming from a new one
@@ -39,6 +39,12 @@ class StreamSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     refit_every: int = 200
     review_sd: float = 0.2
     flip_rates: dict[str, float] = {}
+
+    def __post_init__(self) -> None:
+        for name, rate in self.flip_rates.items():
+            if name.split(":")[0] not in CATEGORIES or not 0 <= rate <= MOST_FLIPPED:
+                rule = f"names begin with {', '.join(CATEGORIES)}, and rates lie from 0 to {MOST_FLIPPED}"
+                raise InvalidRequest(f"flip_rates has {name!r}: {rate:g}; {rule}", param="flip_rates")
 
 
 class Prediction(msgspec.Struct, frozen=True, array_like=True):

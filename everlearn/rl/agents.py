@@ -18,6 +18,7 @@ from functools import cached_property
 from typing import Any
 
 import httpx
+import msgspec
 import tinker
 
 from everlearn.errors import InvalidRequest, Unavailable
@@ -188,14 +189,18 @@ class AgentServer(Player):
         async with httpx.AsyncClient(headers={"authorization": f"Bearer {self.api_key}"}, timeout=FETCH_SECONDS) as http:
             records = await asyncio.gather(*(self._record(http, name) for one in said for name in one.records))
         left = iter(records)
+        owed: list[Reward] = []  # for answers without tokens before the first with some
         for place, one in enumerate(said):
             actions = [pair for _ in one.records for pair in _actions(next(left), self.sampling)]
-            for number, (observation, action, logs) in enumerate(actions):
-                ends = number == len(actions) - 1
-                reward = earned.get(place, Reward()).check() if ends else Reward()
-                final = ends and place == len(said) - 1
-                logs = {**logs, "version": one.version, "replayed": place < chat.tape.replayed, **(chat.logs if final else {})}
-                found.append(Transition(observation, action, reward, final, chat.metrics if final else {}, logs))
+            for observation, action, logs in actions:
+                logs = {**logs, "version": one.version, "replayed": place < chat.tape.replayed}
+                found.append(Transition(observation, action, Reward(), False, {}, logs))
+            owed += [earned[place].check()] if place in earned else []
+            if found and owed:
+                found[-1] = msgspec.structs.replace(found[-1], reward=total_of([found[-1].reward, *owed]))
+                owed = []
+        if found:
+            found[-1] = msgspec.structs.replace(found[-1], episode_done=True, metrics=chat.metrics, logs={**found[-1].logs, **chat.logs})
         return found
 
     async def _record(self, http: httpx.AsyncClient, name: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import msgspec
 import tinker
 from tinker import types
 
@@ -50,6 +51,7 @@ def train_asynchronously(
     playing afterwards, whichever way it ends.
     """
     pace = settings.pace or Pace()
+    settings = msgspec.structs.replace(settings, pace=pace)  # checked, and kept with the run, which `train` then can't continue
     learner = Learner(service, settings, folder, held_out, decode, ptx)
     size = len(dataset.get_batch(0))
     if not size:

@@ -7,6 +7,7 @@ from verifiable prompts"): as a judge is asked, in both orders, with the letter 
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from itertools import combinations
@@ -19,10 +20,11 @@ import tinker
 from everlearn.errors import InvalidRequest
 from everlearn.rewards.critic import criticise
 from everlearn.rewards.judge import CORE, PRESCRIPTIVE, A, B, Judge, Message, Rubric, comparison
-from everlearn.rewards.reward import Reward, total_of
+from everlearn.rewards.reward import Part, Reward, total_of
 from everlearn.rl.env import Env, EnvGroup, Metrics
 from everlearn.rl.trajectory import Trajectory
 
+VETO = "veto"  # the part of hackcheck.veto
 Render = Callable[[Sequence[Message]], list[int]]  # messages to the tokens of a prompt, as the server's chat route renders them
 
 
@@ -54,8 +56,8 @@ class CriticisedGroup(EnvGroup):
         own = await self.inner.compute_group_rewards(trajectory_group, env_group)
         found = await criticise(self.judge, self.task, answers, self.rubrics, hack_check=self.hack_check, hack_judge=self.hack_judge)
         return [
-            (total_of([Reward.of(reward), critic]), {**metrics, **found.metrics})
-            for (reward, metrics), critic in zip(own, found.rewards_G, strict=True)
+            (_all(trajectory, Reward.of(reward), critic), {**metrics, **found.metrics})
+            for trajectory, (reward, metrics), critic in zip(trajectory_group, own, found.rewards_G, strict=True)
         ]
 
     async def cleanup(self) -> None:
@@ -63,6 +65,14 @@ class CriticisedGroup(EnvGroup):
 
     def logging_tags(self) -> list[str]:
         return self.inner.logging_tags()
+
+
+def _all(trajectory: Trajectory, own: Reward, critic: Reward) -> Reward:
+    """What the group adds to an episode. A veto takes away what the environment paid, too."""
+    if not any(part.name == VETO for part in critic.parts):
+        return total_of([own, critic])
+    paid = [part.value for part in (*own.parts, *trajectory.reward.parts) if part.value > 0]
+    return total_of([own, critic, Reward((Part(VETO, -math.fsum(paid)),))])
 
 
 class Pair(msgspec.Struct, frozen=True):

@@ -86,7 +86,8 @@ class McpServer:
     # -- on the thread -----------------------------------------------------------------------------------------------------
 
     async def _call(self, name: str, arguments: dict[str, Any]) -> str:
-        client = await self._connected()
+        # A start has more time than a call, and goes on when the call's is over: the next call finds it.
+        client = await asyncio.shield(self._loop.create_task(self._connected()))
         try:
             result = await client.call_tool(name, arguments)
         except asyncio.CancelledError:  # out of time: the call alone, or the whole server?
@@ -168,6 +169,7 @@ class McpServer:
         self._client = self._task = self._gone = None
         gone.set()
         await asyncio.wait({task}, timeout=PING_SECONDS * 2)
+        task.cancel()  # no effect on one that has ended
 
 
 def _first(error: BaseException) -> BaseException:

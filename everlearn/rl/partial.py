@@ -82,8 +82,12 @@ class PartialPolicy:
             return action
         try:
             while action.stop_reason == "length" and len(action.tokens) < self.max_tokens:
+                before = len(action.tokens)
                 action = await self._longer(observation, action, stop, seed)
+                short = len(action.tokens) - before < min(self.piece_tokens, self.max_tokens - before)
                 action = _stopped(action, strings, self.decode)
+                if short:  # the context is full: there is no longer answer
+                    break
         except BaseException:
             if action.tokens:
                 self._put(observation, action, whole=False)

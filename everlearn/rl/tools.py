@@ -130,7 +130,7 @@ class Toolbox:
             return f"error: there is no tool {name[:100]!r}; there are {', '.join(self.tools) or 'none'}", "unknown"
         try:
             given = tool.read(arguments)
-        except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
+        except Exception as error:  # noqa: BLE001 - the arguments' fault, or that of a schema that can't be read
             return f"error: the arguments of {name} don't fit: {error or type(error).__name__}", "arguments"
         try:
             return await self._within_time(tool, given), ""

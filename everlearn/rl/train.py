@@ -235,7 +235,8 @@ class Learner:
             rows.append(row)
             on_step(row)
 
-        stopped = self.state.stopped if self.state is not None and self.state.settings.kl_budget == settings.kl_budget else ""
+        raised = self.state is None or not settings.kl_budget or settings.kl_budget > self.state.settings.kl_budget
+        stopped = "" if raised or self.state is None else self.state.stopped
         while made < settings.steps and not stopped:
             row = make(made)
             stopped = self._over_budget(row)

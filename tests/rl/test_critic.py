@@ -105,7 +105,7 @@ def test_a_critic_rewards_a_group(client: tinker.TrainingClient, server: LiveSer
     (played,) = play_now([group(f"{server.url}/v1")], policy, seed=4)
     assert count([played])["failed"] == 0, played
     rewards = [played.reward(index) for index in range(3)]
-    assert rewards[2].values == {"reward": 0.25, "veto": -1.0} and "this answer is complete" in rewards[2].parts[-1].reason
+    assert rewards[2].values == {"reward": 0.25, "veto": -1.25} and "this answer is complete" in rewards[2].parts[-1].reason
     rates = [reward.values["critic/dogs"] for reward in rewards[:2]]
     assert sum(rates) == pytest.approx(1.0) and rates[0] > 0.5 and played.metrics_G[0]["critic/vetoed"] == pytest.approx(1 / 3)
     texts = iter(["the quick fox", "the lazy dog", "fox"])

@@ -16,7 +16,7 @@ import pytest
 
 from everlearn.errors import InvalidRequest, Unavailable
 from everlearn.rl import mcp_tools
-from everlearn.rl.mcp_tools import McpServer
+from everlearn.rl.mcp_tools import McpServer, _reader
 from everlearn.rl.tools import Tool, Toolbox, ToolFailed, ToolLimits, ToolResult, ToolUnavailable
 
 SHOP = [sys.executable, str(Path(__file__).parent / "mcp_shop.py")]
@@ -165,6 +165,18 @@ def test_whatever_a_tool_does_is_told(function: Callable[..., Any]):
     result = asyncio.run(play())
     assert (result.failure, result.content) == WRONG[function]
     assert time.monotonic() - started < 60
+
+
+def test_a_schema_that_cannot_be_checked_is_told_and_ends_nothing():
+    """Patterns of other languages' regular expressions are legal in a server's schema."""
+    schema = {"type": "object", "properties": {"name": {"type": "string", "pattern": r"^\p{L}+$"}}}
+
+    async def run(**arguments: Any) -> str:
+        return "never"
+
+    tool = Tool("greet", "", schema, _reader(schema), run)
+    result = asyncio.run(Toolbox([tool]).call("greet", '{"name": "Ana"}'))
+    assert result.failure == "arguments" and "greet" in result.content
 
 
 def test_calls_that_hang_keep_their_place_and_no_more_threads_are_made():

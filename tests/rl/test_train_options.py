@@ -83,6 +83,8 @@ def test_a_kl_budget_stops_a_run_with_the_reason_and_can_be_raised(service: tink
     assert state.step == len(made) and f"{name} is" in state.stopped and "above kl_budget (1e-05)" in state.stopped
     again = train(service, settings, Starts(30, 2, 6), tmp_path, Starts(60, 2, 1))
     assert len(again) == len(rows), "it stays stopped"
+    lower = train(service, msgspec.structs.replace(settings, kl_budget=1e-6), Starts(30, 2, 6), tmp_path, Starts(60, 2, 1))
+    assert len(lower) == len(rows)  # it is beyond that already
     more = train(service, msgspec.structs.replace(settings, kl_budget=1e3), Starts(30, 2, 6), tmp_path, Starts(60, 2, 1))
     assert [row["step"] for row in more] == list(range(7)) and "stopped" not in more[5]
     with pytest.raises(Conflict, match="kl_budget_of"):

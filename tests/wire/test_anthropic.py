@@ -142,7 +142,7 @@ def test_a_second_request_reads_its_prefix_from_the_cache(client) -> None:
 
 def test_events_as_they_come_off_the_wire(server) -> None:
     """Names, the ping that the SDK hides, and the record in the last event; a key as X-API-Key, and the older version of the API."""
-    body = {"model": "tiny", "max_tokens": 2, "messages": HI, "stream": True}
+    body = {"model": "tiny", "max_tokens": 12, "messages": HI, "stream": True}
     headers = {"x-api-key": KEY, "anthropic-version": "2023-06-01"}
     reply = httpx.post(server.url + "/anthropic/api/v1/messages", json=body, headers=headers)
     assert reply.headers["content-type"].startswith("text/event-stream")

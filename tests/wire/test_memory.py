@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -186,6 +187,8 @@ def test_a_memory_belongs_to_its_tenant(new_server: Callable[..., LiveServer], c
         capsys.readouterr()
         assert everlearn(["key", "create", name, "--tenant", name, "--home", str(live.home), "-f", "json"]) == 0
         keys[name] = json.loads(capsys.readouterr().out)["key"]
+    while httpx.get(live.url + "/v1/models").status_code != 401:  # that there are no keys is remembered for a second
+        time.sleep(0.1)
     clients = {name: openai.OpenAI(base_url=live.url + "/v1", api_key=key, max_retries=0) for name, key in keys.items()}
     say(clients["one"], "same", FACT)
     say(clients["two"], "same", "hello")

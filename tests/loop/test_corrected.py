@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from everlearn.loop.judge import corrected_words, right
+from everlearn.loop.corrected import corrected_words, right
 
 QUESTION, MISTAKE = "When does the workshop open?", "The workshop opens at 9:00 in the morning."
 
