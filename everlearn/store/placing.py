@@ -52,10 +52,10 @@ class Trail(msgspec.Struct, frozen=True):
 
 
 class Place(msgspec.Struct, frozen=True):
-    """`parent_id`: the record that this one goes on with; `seen`: how many of its messages were known there; `retry_of`: a record that
-    was asked the very same before."""
+    """`episode_id` "": in none. `parent_id`: the record that this one goes on with; `seen`: how many of its messages were known there;
+    `retry_of`: a record that was asked the very same before."""
 
-    episode_id: str
+    episode_id: str = ""
     client_given: bool = False
     parent_id: str | None = None
     seen: int = 0
