@@ -27,7 +27,7 @@ from everlearn.errors import NotFound
 from everlearn.faultpoints import around
 from everlearn.store import forgetting, tables
 from everlearn.store import usage as totals
-from everlearn.store.placing import Place, Placing, Trail, trail_of
+from everlearn.store.placing import MEMORY, Place, Placing, Trail, trail_of
 from everlearn.types import Array
 
 rows, bodies = tables.records, tables.record_bodies
@@ -176,7 +176,9 @@ def pack(draft: bytes) -> Packed:
     if not body:
         return Packed(msgspec.structs.replace(row, body_bytes=0), b"", Trail())
     data = zstandard.ZstdCompressor(level=LEVEL).compress(body)
-    trail = Trail() if row.route == UNSEEN else _trail(row, decode_body(body))  # no conversation goes on from what nobody saw
+    # No conversation goes on from what nobody saw, and the same words again in a memory are no retry.
+    leaves_none = row.route == UNSEEN or (row.episode_id or "").startswith(MEMORY)
+    trail = Trail() if leaves_none else _trail(row, decode_body(body))
     return Packed(msgspec.structs.replace(row, body_bytes=len(data)), data, trail)
 
 

@@ -9,7 +9,7 @@ from everlearn.errors import InvalidRequest, NotFound
 from everlearn.store import episodes, records, tables
 from everlearn.store.db import Database, make_engine, migrate, open_database
 from everlearn.store.feedback_checks import keeps_content
-from everlearn.store.placing import check_id, plain, split_of, trail_of
+from everlearn.store.placing import check_id, of_memory, plain, split_of, trail_of
 from everlearn.store.records import Record
 from tests.store.acts import do
 from tests.store.test_records import record, write
@@ -176,6 +176,15 @@ def test_vectors_are_in_no_episode(db: Database) -> None:
 def test_an_episode_takes_text_if_any_of_its_records_has_content(db: Database) -> None:
     write(db, turn(1, "a?", episode_id="e"), turn(2, "b?", episode_id="e", content=False), turn(3, "c?", episode_id="f", content=False))
     assert db.read(lambda conn: keeps_content(conn, "a", "e")) and not db.read(lambda conn: keeps_content(conn, "a", "f"))
+
+
+def test_chats_in_a_memory_are_one_episode_without_retries(db: Database) -> None:
+    made = [turn(number, "ok", episode_id=of_memory("ann")) for number in (1, 2)]
+    packed = [records.pack(records.draft(one)) for one in made]
+    places = [place for _, place in do(db, lambda conn: records.write_new(conn, packed))]
+    assert {(place.episode_id, place.retry_of) for place in places} == {(check_id(of_memory("ann")), None)}
+    assert db.read(lambda conn: conn.execute(sa.select(tables.trails)).all()) == []
+    assert of_memory("ann") != of_memory("bob")
 
 
 def test_pages_by_time(db: Database) -> None:
