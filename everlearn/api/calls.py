@@ -97,7 +97,7 @@ class Call:
         self.svc, self.caller, self.target, self.asked = svc, caller, target, asked
         self.created_at = time.time()
         self.exchanges: list[Exchange] = []
-        self.episode_id: str | None = None  # the one that the client named
+        self.episode_id: str | None = None  # the one that the client named, or of the memory that it named
         self.remember: Callable[[Exchange], Awaitable[None]] | None = None  # awaited with each exchange once all of it is said
         self.memory: dict[str, Any] | None = None  # what the answer tells of the memory that the conversation is in
         self._started = time.perf_counter()

@@ -33,7 +33,7 @@ def row_json(row: Row) -> dict[str, Any]:
         "base_model": row.base_model,
         "version": row.version,
         "episode_id": row.episode_id,
-        "continues": row.parent_id,
+        "continues": None if row.route == records.UNSEEN else row.parent_id,
         "key_id": row.key_id,
         "user": row.user,
         "finish_reasons": row.finish_reasons,

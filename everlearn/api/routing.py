@@ -1,8 +1,8 @@
 """Which version answers under a bare name: what the name means, or, where it is deployed, the champion or the candidate.
 
 A candidate gets a share of the episodes, not of the requests: whoever talks with it goes on talking with it. An episode is named by the
-client (`x-everlearn-episode`); else it is the user's, else it is known by its key and how its conversation began, which every later turn
-sends again.
+client (`x-everlearn-episode`); else it is all chats in one memory; else it is the user's, else it is known by its key and how its
+conversation began, which every later turn sends again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sqlalchemy import Connection
 from everlearn.api import auth
 from everlearn.store import deployments, names
 from everlearn.store.deployments import Deployment
-from everlearn.store.placing import UNHEARD, check_id
+from everlearn.store.placing import UNHEARD, check_id, of_memory
 
 EPISODE = "x-everlearn-episode"
 Episode = Callable[[], str]
@@ -37,13 +37,15 @@ class Routed(msgspec.Struct, frozen=True):
     shadow: Routed | None = None
 
 
-def episode_of(request: Request, user: str | None, said: Any) -> Episode:
+def episode_of(request: Request, user: str | None, said: Any, memory_id: str | None = None) -> Episode:
     """What stands for the request's episode, found when it is asked for: only a candidate's share needs it. `said`: its messages, or its
     prompt."""
     named = request.headers.get(EPISODE, "")
     if named:
         check_id(named)
         return lambda: f"episode:{named}"
+    if memory_id is not None:
+        return lambda: f"episode:{of_memory(memory_id)}"
     if user:
         return lambda: f"user:{user}"
     key = auth.caller(request).key_id

@@ -17,6 +17,7 @@ from everlearn.loop.service import Api, Deployed, pages
 
 SHADOW = "shadow"  # the route of answers that nobody saw
 SHADOW_TOKENS = 512  # where they are cut (everlearn/api/shadow.py)
+EMBEDDINGS = "embeddings"  # and of vectors, which nobody judges
 REFUSES = re.compile(r"\b(?:I(?:'m| am) sorry|I can(?:'t|not)|I(?:'m| am) (?:unable|not able)|as an AI)\b", flags=re.IGNORECASE)
 Episode = list[dict[str, Any]]  # its records, oldest first
 
@@ -32,7 +33,7 @@ class Traffic:
         self.shadows: Episode = [row for row in records if row["route"] == SHADOW]
         self.episodes: dict[str, Episode] = {}
         for row in records:
-            if row["route"] != SHADOW:
+            if row["route"] not in (SHADOW, EMBEDDINGS):
                 self.episodes.setdefault(row.get("episode_id") or row["id"], []).append(row)
         self.arms = {episode: arms[rows[0]["model"]] for episode, rows in self.episodes.items()}
         self.said: dict[str, Episode] = {}

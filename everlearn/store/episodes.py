@@ -97,8 +97,8 @@ def list_episodes(
 
 
 def records_of(conn: Connection, tenant: str, episode_id: str, after: str | None = None, limit: int | None = None) -> list[records.Row]:
-    """The episode's records, oldest first; with `after` those behind that one."""
-    where = (rows.c.tenant == tenant) & (rows.c.episode_id == episode_id)
+    """The episode's records, oldest first; with `after` those behind that one. What nobody saw isn't part of it."""
+    where = (rows.c.tenant == tenant) & (rows.c.episode_id == episode_id) & (rows.c.route != records.UNSEEN)
     if after is not None:
         where &= rows.c.record_id > after
     query = sa.select(rows).where(where).order_by(rows.c.record_id)
@@ -130,9 +130,10 @@ def events(conn: Connection, tenant: str, episode_id: str, since: float = 0.0, u
 
 
 def delete(conn: Connection, tenant: str, episode_id: str) -> None:
-    """Forgets an episode with its records, events and feedback, and marks what learned from it."""
-    get(conn, tenant, episode_id)
-    forgetting.mark(conn, tenant, "episode", [episode_id])
+    """Forgets an episode with its records, events and feedback, and marks what learned from it. Of one that has expired, what
+    datasets froze goes."""
+    if not ID.fullmatch(episode_id) or not forgetting.mark(conn, tenant, "episode", [episode_id]):
+        get(conn, tenant, episode_id)
     records.delete_of_episode(conn, tenant, episode_id)
 
 
@@ -155,5 +156,7 @@ def _counted() -> sa.Select[tuple[object, ...]]:
     counts = []
     for name, other in (("records", rows), ("feedback", feedback)):
         here = (other.c.tenant == table.c.tenant) & (other.c.episode_id == table.c.episode_id)
+        if other is rows:
+            here &= rows.c.route != records.UNSEEN
         counts.append(sa.select(sa.func.count()).select_from(other).where(here).scalar_subquery().label(name))
     return sa.select(table, *counts)

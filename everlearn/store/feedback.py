@@ -171,10 +171,16 @@ def edit(conn: Connection, tenant: str, feedback_id: str, **fields: Any) -> Feed
 
 
 def delete(conn: Connection, tenant: str, feedback_id: str) -> None:
-    """Forgets a word with its history, and marks what learned from it. The one before it in its slot counts again."""
-    found = get(conn, tenant, feedback_id)
+    """Forgets a word with its history, and marks what learned from it. The one before it in its slot counts again. Of one that
+    has expired, what datasets froze goes."""
     with around("feedback.row"):
-        forgetting.mark(conn, tenant, "feedback", [feedback_id])
+        marked = forgetting.mark(conn, tenant, "feedback", [feedback_id])
+        try:
+            found = get(conn, tenant, feedback_id)
+        except NotFound:
+            if marked:
+                return
+            raise
         forgetting.forget_feedback(conn, table.c.feedback_id == feedback_id, "deleted")
         _settle(conn, tenant, found.slot)
 

@@ -78,10 +78,10 @@ def check(conn: Connection, given: Feedback) -> Feedback:
 
 
 def keeps_content(conn: Connection, tenant: str, episode_id: str) -> bool:
-    """Whether the content of an episode's last record is kept."""
+    """Whether the content of any of an episode's records is kept."""
     rows = tables.records
-    here = (rows.c.tenant == tenant) & (rows.c.episode_id == episode_id)
-    return bool(conn.execute(sa.select(rows.c.body_bytes).where(here).order_by(rows.c.record_id.desc()).limit(1)).scalar())
+    here = (rows.c.tenant == tenant) & (rows.c.episode_id == episode_id) & (rows.c.route != records.UNSEEN)
+    return conn.execute(sa.select(rows.c.record_id).where(here & (rows.c.body_bytes > 0)).limit(1)).first() is not None
 
 
 def no_episode(episode_id: str) -> NotFound:

@@ -27,7 +27,9 @@ def forget_records(conn: Connection, ids: Sequence[str], way: Way) -> None:
     conn.execute(events.delete().where(events.c.record_id.in_(ids)))
     about = feedback.c.record_id.in_(ids) | feedback.c.over_record_id.in_(ids)
     forget_feedback(conn, about, way)
-    touched = conn.execute(sa.select(rows.c.tenant, rows.c.episode_id).where(rows.c.record_id.in_(ids)).distinct()).all()
+    touched = conn.execute(
+        sa.select(rows.c.tenant, rows.c.episode_id).where(rows.c.record_id.in_(ids) & rows.c.episode_id.is_not(None)).distinct()
+    ).all()
     conn.execute(rows.delete().where(rows.c.record_id.in_(ids)))
     of: dict[str, list[str]] = {}
     for tenant, episode_id in touched:

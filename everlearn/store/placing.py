@@ -52,10 +52,10 @@ class Trail(msgspec.Struct, frozen=True):
 
 
 class Place(msgspec.Struct, frozen=True):
-    """`parent_id`: the record that this one goes on with; `seen`: how many of its messages were known there; `retry_of`: a record that
-    was asked the very same before."""
+    """`episode_id` "": in none. `parent_id`: the record that this one goes on with; `seen`: how many of its messages were known there;
+    `retry_of`: a record that was asked the very same before."""
 
-    episode_id: str
+    episode_id: str = ""
     client_given: bool = False
     parent_id: str | None = None
     seen: int = 0
@@ -63,6 +63,12 @@ class Place(msgspec.Struct, frozen=True):
 
 
 NOWHERE = Trail()
+MEMORY = "mem:"  # how an episode's id begins that is all chats in one memory
+
+
+def of_memory(memory_id: str) -> str:
+    """The episode of chats in a memory whose client names none: a request brings its last turn alone, so no digest could find it."""
+    return MEMORY + hashlib.sha256(memory_id.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def check_id(text: str) -> str:

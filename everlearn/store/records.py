@@ -15,7 +15,7 @@ import re
 import secrets
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -27,7 +27,7 @@ from everlearn.errors import NotFound
 from everlearn.faultpoints import around
 from everlearn.store import forgetting, tables
 from everlearn.store import usage as totals
-from everlearn.store.placing import Place, Placing, Trail, trail_of
+from everlearn.store.placing import MEMORY, Place, Placing, Trail, trail_of
 from everlearn.types import Array
 
 rows, bodies = tables.records, tables.record_bodies
@@ -39,6 +39,8 @@ LEVEL = 3
 ID = re.compile(r"rec_[0-9a-z]{1,64}")
 MAX_USER = 200
 UNSEEN = "shadow"  # the route of a candidate's answers that nobody sees (everlearn/api/shadow.py)
+SHADOW_OF = "shadow_of"  # in its metadata: the record of the answer that was shown
+EMBEDDINGS = "embeddings"  # the route of vectors, which are no part of a conversation
 HELDOUT_SHARE = 0.2
 
 
@@ -58,7 +60,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     record_id: str
     tenant: str
     key_id: str | None
-    route: str  # chat.completions, completions, responses, messages, shadow
+    route: str  # chat.completions, completions, responses, messages, embeddings, shadow
     model: str
     base_model: str
     version: str
@@ -87,7 +89,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
 class Row(msgspec.Struct, frozen=True):
     """A record's figures, as they are listed. `body_bytes` 0: its content is not kept. `seen_messages` of its messages are those of the
-    record `parent_id` and its answer."""
+    record `parent_id` and its answer. Of an answer that nobody saw, `parent_id` is the record of the one that was shown instead: it is in
+    that one's episode, and goes with it."""
 
     record_id: str
     tenant: str
@@ -162,6 +165,8 @@ def draft(record: Record) -> bytes:
     reasons = [choice.finish_reason for choice in record.choices]
     user = _storable(record.user) if record.user is not None and record.content else None
     figures = {name: getattr(record, name) for name in (*names, *more)}
+    if record.route == UNSEEN:
+        figures["parent_id"] = (record.metadata or {}).get(SHADOW_OF)
     return encode((Row(finish_reasons=reasons, user=user, body_bytes=0, **figures), encode(_body(record)) if record.content else b""))
 
 
@@ -171,7 +176,9 @@ def pack(draft: bytes) -> Packed:
     if not body:
         return Packed(msgspec.structs.replace(row, body_bytes=0), b"", Trail())
     data = zstandard.ZstdCompressor(level=LEVEL).compress(body)
-    trail = Trail() if row.route == UNSEEN else _trail(row, decode_body(body))  # no conversation goes on from what nobody saw
+    # No conversation goes on from what nobody saw, and the same words again in a memory are no retry.
+    leaves_none = row.route == UNSEEN or (row.episode_id or "").startswith(MEMORY)
+    trail = Trail() if leaves_none else _trail(row, decode_body(body))
     return Packed(msgspec.structs.replace(row, body_bytes=len(data)), data, trail)
 
 
@@ -186,22 +193,26 @@ def write(conn: Connection, packed: Sequence[Packed], heldout_share: float = HEL
 
 
 def write_new(conn: Connection, packed: Sequence[Packed], heldout_share: float = HELDOUT_SHARE) -> list[tuple[Packed, Place]]:
-    """The same; returns those that were new, with their places."""
+    """The same; returns those that were new, with their places. What stands beside a record that is forgotten already isn't kept."""
     there = set(conn.execute(KNOWN, {"ids": [one.row.record_id for one in packed]}).scalars())
     new = {one.row.record_id: one for one in packed if one.row.record_id not in there}
     if not new:
         return []
     placing = Placing(conn, [one.trail for one in new.values()])
-    places = [_place(placing, one) for one in new.values()]
-    placed = [_placed(one.row, place) for one, place in zip(new.values(), places, strict=True)]
-    contents = [{"record_id": key, "tenant": one.row.tenant, "body": one.body} for key, one in new.items() if one.body]
+    places = {key: _place(placing, one) for key, one in new.items() if one.row.route != UNSEEN}
+    places |= _beside(conn, [one.row for one in new.values() if one.row.route == UNSEEN], places)
+    kept = [(new[key], place) for key, place in places.items()]
+    if not kept:
+        return []
+    placed = [_placed(one.row, place) for one, place in kept]
+    contents = [{"record_id": one.row.record_id, "tenant": one.row.tenant, "body": one.body} for one, _ in kept if one.body]
     with around("record.row"):
         conn.execute(INSERT_ROW, [msgspec.structs.asdict(row) for row in placed])
         if contents:
             conn.execute(INSERT_BODY, contents)
         placing.finish(heldout_share)
         totals.add(conn, [_line(row) for row in placed])
-    return list(zip(new.values(), places, strict=True))
+    return kept
 
 
 def get(conn: Connection, tenant: str, record_id: str) -> tuple[Row, Body | None]:
@@ -244,10 +255,13 @@ def list_rows(
 
 
 def delete(conn: Connection, tenant: str, record_id: str) -> None:
-    """Forgets a record with its content and its feedback, and marks what learned from it; the usage goes on counting it."""
-    if not ID.fullmatch(record_id) or not _drop(conn, (rows.c.record_id == record_id) & (rows.c.tenant == tenant), 1, "deleted"):
+    """Forgets a record with its content and its feedback, and marks what learned from it; the usage goes on counting it. Of one
+    that has expired, what datasets froze goes."""
+    if not ID.fullmatch(record_id):
         raise missing(record_id)
-    forgetting.mark(conn, tenant, "record", [record_id])
+    marked = forgetting.mark(conn, tenant, "record", [record_id, *_shadows(conn, [record_id])])
+    if not _drop(conn, (rows.c.record_id == record_id) & (rows.c.tenant == tenant), 1, "deleted") and not marked:
+        raise missing(record_id)
 
 
 def delete_of_episode(conn: Connection, tenant: str, episode_id: str) -> None:
@@ -283,18 +297,39 @@ def _drop(conn: Connection, where: sa.ColumnElement[bool], limit: int, way: forg
     ids = list(conn.execute(sa.select(rows.c.record_id).where(where).order_by(rows.c.created_at).limit(limit)).scalars())
     for start in range(0, len(ids), 500):
         some = ids[start : start + 500]
+        some += _shadows(conn, some)
         conn.execute(bodies.delete().where(bodies.c.record_id.in_(some)))
         forgetting.forget_records(conn, some, way)
     return len(ids)
 
 
+def _shadows(conn: Connection, ids: Sequence[str]) -> list[str]:
+    """What stands beside these records, unseen."""
+    shown = rows.alias()
+    same = (rows.c.tenant == shown.c.tenant) & (rows.c.episode_id == shown.c.episode_id)  # there is an index of episodes
+    where = same & shown.c.record_id.in_(ids) & (rows.c.route == UNSEEN) & (rows.c.parent_id == shown.c.record_id)
+    return list(conn.execute(sa.select(rows.c.record_id).where(where)).scalars())
+
+
+def _beside(conn: Connection, unseen: Sequence[Row], places: Mapping[str, Place]) -> dict[str, Place]:
+    """The places of answers that nobody saw: in the episode of the record that they stand beside, which is stored or is in `places`."""
+    if not unseen:
+        return {}
+    query = sa.select(rows.c.record_id, rows.c.episode_id).where(rows.c.record_id.in_([row.parent_id for row in unseen]))
+    known = {row.record_id: row.episode_id for row in conn.execute(query)} | {key: place.episode_id for key, place in places.items()}
+    return {row.record_id: Place(known[row.parent_id] or "") for row in unseen if row.parent_id in known}
+
+
 def _place(placing: Placing, one: Packed) -> Place:
     row = one.row
+    if row.route == EMBEDDINGS:
+        return Place()
     return placing.place(row.record_id, row.tenant, row.episode_id, row.user, row.model, one.trail, row.created_at)
 
 
 def _placed(row: Row, place: Place) -> Row:
-    return msgspec.structs.replace(row, episode_id=place.episode_id, parent_id=place.parent_id, seen_messages=place.seen)
+    parent = row.parent_id if row.route == UNSEEN else place.parent_id
+    return msgspec.structs.replace(row, episode_id=place.episode_id or None, parent_id=parent, seen_messages=place.seen)
 
 
 def _trail(row: Row, body: Body) -> Trail:

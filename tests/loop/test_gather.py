@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -244,6 +245,25 @@ def test_pages(db: Database) -> None:
     assert len(listed) == 4 and listed[-1].dataset_id == made.dataset_id
     assert db.read(lambda conn: datasets.list_datasets(conn, "a", 2, listed[0].dataset_id)) == listed[1:3]
     assert msgspec.json.encode(listed[0])
+
+
+@pytest.mark.parametrize("way", ["record", "episode", "feedback"])
+def test_what_has_expired_can_still_be_deleted_from_datasets(db: Database, way: str) -> None:
+    one = ask(db, 1, TRAIN[0])
+    word = say(db, one, kind="demonstration", answer="At seven.")
+    made = freeze(db, "sft")
+    do(db, lambda conn: records.sweep(conn, one.created_at + 1.0))
+    assert len(read(db, made)) == 1, "datasets keep what they froze"
+    forget: dict[str, Callable[[Any, str], None]] = {
+        "record": lambda conn, tenant: records.delete(conn, tenant, one.record_id),
+        "episode": lambda conn, tenant: episodes.delete(conn, tenant, TRAIN[0]),
+        "feedback": lambda conn, tenant: feedback.delete(conn, tenant, word.feedback_id),
+    }
+    with pytest.raises(NotFound):
+        do(db, lambda conn: forget[way](conn, "b"))
+    do(db, lambda conn: forget[way](conn, "a"))
+    assert read(db, made, purpose="evaluate") == []
+    assert db.read(lambda conn: datasets.get(conn, "a", made.dataset_id)).marks > 0
 
 
 @pytest.mark.parametrize(

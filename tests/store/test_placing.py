@@ -8,7 +8,8 @@ import sqlalchemy as sa
 from everlearn.errors import InvalidRequest, NotFound
 from everlearn.store import episodes, records, tables
 from everlearn.store.db import Database, make_engine, migrate, open_database
-from everlearn.store.placing import check_id, plain, split_of, trail_of
+from everlearn.store.feedback_checks import keeps_content
+from everlearn.store.placing import check_id, of_memory, plain, split_of, trail_of
 from everlearn.store.records import Record
 from tests.store.acts import do
 from tests.store.test_records import record, write
@@ -123,6 +124,67 @@ def test_an_episode_goes_with_its_last_record(db: Database) -> None:
         db.read(lambda conn: episodes.get(conn, "a", "e"))
     for table in (tables.trails, tables.episode_events):
         assert db.read(lambda conn, table=table: conn.execute(sa.select(table)).all()) == []
+
+
+def unseen(number: int, shown: Record, **more: Any) -> Record:
+    return turn(number, "Where is it?", answer="Here.", route=records.UNSEEN, metadata={"shadow_of": shown.record_id}, **more)
+
+
+@pytest.mark.parametrize("content", [True, False])
+def test_what_nobody_saw_is_in_the_episode_of_what_was_shown_and_no_part_of_it(db: Database, content: bool) -> None:
+    shown = turn(1, "Where is it?", answer="There.")
+    beside = unseen(2, shown, model="support@4", content=content)
+    assert write(db, shown, beside) == 2
+    late = unseen(3, shown)
+    assert write(db, late) == 1
+    assert row(db, beside).episode_id == row(db, late).episode_id == row(db, shown).episode_id
+    assert row(db, beside).parent_id == shown.record_id
+    (found,) = db.read(lambda conn: episodes.list_episodes(conn, "a"))
+    assert (found.records, found.model) == (1, "support@3")
+    assert [one.record_id for one in db.read(lambda conn: episodes.records_of(conn, "a", found.episode_id))] == [shown.record_id]
+
+
+@pytest.mark.parametrize("way", ["record", "episode", "expired"])
+def test_what_nobody_saw_goes_with_what_was_shown(db: Database, way: str) -> None:
+    shown, other = turn(1, "Where is it?", answer="There."), turn(50, "Who?")
+    beside = unseen(2, shown)
+    write(db, shown, beside, other)
+    if way == "record":
+        do(db, lambda conn: records.delete(conn, "a", shown.record_id))
+    elif way == "episode":
+        do(db, lambda conn: episodes.delete(conn, "a", row(db, shown).episode_id or ""))
+    else:
+        do(db, lambda conn: records.sweep(conn, beside.created_at))
+    assert write(db, unseen(3, shown)) == 0, "what is answered beside a record that is forgotten isn't kept"
+    assert [one.record_id for one in db.read(lambda conn: records.list_rows(conn, "a"))] == [other.record_id]
+    assert db.read(lambda conn: conn.execute(sa.select(tables.record_bodies.c.record_id)).scalars().all()) == [other.record_id]
+    assert len(db.read(lambda conn: episodes.list_episodes(conn, "a"))) == 1
+
+
+def test_vectors_are_in_no_episode(db: Database) -> None:
+    shown = turn(1, "Where is it?", episode_id="e")
+    vector = record(2, route=records.EMBEDDINGS, content=False, episode_id="e", model="support@9")
+    assert write(db, shown, vector) == 2
+    assert row(db, vector).episode_id is None
+    (found,) = db.read(lambda conn: episodes.list_episodes(conn, "a"))
+    assert (found.records, found.model) == (1, "support@3")
+    assert db.read(lambda conn: keeps_content(conn, "a", "e"))
+    do(db, lambda conn: records.delete(conn, "a", vector.record_id))
+    assert db.read(lambda conn: episodes.get(conn, "a", "e")).records == 1
+
+
+def test_an_episode_takes_text_if_any_of_its_records_has_content(db: Database) -> None:
+    write(db, turn(1, "a?", episode_id="e"), turn(2, "b?", episode_id="e", content=False), turn(3, "c?", episode_id="f", content=False))
+    assert db.read(lambda conn: keeps_content(conn, "a", "e")) and not db.read(lambda conn: keeps_content(conn, "a", "f"))
+
+
+def test_chats_in_a_memory_are_one_episode_without_retries(db: Database) -> None:
+    made = [turn(number, "ok", episode_id=of_memory("ann")) for number in (1, 2)]
+    packed = [records.pack(records.draft(one)) for one in made]
+    places = [place for _, place in do(db, lambda conn: records.write_new(conn, packed))]
+    assert {(place.episode_id, place.retry_of) for place in places} == {(check_id(of_memory("ann")), None)}
+    assert db.read(lambda conn: conn.execute(sa.select(tables.trails)).all()) == []
+    assert of_memory("ann") != of_memory("bob")
 
 
 def test_pages_by_time(db: Database) -> None:

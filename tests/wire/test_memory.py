@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +16,7 @@ import openai
 import pytest
 
 from everlearn.cli.main import run as everlearn
+from everlearn.store.memories import TABLES
 from tests.live import KEY, LiveServer
 
 FACT = "My sister Nora lives in Lisbon, and I never eat shellfish."
@@ -133,12 +136,28 @@ def test_records_of_chats_in_a_memory_hold_no_texts_unless_asked(client, http):
     def content(answer: Any) -> Any:
         return http.get(f"/records/{answer.model_extra['everlearn']['record']}").json()["content"]
 
-    assert content(say(client, "gil", FACT)) is None
-    assert content(say(client, "gil", FACT, extra_body={"memory": {"id": "gil"}, "store": True}))["messages"][0]["content"] == FACT
+    first = say(client, "gil", FACT)
+    second = say(client, "gil", FACT, extra_body={"memory": {"id": "gil"}, "store": True}, user="gil")
+    named = say(client, "gil", FACT, extra_headers={"x-everlearn-episode": "gil-1"})
+    assert content(first) is None and content(second)["messages"][0]["content"] == FACT
+    rows = [http.get(f"/records/{answer.model_extra['everlearn']['record']}").json() for answer in (first, second, named)]
+    assert rows[0]["episode_id"] == rows[1]["episode_id"] and rows[0]["episode_id"].startswith("mem:")
+    assert rows[1]["continues"] is None and rows[2]["episode_id"] == "gil-1"
 
 
 def stored(home: Path, word: bytes) -> list[str]:
     return [str(path) for path in home.rglob("*") if path.is_file() and word in path.read_bytes()]
+
+
+def forget_halfway(live: LiveServer, client: openai.OpenAI) -> None:
+    """A request that broke off when its rows were deleted and their bytes weren't: sent again, it finds nothing and ends what was begun."""
+    say(client, "jon", "Of frobozz-gnusto nobody else knows.")
+    with contextlib.closing(sqlite3.connect(live.home / "everlearn.db", timeout=30)) as conn, conn:
+        for table in TABLES:
+            conn.execute(f"DELETE FROM {table} WHERE memory_id = 'jon'")
+    assert stored(live.home, b"frobozz-gnusto")
+    assert httpx.delete(f"{live.url}/v1/memories/jon", headers={"X-API-Key": KEY}, timeout=60).status_code == 404
+    assert stored(live.home, b"frobozz-gnusto") == []
 
 
 def test_what_is_forgotten_is_nowhere_on_the_disk(new_server: Callable[..., LiveServer], capsys):
@@ -152,6 +171,7 @@ def test_what_is_forgotten_is_nowhere_on_the_disk(new_server: Callable[..., Live
         assert everlearn(["memory", "forget", "hans", "0", *arguments]) == 0
         assert everlearn(["memory", "forget", "ida", *arguments]) == 0
         assert stored(live.home, b"xyzzy-plugh") == []
+        forget_halfway(live, client)
         chatter(client, "hans", 3)
         capsys.readouterr()
         assert everlearn(["memory", "list", "-f", "json", *arguments]) == 0

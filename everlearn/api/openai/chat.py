@@ -18,6 +18,7 @@ from everlearn.api.services import services
 from everlearn.api.sse import DONE, EventStream
 from everlearn.api.target import resolve
 from everlearn.api.turns import open_turn
+from everlearn.store.placing import of_memory
 
 router = APIRouter(tags=["openai: chat"])
 
@@ -27,11 +28,14 @@ async def create_chat_completion(request: Request) -> Response:
     svc, caller = services(request), auth.caller(request)
     form = await types.read(request, types.ChatForm)
     draw = checks.chat_draw(form)
-    target = await resolve(svc, caller, form.model, episode_of(request, form.user, form.messages))
+    memory = checks.memory(form, request.headers)
+    episode = episode_of(request, form.user, form.messages, None if memory is None else memory.memory_id)
+    target = await resolve(svc, caller, form.model, episode)
     chat = await svc.chat_models.get(target.base)
     turn = checks.chat_turn(form, chat.thinking, len(await request.body()))
     call = Call(svc, caller, target, checks.asked(form, caller, "chat.completions", turn.messages, "messages"))
-    if (memory := checks.memory(form, request.headers)) is not None:
+    if memory is not None:
+        call.episode_id = of_memory(memory.memory_id)  # a header's takes its place
         turn = await remembering.open_memory(call, chat, memory, turn, draw)
     opened = await open_turn(svc, caller.tenant, target, turn, draw, stream=bool(form.stream))
     await call.start(request, [opened])

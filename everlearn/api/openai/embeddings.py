@@ -2,7 +2,7 @@
 
 A language model's states are not those of a model made to embed: they tell more of what comes next than of what a text is about. They are
 what a small model on top can be fitted to (a reward model, a probe), which is why `pooling` and `normalize` can be chosen. A request runs
-beside others in the sampler, as one that scores a prompt does; its record has figures alone.
+beside others in the sampler, as one that scores a prompt does; its record has figures alone, and is in no episode.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from everlearn.api.services import services
 from everlearn.api.target import resolve
 from everlearn.api.turns import Draw, Opened, open_text
 from everlearn.errors import InvalidRequest, Unavailable, Unsupported
+from everlearn.store.records import EMBEDDINGS
 
 router = APIRouter(tags=["openai: embeddings"])
 
@@ -34,9 +35,10 @@ async def create_embeddings(request: Request) -> Response:
     inputs = inputs_of(form.input)
     target = await resolve(svc, caller, form.model)
     opened = [await open_text(svc, caller.tenant, target, one, draw, grammar=None, stream=False) for one in inputs]
-    asked = Asked(route="embeddings", messages=None, params=dict, user=checks.label(form.user, "user"), store=False)
+    asked = Asked(route=EMBEDDINGS, messages=None, params=dict, user=checks.label(form.user, "user"), store=False)
     call = Call(svc, caller, target, asked)
     await call.start(request, [pooled(one, form.pooling or "mean") for one in opened])
+    call.episode_id = None  # whatever the header says: nobody goes on with a vector
     await call.whole()
     vectors = [vector_of(exchange, form.normalize is not False) for exchange in call.exchanges]
     check_dimensions(form.dimensions, len(vectors[0]))
