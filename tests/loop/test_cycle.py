@@ -27,7 +27,7 @@ TRUTHS = {"who is it?": "the lazy dog", "where is it?": "in france", "what jumps
 DESCRIPTION: dict[str, Any] = {
     "base": "tiny",
     "settle": 0.0,
-    "triggers": {"labels": 9},
+    "triggers": {"labels": 18},  # more than the mistakes that users meet while the candidate is tried, or the next cycle begins at once
     "update": {"rank": 8, "learning_rate": 2e-2, "epochs": 12, "batch": 3, "paraphrases": 2, "rehearsed": 1},
     "gate": {
         "owner": "maria",

@@ -66,7 +66,8 @@ def test_what_is_shown_stays_shown_and_looking_often_changes_nothing(pairs, data
     """The answer on the first part is the beginning of the answer on the whole."""
     part = data.draw(st.integers(0, len(pairs)))
     early, late = blocks(*split(pairs[:part])), blocks(*split(pairs))
-    assert log_wealth(early, 0.0).tolist() == log_wealth(late, 0.0)[: len(early.ends_B)].tolist()
+    # to the last bits, whose rounding depends on how many numbers are added up
+    assert log_wealth(early, 0.0).tolist() == pytest.approx(log_wealth(late, 0.0)[: len(early.ends_B)].tolist(), rel=1e-9, abs=1e-12)
     first = crossing(early, 0.0, 0.3)
     if first is not None:
         assert crossing(late, 0.0, 0.3) == first
