@@ -99,6 +99,7 @@ def replayed(event: dict[str, Any]) -> str:
     return verdict.decision
 
 
+@pytest.mark.slow  # as in tests/demo/test_story.py
 def test_a_correction_today_is_a_better_answer_and_there_is_a_way_back(server: LiveServer, http: httpx.Client, parts: Any) -> None:
     runner, user = parts("helpdesk", DESCRIPTION)
     assert runner.run().state == "collect", "without labels nothing is due"
