@@ -9,6 +9,7 @@ Rules see English, and what they were written for. They are the first fence, not
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from typing import Literal
@@ -19,6 +20,7 @@ from everlearn.rewards.judge import Judge, Message, neutral
 from everlearn.rewards.reward import Part, Reward
 
 READ = 20_000  # characters of an answer, from either end
+VETO = "veto"  # the name of the part
 SURE = 0.8  # how probable a judge must find it that there is such talk
 YES, NO = "yes", "no"
 FindKind = Literal["instruction to the judge", "hidden text", "talk of scores", "self-praise", "claim of compliance", "judged"]
@@ -111,7 +113,12 @@ async def check(answer: str, task: str = "", complied: bool | None = None, judge
 def veto(found: list[Find], earned: float = 0.0, weight: float = 1.0) -> Part:
     """The part `veto`: takes away what was `earned`, and `weight` more."""
     reason = "; ".join(dict.fromkeys(f"{one.kind}: {one.quote!r}" for one in found))
-    return Part("veto", -max(earned, 0.0) - weight, reason[:500])
+    return Part(VETO, -max(earned, 0.0) - weight, reason[:500])
+
+
+def earned_of(reward: Reward) -> float:
+    """What a veto takes away: the sum of the parts above 0."""
+    return math.fsum(part.value for part in reward.parts if part.value > 0)
 
 
 def vetoed(reward: Reward, found: list[Find], weight: float = 1.0) -> Reward:
@@ -119,8 +126,7 @@ def vetoed(reward: Reward, found: list[Find], weight: float = 1.0) -> Reward:
     stays lost."""
     if not found:
         return reward
-    earned = sum(part.value for part in reward.parts if part.value > 0)
-    return Reward((*reward.parts, veto(found, earned, weight)))
+    return Reward((*reward.parts, veto(found, earned_of(reward), weight)))
 
 
 def _ends(text: str) -> str:

@@ -7,7 +7,6 @@ from verifiable prompts"): as a judge is asked, in both orders, with the letter 
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Sequence
 from itertools import combinations
@@ -19,12 +18,12 @@ import tinker
 
 from everlearn.errors import InvalidRequest
 from everlearn.rewards.critic import criticise
+from everlearn.rewards.hackcheck import VETO, earned_of
 from everlearn.rewards.judge import CORE, PRESCRIPTIVE, A, B, Judge, Message, Rubric, comparison
 from everlearn.rewards.reward import Part, Reward, total_of
 from everlearn.rl.env import Env, EnvGroup, Metrics
 from everlearn.rl.trajectory import Trajectory
 
-VETO = "veto"  # the part of hackcheck.veto
 Render = Callable[[Sequence[Message]], list[int]]  # messages to the tokens of a prompt, as the server's chat route renders them
 
 
@@ -71,8 +70,7 @@ def _all(trajectory: Trajectory, own: Reward, critic: Reward) -> Reward:
     """What the group adds to an episode. A veto takes away what the environment paid, too."""
     if not any(part.name == VETO for part in critic.parts):
         return total_of([own, critic])
-    paid = [part.value for part in (*own.parts, *trajectory.reward.parts) if part.value > 0]
-    return total_of([own, critic, Reward((Part(VETO, -math.fsum(paid)),))])
+    return total_of([own, critic, Reward((Part(VETO, -earned_of(own) - earned_of(trajectory.reward)),))])
 
 
 class Pair(msgspec.Struct, frozen=True):
