@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-
-@pytest.fixture(scope="module")
-def study(root: Path):
-    sys.path.insert(0, str(root / "benchmarks"))
-    try:
-        yield importlib.import_module("gate_statistics")
-    finally:
-        sys.path.remove(str(root / "benchmarks"))
-        for name in ("gate_statistics", "common"):
-            sys.modules.pop(name, None)
+STUDY = "gate_statistics"
 
 
 def test_equal_candidates_are_rarely_promoted_and_peeking_promotes_many(study):

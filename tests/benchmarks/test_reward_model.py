@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
-
-@pytest.fixture(scope="module")
-def study(root: Path):
-    sys.path.insert(0, str(root / "benchmarks"))
-    try:
-        yield importlib.import_module("reward_model")
-    finally:
-        sys.path.remove(str(root / "benchmarks"))
-        for name in ("reward_model", "common"):
-            sys.modules.pop(name, None)
+STUDY = "reward_model"
 
 
 def test_a_policy_moves_towards_what_the_model_likes(study):

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from everlearn.rewards.hackcheck import finds
 
-
-@pytest.fixture
-def study(root: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(root / "benchmarks"))
-    yield importlib.import_module("rl_critic")
-    for name in ("rl_critic", "common"):
-        sys.modules.pop(name, None)
+STUDY = "rl_critic"
 
 
 def test_gold_wants_the_word_then_the_rules_then_few_words(study: ModuleType):
