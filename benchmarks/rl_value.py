@@ -46,7 +46,8 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2", help="of all runs, without --only")
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--learning-rates", default="1e-3,3e-3,1e-2", help="of all runs, without --only")
+    parser.add_argument("--learning-rates", default="3e-4,1e-3,3e-3", help="of all runs, without --only")
+    parser.add_argument("--entropy", type=float, default=0.1, help="entropy_coeff, of all arms: without it most runs close too early")
     parser.add_argument("--runs", type=Path, default=Path(tempfile.gettempdir()) / "everlearn-rl-value", help="a file for each run")
     parser.add_argument("--collect", action="store_true", help="run nothing; make the result file of what is there")
     args = parser.parse_args()
@@ -90,6 +91,7 @@ def one_run(args: argparse.Namespace, arm: str, luck: bool, seed: int) -> None:
             substeps=2,
             max_tokens=1,
             seed=seed,
+            loss_config={"entropy_coeff": args.entropy} if args.entropy else {},
             evaluate_every=max(1, args.steps // 4),
             save_every=args.steps,
             **options,
@@ -108,7 +110,7 @@ def one_run(args: argparse.Namespace, arm: str, luck: bool, seed: int) -> None:
         flush=True,
     )
     run = {"arm": arm, "luck": luck, "seed": seed, "seconds": seconds, "server_cpu_seconds": cpu, "steps": args.steps}
-    run |= {"learning_rate": args.learning_rate, "options": ARMS[arm], "held_out": held_out, "curves": curve}
+    run |= {"learning_rate": args.learning_rate, "entropy_coeff": args.entropy, "options": ARMS[arm], "held_out": held_out, "curves": curve}
     (args.runs / f"{name}.json").write_text(json.dumps(origin("rl-value") | {"run": run}))
 
 
