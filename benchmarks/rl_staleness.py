@@ -278,8 +278,8 @@ def place(run: dict[str, Any]) -> tuple[str, float, int, float]:
 
 
 def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each kind, rate, steps, amount and objective: held-out accuracy over the last evaluations and at its best, and the reward that was
-    played last, with intervals over the seeds; and the mean distance of the policy that is trained from the one that sampled, over all steps."""
+    """For each kind, rate, steps, amount and objective: held-out accuracy over the last evaluations and at its best, and the reward that
+    was played last, with intervals over the seeds; and the mean distance of the policy that is trained from the one that sampled."""
     table = []
     for where, arm in dict.fromkeys((place(run), run["arm"]) for run in runs):
         members = [run for run in runs if (place(run), run["arm"]) == (where, arm)]
