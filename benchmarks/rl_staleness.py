@@ -132,7 +132,7 @@ class Disturbed:
         import numpy as np
         import tinker
 
-        path = client.save_state(f"disturbed-{step}", ttl_seconds=120).result().path
+        path = client.save_state(f"disturbed-{step}", ttl_seconds=3600).result().path
         copy = self.service.create_training_client_from_state(path).result()
         rng = np.random.default_rng((self.seed, step))
         copy.forward_backward([self.random_targets(rng, prompt) for prompt in self.subject.prompts(step)], "cross_entropy").result()
