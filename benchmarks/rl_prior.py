@@ -16,8 +16,8 @@ The arms, all on the same sums below 20 + 20, with the same number of interactio
 Operations are counted by the usual rule: 2 N for each token of an episode that is sampled, 6 N for each that is trained on in a pass,
 with N all parameters. (An adapter's backward pass is really 4 N, since no weight's gradient is made; the rule favours the small model.)
 Measured are the headroom-normalised gains, (after - before) / (1 - before), on held-out sums and, as transfer, on held-out differences,
-of which reinforcement learning sees none. Each arm is shown at the best of its learning rates. The likeliest answer counts, and must be
-the number alone.
+of which reinforcement learning sees none. The first number of the likeliest answer counts: learning to stop there, which the reward asks
+for too, is no gain in arithmetic (`_alone` counts it). Each arm is shown at the best of its learning rates.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
 import statistics
 import tempfile
 import time
@@ -43,6 +44,8 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 RIGHT = "held_out/env/right"
 RANK, BELOW, DATA_SEED = 8, 20, 0
+SCORES = [f"{test}{kind}" for test in ("task", "transfer") for kind in ("", "_alone")]
+MEASURED = ("parameters", "passes", "interactions", "operations", "seconds", *SCORES, *(f"{name}_gain" for name in SCORES))
 KEPT = ("step", RIGHT, "reward/total", "entropy", "kl/k3", "ratio/max", "groups/collapsed", "tokens/mean", "loss/clip_fraction:mean")
 
 
@@ -148,27 +151,30 @@ def parameters(folder: Path) -> int:
     return total
 
 
+def subject(args: argparse.Namespace, arm: dict[str, Any]) -> tuple[Path, int]:
+    """The arm's model, made now if need be, and how often each batch is gone through."""
+    from recipes import sums_from_scratch
+
+    folder = large = common.model_folder("smollm2")
+    if arm["model"] == "small":
+        recipe = sums_from_scratch.Recipe(args.small_steps, args.small_until, seed=args.seed, hidden=args.small_hidden)
+        folder = sums_from_scratch.ensure(recipe, large, args.cache, args.device, lambda text: print(text, flush=True))
+    if arm["passes"] == "one":
+        return folder, 1
+    return folder, args.passes or max(1, round((8 * parameters(large) / parameters(folder) - 2) / 6))
+
+
 def one_run(args: argparse.Namespace) -> None:
     import torch
 
     from everlearn.rl.envs.arithmetic import Sums
     from everlearn.rl.rollouts import Limits
     from everlearn.rl.train import Settings, train
-    from recipes import sums_from_scratch
 
     arm = ARMS[args.only]
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    large = common.model_folder("smollm2")
-    recipe = sums_from_scratch.Recipe(args.small_steps, args.small_until, seed=args.seed, hidden=args.small_hidden)
-    begun = time.perf_counter()
-    small = sums_from_scratch.ensure(recipe, large, args.cache, args.device, lambda text: print(text, flush=True))
-    prepared = time.perf_counter() - begun
-    sizes = {"large": parameters(large), "small": parameters(small)}
-    equal = args.passes or max(1, round((8 * sizes["large"] / sizes["small"] - 2) / 6))
-    passes = equal if arm["passes"] == "equal" else 1
-    rate = args.learning_rate or arm["rates"][0]
-    folder = large if arm["model"] == "large" else small
-    chat = chat_of(folder)
+    folder, passes = subject(args, arm)
+    rate, chat = args.learning_rate or arm["rates"][0], chat_of(folder)
     settings = Settings(
         "bench",
         steps=args.steps,
@@ -184,42 +190,30 @@ def one_run(args: argparse.Namespace) -> None:
     )
     dealt = {"batches": 1, "groups_per_batch": args.held_out, "group_size": 1}
     held_out = Sums(chat, DATA_SEED, "test", BELOW, **dealt)
+    tests = {"task": held_out, "transfer": differences(chat, **dealt)}
     dataset = Sums(chat, DATA_SEED, "train", BELOW, args.steps, args.groups, args.group_size)
     with tempfile.TemporaryDirectory() as home, opened(args, folder, arm["tuning"], Path(home)) as service:
         started = time.perf_counter()
-        before = transfer(service, settings, chat, dealt, Path(home) / "before", None)
+        before = scores(service, settings, tests, None)
         rows = train(service, settings, dataset, Path(home) / "run", held_out)
-        state = json.loads((Path(home) / "run" / "state.json").read_text())["path"]
-        after = transfer(service, settings, chat, dealt, Path(home) / "after", state)
+        after = scores(service, settings, tests, json.loads((Path(home) / "run" / "state.json").read_text())["path"])
         seconds = time.perf_counter() - started
     steps = [row for row in rows if "reward/total" in row]
-    scores = [row[RIGHT] for row in rows if RIGHT in row]
-    prompt = prompt_tokens(dataset, args)
-    run = {
-        "arm": args.only,
-        "seed": args.seed,
-        "learning_rate": rate,
-        "parameters": sizes[arm["model"]],
-        "passes": passes,
-        "interactions": int(sum(row["episodes"] for row in steps)),
-        "operations": operations(steps, sizes[arm["model"]], passes, prompt),
-        "task": [scores[0], scores[-1]],
-        "transfer": [before, after],
-        "device": args.device,
-        "seconds": seconds,
-        "seconds_of_the_small_model": prepared,
-        "rows": [{name: row[name] for name in KEPT if name in row} for row in rows],
-    }
-    run |= {"task_gain": gain(*run["task"]), "transfer_gain": gain(*run["transfer"])}
+    run = {"arm": args.only, "seed": args.seed, "learning_rate": rate, "parameters": parameters(folder), "passes": passes}
+    run |= {"interactions": int(sum(row["episodes"] for row in steps)), "device": args.device, "seconds": seconds}
+    run["operations"] = operations(steps, parameters(folder), passes, prompt_tokens(dataset, args))
+    for name in before:
+        run |= {name: [before[name], after[name]], f"{name}_gain": gain(before[name], after[name])}
+    run["rows"] = [{name: row[name] for name in KEPT if name in row} for row in rows]
     args.runs.mkdir(parents=True, exist_ok=True)
-    name = f"{args.only}-{rate:g}-{args.seed}"
-    (args.runs / f"{name}.json").write_text(json.dumps(common.origin("rl-prior") | {"run": run}, indent=1) + "\n")
-    told = f"sums {scores[0]:.1%} -> {scores[-1]:.1%}, differences {before:.1%} -> {after:.1%}"
-    print(f"{name:30} {told}, {run['operations']:.3g} operations, {seconds:.0f} s", flush=True)
+    (args.runs / f"{args.only}-{rate:g}-{args.seed}.json").write_text(json.dumps(common.origin("rl-prior") | {"run": run}, indent=1) + "\n")
+    told = ", ".join(f"{name} {before[name]:.1%} -> {after[name]:.1%}" for name in before)
+    print(f"{args.only:16} rate {rate:g} seed {args.seed}: {told}, {run['operations']:.3g} operations, {seconds:.0f} s", flush=True)
 
 
-def transfer(service: Any, settings: Any, chat: Any, dealt: dict[str, int], folder: Path, state: str | None) -> float:
-    """The share of held-out differences whose likeliest answer is right, by the base model or by a state."""
+def scores(service: Any, settings: Any, tests: dict[str, Any], state: str | None) -> dict[str, float]:
+    """By the base model or by a state, of each test the share of likeliest answers that begin with the right number, and (`_alone`)
+    that are it and nothing else."""
     from everlearn.rl import measures
     from everlearn.rl.policy import TinkerPolicy
     from everlearn.rl.rollouts import play_now
@@ -228,9 +222,20 @@ def transfer(service: Any, settings: Any, chat: Any, dealt: dict[str, int], fold
         client = service.create_lora_training_client(settings.base_model, rank=settings.rank).result()
     else:
         client = service.create_training_client_from_state_with_optimizer(state).result()
-    sampler = client.save_weights_and_get_sampling_client().result()
-    groups = play_now(differences(chat, **dealt).get_batch(0), TinkerPolicy(sampler, settings.max_tokens, 0.0), settings.limits, 0)
-    return float(measures.of_rollouts(groups)["env/right"])
+    policy = TinkerPolicy(client.save_weights_and_get_sampling_client().result(), settings.max_tokens, 0.0)
+    found = {}
+    for name, tasks in tests.items():
+        groups = play_now(tasks.get_batch(0), policy, settings.limits, 0)
+        logs = [group.trajectories_G[0].transitions[0].logs for group in groups]
+        found[name] = statistics.mean(begins_right(log["sum"], log["answer"]) for log in logs)
+        found[f"{name}_alone"] = float(measures.of_rollouts(groups)["env/right"])
+    return found
+
+
+def begins_right(asked: str, answer: str) -> bool:
+    """Whether the first number of the answer is the sum that was asked for ("17 + -5"); what follows it doesn't count."""
+    first = re.match(r"\s*(-?\d+)", answer)
+    return first is not None and int(first.group(1)) == sum(map(int, asked.split(" + ")))
 
 
 def prompt_tokens(dataset: Any, args: argparse.Namespace) -> float:
@@ -270,7 +275,7 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for rate in sorted({run["learning_rate"] for run in runs if run["arm"] == arm}):
             own = [run for run in runs if (run["arm"], run["learning_rate"]) == (arm, rate)]
             row: dict[str, Any] = {"arm": arm, "learning_rate": rate, "seeds": [run["seed"] for run in own]}
-            for name in ("parameters", "passes", "interactions", "operations", "task", "transfer", "task_gain", "transfer_gain"):
+            for name in MEASURED:
                 row[name] = [run[name] for run in own]
             rows.append(row)
         rows.sort(key=lambda row: -statistics.mean(row["task_gain"]))

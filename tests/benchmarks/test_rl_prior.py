@@ -21,6 +21,11 @@ def test_gains_are_of_the_headroom(study: ModuleType):
     assert study.gain(0.2, 0.6) == pytest.approx(0.5) and study.gain(0.5, 0.25) == -0.5 and study.gain(1.0, 1.0) == 0.0
 
 
+def test_what_follows_the_number_does_not_count(study: ModuleType):
+    assert study.begins_right("17 + -5", " 12, which is") and study.begins_right("3 + 4", "7")
+    assert not study.begins_right("3 + 4", " 77") and not study.begins_right("3 + 4", "It is 7")
+
+
 def test_passes_make_operations_equal(study: ModuleType):
     steps = [{"episodes": 128.0, "tokens/mean": 4.0}] * 3
     large, small = 134_515_008, 17_700_000
@@ -55,10 +60,10 @@ def test_commands_cover_every_arm_rate_and_seed_and_runs_are_collected(
 ):
     made = study.commands(3)
     assert len(made) == len(set(made)) == 3 * sum(len(arm["rates"]) for arm in study.ARMS.values())
-    run = {"parameters": 5, "passes": 1, "interactions": 10, "operations": 1e3, "task": [0.2, 0.6], "transfer": [0.1, 0.1]}
+    run = dict.fromkeys(study.MEASURED, 0.0) | {"passes": 1, "operations": 1e3}
     for arm, rate, seed, gained in [("large-lora", 1e-4, 0, 0.5), ("large-lora", 2e-4, 0, 0.7), ("small-full", 1e-4, 0, 0.1)]:
         rows = [{"step": step, "held_out/env/right": 0.2 + 0.1 * step} for step in range(3)]
-        one = run | {"arm": arm, "learning_rate": rate, "seed": seed, "task_gain": gained, "transfer_gain": 0.0, "rows": rows}
+        one = run | {"arm": arm, "learning_rate": rate, "seed": seed, "task_gain": gained, "rows": rows}
         origin = {"command": "c", "when": "w", "load_average": [0], "commit": "x", "hardware": {}, "versions": {}}
         (tmp_path / f"{arm}-{rate}-{seed}.json").write_text(json.dumps(origin | {"run": one}))
     study.collect(argparse.Namespace(runs=tmp_path, out=tmp_path / "out" / "result.json"))
