@@ -13,6 +13,7 @@ it, in an ordinary Hugging Face folder; `everlearn serve` takes it.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -151,29 +152,31 @@ def accuracy(recipe: Recipe, model: Any, tokenizer: Any) -> float:
 
 
 def ensure(recipe: Recipe, teacher: Path, cache: Path, device: str = "cpu", say: Callable[[str], None] = lambda _: None) -> Path:
-    """The model's folder in `cache`, trained now if it isn't there. It appears whole or not at all. `teacher`: whose tokenizer it takes."""
+    """The model's folder in `cache`, trained now if it isn't there; others that want it meanwhile wait. It appears whole or not at all.
+    `teacher`: whose tokenizer it takes."""
+    cache.mkdir(parents=True, exist_ok=True)
+    folder = cache / f"sums-{recipe.digest()}"
+    with (cache / f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # given back when the file is closed, also by a process that dies
+        if not folder.exists():
+            make(recipe, teacher, folder, device, say)
+    return folder
+
+
+def make(recipe: Recipe, teacher: Path, folder: Path, device: str, say: Callable[[str], None]) -> None:
     from tokenizers import Tokenizer
 
-    folder = cache / f"sums-{recipe.digest()}"
-    if folder.exists():
-        return folder
-    cache.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer.from_file(str(teacher / "tokenizer.json"))
-    bos, eos = (tokenizer.token_to_id(name) for name in ("<|im_start|>", "<|im_end|>"))
+    bos, eos = (tokenizer.token_to_id(name) for name in ("<|im_start|>", END))
     model = new_model(recipe, tokenizer.get_vocab_size(), bos, eos).to(device)
     train(recipe, model, tokenizer, device, say)
-    with tempfile.TemporaryDirectory(dir=cache) as unfinished:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
         made = Path(unfinished) / "model"
         model.cpu().save_pretrained(made)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             shutil.copy(teacher / name, made / name)
         (made / "recipe.json").write_text(json.dumps({"recipe": asdict(recipe), "parameters": model.num_parameters()}, indent=1))
-        try:
-            made.rename(folder)
-        except OSError:  # another process was faster; its folder is as good
-            if not folder.exists():
-                raise
-    return folder
+        made.rename(folder)
 
 
 def main() -> None:
