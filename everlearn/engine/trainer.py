@@ -193,7 +193,7 @@ class Trainer:
 
     def _row(self, jobs: list[Job], forward_only: bool) -> None:
         parts, tokens, positions, lengths = self._assemble(jobs)
-        segments = [Segment(p.job.weights(), p.start, p.stop) for p in parts]
+        segments = [Segment(p.job.weights(), p.start, p.stop, p.job.config.get("temperature", 1.0)) for p in parts]
         batch = PackedBatch(lengths, segments)
         batch.watch = routes.replay(self.base, [p.job.command.data[i] for p in parts for i in p.piece.datums])
         targets = torch.cat([p.targets for p in parts])

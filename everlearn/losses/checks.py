@@ -95,6 +95,14 @@ def check_request(loss_fn: str, config: Mapping[str, float | str], data: Sequenc
                 f"({spec.inputs[VALUE_TARGETS].about}); send it on every datum, or leave {name} out",
                 param=f"loss_fn_config.{name}",
             )
+    texts = [index for index, datum in enumerate(data) if "weights" in datum.inputs]
+    if texts and config.get("temperature", 1.0) != 1.0:
+        at = f"data[{texts[0]}].loss_fn_inputs.weights"
+        raise InvalidRequest(
+            f"{at}: text is imitated at temperature 1, and loss_fn_config.temperature is {config['temperature']:g}; send the text in a "
+            "request of its own with cross_entropy, whose gradient is added, or leave temperature out",
+            param=at,
+        )
     weight = config.get("importance_weight")
     if spec.own_weight and weight in ("tis_token", "tis_sequence") and "old_logprobs" not in data[0].inputs:
         raise InvalidRequest(

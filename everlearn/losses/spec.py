@@ -153,7 +153,11 @@ _TERM_KEYS: dict[str, ConfigKey | Choice] = {
     "value_coeff": ConfigKey(0.5, 0.0, 1e6, "weight of the value head's loss"),
     "value_trunk": ConfigKey(1.0, 0.0, 1.0, "share of the value head's gradient that reaches the adapter"),
 }
-_EXTRA_KEYS = {**_CORRECTION_KEYS, **_TERM_KEYS}
+# Whatever depends on log-probabilities then does so at this temperature: also the terms, and what the request answers with.
+_TEMPERATURE: dict[str, ConfigKey | Choice] = {
+    "temperature": ConfigKey(1.0, 1e-3, 1e3, "log-probabilities are those of softmax(logits / temperature)"),
+}
+_EXTRA_KEYS = {**_CORRECTION_KEYS, **_TERM_KEYS, **_TEMPERATURE}
 
 
 def _clip_keys(low: float, high: float) -> dict[str, ConfigKey | Choice]:
@@ -196,7 +200,7 @@ _ALL = [
         "dro",
         "policy gradient with a quadratic penalty",
         _POLICY_INPUTS,
-        {"beta": ConfigKey(0.05, 0.0, 1e6, "weight of the quadratic penalty")},
+        {"beta": ConfigKey(0.05, 0.0, 1e6, "weight of the quadratic penalty"), **_TEMPERATURE},
         behaviour="logprobs",
     ),
     LossSpec(
@@ -228,7 +232,7 @@ _ALL = [
         "mirror_descent",
         "squared distance of the sequence's log-ratio from its advantage",
         {**_POLICY_INPUTS, "sequence_ratio_mask": _RATIO_MASK, **_TERM_INPUTS},
-        {"tau": ConfigKey(0.5, 1e-6, 1e6, "strength of the pull to the policy that sampled"), **_TERM_KEYS},
+        {"tau": ConfigKey(0.5, 1e-6, 1e6, "strength of the pull to the policy that sampled"), **_TERM_KEYS, **_TEMPERATURE},
         per_token=False,
         behaviour="logprobs",
     ),

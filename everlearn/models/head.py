@@ -5,6 +5,8 @@ The head is read in tiles of the vocabulary that stay in cache; a running maximu
 l = log softmax(h W^T)[y],  dl/dh = W[y] - sum_v p_v W_v,  and the sum is accumulated beside the normaliser, as attention does with
 its values. Only a head that trains its own adapter keeps a chunk's probabilities, because dB is a sum over tokens of p ⊗ z.
 
+At a segment's temperature T everything above is said of the logits divided by T, whose derivative by h brings the factor 1/T along.
+
 Axes: T tokens, N rows to sample from, K targets of a token, V vocabulary, D hidden size, R rank.
 """
 
@@ -73,7 +75,7 @@ class Head:
             for rows_t, segment, trains in order:
                 for start in range(0, len(rows_t), self.chunk_tokens):
                     index_t = rows_t[start : start + self.chunk_tokens]
-                    part = Segment(segment.adapter, 0, len(index_t))
+                    part = Segment(segment.adapter, 0, len(index_t), segment.temperature)
                     run = _Pass(self, hidden_TD[index_t], targets_TK[index_t], part, needs_gradient=trains)
                     logprobs[index_t] = run.logprobs
                     if trains:
@@ -83,7 +85,7 @@ class Head:
     def _chunks(self, segments: list[Segment], num_tokens: int) -> list[Segment]:
         spans = segments or [Segment(None, 0, num_tokens)]
         return [
-            Segment(s.adapter, start, min(start + self.chunk_tokens, s.stop))
+            Segment(s.adapter, start, min(start + self.chunk_tokens, s.stop), s.temperature)
             for s in spans
             for start in range(s.start, s.stop, self.chunk_tokens)
         ]
@@ -105,7 +107,7 @@ class _Pass:
     """One chunk of tokens of one adapter against the whole vocabulary, tile by tile."""
 
     def __init__(self, head: Head, hidden_TD: torch.Tensor, targets_TK: torch.Tensor, segment: Segment, needs_gradient: bool):
-        self.head, self.hidden, self.targets = head, hidden_TD, targets_TK
+        self.head, self.hidden, self.targets, self.temperature = head, hidden_TD, targets_TK, segment.temperature
         self.adapter = segment.adapter if segment.adapter is not None and HEAD in segment.adapter.pairs else None
         self.low_TR: torch.Tensor | None = None
         if self.adapter is not None:
@@ -122,7 +124,7 @@ class _Pass:
                 logits.addmm_(self.low_TR, b_VR.t())
             else:
                 logits += product_float32(self.low_TR, b_VR)
-        return logits
+        return logits if self.temperature == 1.0 else logits.div_(self.temperature)
 
     def _run(self, needs_gradient: bool) -> None:
         num_tokens, device = self.hidden.shape[0], self.hidden.device
@@ -159,6 +161,8 @@ class _Pass:
     def gradient(self, g_TK: torch.Tensor) -> torch.Tensor:
         """dloss/dhidden [T, D] for dloss/dlogprob g [T, K]; adds the head adapter's gradients."""
         assert self.mean_TD is not None
+        if self.temperature != 1.0:
+            g_TK = g_TK / self.temperature  # everything below is linear in it
         g_T1 = g_TK.sum(dim=1, keepdim=True)
         weight = self.head.weight
         own_TD = _weighted_rows(g_TK, weight, self.targets) if g_TK.shape[1] > 1 else g_T1 * weight[self.targets[:, 0]]

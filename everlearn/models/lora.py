@@ -62,11 +62,13 @@ def expert_scale(alpha: float, pairs: dict[str, Pair]) -> float:
 
 @dataclass(eq=False)
 class Segment:
-    """Tokens [start, stop) of the packed row use `adapter` (None: the base model as it is)."""
+    """Tokens [start, stop) of the packed row use `adapter` (None: the base model as it is). `temperature` divides their logits, where the
+    head makes log-probabilities of them."""
 
     adapter: AdapterWeights | None
     start: int
     stop: int
+    temperature: float = 1.0
 
     @property
     def rows(self) -> slice:

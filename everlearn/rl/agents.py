@@ -137,9 +137,10 @@ class AgentServer(Player):
     or a function that says who answers now, asked with each request, for episodes that outlast a version.
 
     `sampling` takes the place of the agents' own settings. At temperature 1 and top_p 1 the recorded log-probabilities are those of the
-    distribution that was drawn from; other settings are for evaluations. Agents that reshape the distribution otherwise (top_k, penalties,
-    ...) fail as `sampling`. A grammar (strict tools, a response format) reshapes it too and is let through: what it ruled out was never
-    drawn, and the log-probabilities are the model's own, without it.
+    distribution that was drawn from; other settings are for evaluations, or for `train` (temperature.py). Agents that reshape the
+    distribution otherwise (top_k, penalties, ...) fail as `sampling` where `trains`, which it does at temperature 1 unless it is told
+    otherwise. A grammar (strict tools, a response format) reshapes it too and is let through: what it ruled out was never drawn, and the
+    log-probabilities are the model's own, without it.
     """
 
     def __init__(
@@ -149,10 +150,17 @@ class AgentServer(Player):
         model: str | Callable[[], str],
         sampling: Mapping[str, Any] | None = None,
         request_seconds: float = 300.0,
+        trains: bool | None = None,
     ):
         self.base_url, self.api_key, self.model = base_url.rstrip("/"), api_key, model
         self.sampling = {"temperature": 1.0, "top_p": 1.0} if sampling is None else dict(sampling)
         self.request_seconds = request_seconds
+        self.trains = self.sampling.get("temperature", 1.0) == 1.0 if trains is None else trains
+
+    def at(self, temperature: float) -> AgentServer:
+        """The same server and model at a temperature: at 0 to evaluate, at any other to train."""
+        sampling = {"temperature": temperature, "top_p": 1.0}
+        return AgentServer(self.base_url, self.api_key, self.model, sampling, self.request_seconds, trains=temperature > 0)
 
     def newest(self) -> str:
         return self.model if isinstance(self.model, str) else self.model()
@@ -191,7 +199,7 @@ class AgentServer(Player):
         left = iter(records)
         owed: list[Reward] = []  # for answers without tokens before the first with some
         for place, one in enumerate(said):
-            actions = [pair for _ in one.records for pair in _actions(next(left), self.sampling)]
+            actions = [pair for _ in one.records for pair in _actions(next(left), self.trains)]
             for observation, action, logs in actions:
                 logs = {**logs, "version": one.version, "replayed": place < chat.tape.replayed}
                 found.append(Transition(observation, action, Reward(), False, {}, logs))
@@ -214,14 +222,14 @@ class AgentServer(Player):
             await asyncio.sleep(RETRY_SECONDS)
 
 
-def _actions(record: Mapping[str, Any], sampling: Mapping[str, Any]) -> list[tuple[tinker.ModelInput, Action, dict[str, Any]]]:
+def _actions(record: Mapping[str, Any], trains: bool) -> list[tuple[tinker.ModelInput, Action, dict[str, Any]]]:
     """What was sampled for one prompt: one action for each choice that has tokens. Raises InvalidRequest for what can't be trained on."""
     content, name = record["content"], record["id"]
     if content is None:
         raise InvalidRequest(f"the record {name} has no tokens; use a key whose content is kept, and leave store: false out", param="store")
     params = content["params"]
     reshaped = [field for field, neutral in RESHAPING.items() if params.get(field) not in (None, neutral)]
-    if reshaped and sampling.get("temperature", 1.0) == 1.0:
+    if reshaped and trains:
         raise InvalidRequest(
             f"the agent asked with {', '.join(reshaped)}, so the log-probabilities aren't those of what was drawn from; leave it out, "
             "or evaluate at another temperature than 1",

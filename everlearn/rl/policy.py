@@ -32,7 +32,8 @@ class TinkerPolicy:
     """Samples with a `tinker.SamplingClient`.
 
     At `temperature` 1 the log-probabilities that come back describe the distribution that was drawn from, and a policy loss may divide
-    by them. At another temperature they are still those of temperature 1: evaluate so, don't train so.
+    by them. At another temperature they are still those of temperature 1: before training on them, `at_temperature` (temperature.py)
+    asks for the right ones.
     """
 
     def __init__(self, sampler: tinker.SamplingClient, max_tokens: int, temperature: float = 1.0):

@@ -14,6 +14,7 @@ from tinker import types
 
 from everlearn.rl.datums import datums_of
 from everlearn.rl.measures import CAP
+from everlearn.rl.temperature import at
 from everlearn.rl.trajectory import TrajectoryGroup
 
 
@@ -24,8 +25,8 @@ class Reference:
         self.service, self.base_model = service, base_model
         self._client: tinker.TrainingClient | None = None
 
-    def logprobs(self, data: Sequence[types.Datum]) -> list[types.TensorData]:
-        """For each datum [T]: what the base model gives its targets."""
+    def logprobs(self, data: Sequence[types.Datum], temperature: float = 1.0) -> list[types.TensorData]:
+        """For each datum [T]: what the base model gives its targets at a temperature."""
         if self._client is None:
             self._client = self.service.create_lora_training_client(self.base_model, rank=1).result()
         # Of a loss's inputs only targets matter here; those of all policy losses have these three.
@@ -36,10 +37,12 @@ class Reference:
             )
             for datum in data
         ]
-        return [output["logprobs"] for output in self._client.forward(plain, "importance_sampling").result().loss_fn_outputs]
+        answer = self._client.forward(plain, "importance_sampling", at(temperature)).result()
+        return [output["logprobs"] for output in answer.loss_fn_outputs]
 
-    def distance(self, groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
-        """`kl/base`: KL(policy that sampled || base) in nats per sampled token, by k3 on all tokens of episodes that have a score.
+    def distance(self, groups: Sequence[TrajectoryGroup], temperature: float = 1.0) -> dict[str, float]:
+        """`kl/base`: KL(policy that sampled || base) in nats per sampled token, by k3 on all tokens of episodes that have a score,
+        both at the temperature that the groups' log-probabilities are of.
 
         k3 = exp(-l) - 1 + l with l = log mu - log base (Schulman, 2020): unbiased for tokens of mu, never negative.
         """
@@ -52,7 +55,7 @@ class Reference:
         if not data:
             return {}
         gaps = []
-        for datum, base in zip(data, self.logprobs(data), strict=True):
+        for datum, base in zip(data, self.logprobs(data, temperature), strict=True):
             recorded = datum.loss_fn_inputs["logprobs"].to_numpy()
             gaps.append((recorded - base.to_numpy())[recorded != 0.0])
         gap = np.clip(np.concatenate(gaps).astype(np.float64), -CAP, CAP)

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 import tinker
@@ -21,6 +21,8 @@ from tinker import types
 from everlearn.errors import Conflict, InvalidRequest, Unavailable
 from everlearn.rl import measures
 from everlearn.rl.advantages import NAMES, advantages_of
+from everlearn.rl.agent_runs import AgentHost
+from everlearn.rl.agents import AgentServer, agent_metrics
 from everlearn.rl.datums import datums_of_group
 from everlearn.rl.env import Dataset
 from everlearn.rl.policy import TinkerPolicy, seed_of
@@ -29,6 +31,7 @@ from everlearn.rl.records import Decode, write_records
 from everlearn.rl.reference import Reference
 from everlearn.rl.rollouts import Limits, count, play_now
 from everlearn.rl.runfolder import append, cut_back, read_state, write_state
+from everlearn.rl.temperature import Temperature, at, at_temperature, check_temperature, temperature_at
 from everlearn.rl.trajectory import TrajectoryGroup
 from everlearn.rl.values import GAE, ValueFunction, valued
 
@@ -36,7 +39,8 @@ SHOWN_GROUPS = 2  # of each batch in rollouts.jsonl
 DECOUPLED = ("importance_sampling", "ppo", "cispo", "gspo")  # losses that take old_logprobs
 FREE = ("steps", "kl_budget")  # settings in which a run that goes on may differ from what it was
 Metrics = dict[str, float]
-SamplerOf = Callable[[tinker.TrainingClient, int], tinker.SamplingClient]
+Sampler: TypeAlias = tinker.SamplingClient | AgentServer
+SamplerOf = Callable[[tinker.TrainingClient, int], Sampler]
 log = logging.getLogger("everlearn.rl")
 
 
@@ -50,12 +54,14 @@ class Pace(msgspec.Struct, frozen=True):
 
 
 class Settings(msgspec.Struct, frozen=True):
-    """What a run is. `substeps` cuts each batch into so many optimizer steps, whose later ones are slightly off policy (see `ppo`).
+    """What a run is. `substeps` cuts each batch into so many optimizer steps, and each batch is gone through `epochs` times; all but the
+    first step are slightly off policy (see `ppo`).
 
     `max_failed`: the run stops when a larger share of a batch's episodes failed, since a policy that learns from the rest would learn
-    something else than was meant; so does an evaluation, whose means would be those of other tasks. `temperature` is 1: at another one the
-    log-probabilities that come back aren't those of what was drawn from. With the estimator `max_rl`, an environment that ever gives a
-    negative reward ends the run at that step: what a reward may be is only known when it comes.
+    something else than was meant; so does an evaluation, whose means would be those of other tasks. `temperature` is that of the sampling
+    and of the policy that is trained, a number or a schedule; at another one than 1 a batch costs a forward pass more (temperature.py).
+    With the estimator `max_rl`, an environment that ever gives a negative reward ends the run at that step: what a reward may be is only
+    known when it comes.
 
     `decoupled` asks for the batch's log-probabilities under the weights that a step starts from, and sends them as `old_logprobs`: the
     ratio is to those, and the drift from what sampled weighs apart (docs/design/objectives.md). `kl_budget`, in nats for each sampled
@@ -74,8 +80,9 @@ class Settings(msgspec.Struct, frozen=True):
     value_function: ValueFunction = ValueFunction()
     mask_over_long: bool = False
     substeps: int = 1
+    epochs: int = 1
     max_tokens: int = 64
-    temperature: float = 1.0
+    temperature: float | Temperature = 1.0
     limits: Limits = Limits()
     seed: int = 0
     evaluate_every: int = 0  # steps; 0: only at the end, if there is something to evaluate on
@@ -90,8 +97,8 @@ class Settings(msgspec.Struct, frozen=True):
 
     def check(self) -> Settings:
         """Itself. Raises InvalidRequest for what can't be meant."""
-        for name, least in (("steps", 1), ("rank", 1), ("substeps", 1), ("max_tokens", 1), ("save_every", 1), ("evaluate_every", 0)):
-            if getattr(self, name) < least:
+        for name in ("steps", "rank", "substeps", "epochs", "max_tokens", "save_every", "evaluate_every"):
+            if getattr(self, name) < (least := int(name != "evaluate_every")):
                 raise InvalidRequest(f"{name} is {getattr(self, name)}; it must be at least {least}", param=name)
         if self.estimator not in (*NAMES, GAE):
             raise InvalidRequest(f"there is no estimator {self.estimator!r}; there are {', '.join((*NAMES, GAE))}", param="estimator")
@@ -100,12 +107,7 @@ class Settings(msgspec.Struct, frozen=True):
             raise InvalidRequest(
                 "dro needs the log-probabilities of prompts too, which rollouts don't have; choose another loss", param="loss"
             )
-        if self.temperature != 1.0:
-            raise InvalidRequest(
-                f"temperature is {self.temperature:g}; training takes 1: the log-probabilities that come back are those of temperature 1, "
-                "so the ratios of what was drawn at another would be biased; leave it out",
-                param="temperature",
-            )
+        check_temperature(self.temperature, self.loss, self.loss_config, asynchronous=self.pace is not None)
         if self.learning_rate <= 0 or not 0 <= self.max_failed <= 1:
             raise InvalidRequest("learning_rate must be above 0, and max_failed a share from 0 to 1", param="learning_rate")
         if self.decoupled and self.loss not in DECOUPLED:
@@ -119,10 +121,9 @@ class Settings(msgspec.Struct, frozen=True):
                 raise InvalidRequest(
                     "gae reads the values of a whole batch, and an asynchronous run has none at once; use train", param="pace"
                 )
-            if self.substeps != 1:
+            if self.substeps * self.epochs != 1:
                 raise InvalidRequest(
-                    f"substeps is {self.substeps}; an asynchronous run makes one optimizer step of each batch: deal smaller batches",
-                    param="substeps",
+                    f"substeps {self.substeps}, epochs {self.epochs}: an asynchronous run makes one step of each batch", param="pace"
                 )
         return self
 
@@ -149,24 +150,33 @@ def train(
     on_step: Callable[[Metrics], None] = lambda _: None,
     ptx: Sequence[types.Datum] = (),
     sampler_of: SamplerOf | None = None,
+    agents: AgentHost | None = None,
 ) -> list[Metrics]:
     """Runs, or continues what `folder` holds, and returns the metrics of all steps, the last being those after the last step.
 
     `on_step` gets each step's metrics as they are written. `ptx`: datums to imitate, for `ptx_weight`. `sampler_of(client, step)`: who
-    plays the batch of a step, in place of the weights as they are: another engine's copy of them, or older ones in a study.
+    plays the batch of a step, in place of the weights as they are: another engine's copy of them, or older ones in a study. `agents`:
+    where the agents that the datasets deal out are played (agent_runs.py).
 
     Raises Conflict if the folder holds a run with other settings (`steps` may be raised, `kl_budget` changed) or one of more steps, and
     Unavailable when too many episodes fail, held-out ones included.
     """
     if settings.pace is not None:
         raise InvalidRequest("pace is for train_asynchronously (everlearn/rl/asynchronous.py); call that, or leave it out", param="pace")
-    learner = Learner(service, settings, folder, held_out, decode, ptx)
+    if sampler_of is not None and settings.temperature != 1.0:
+        raise InvalidRequest(
+            "sampler_of lets others sample, whose log-probabilities at another temperature than 1 this trainer's weights can't give; "
+            "leave temperature out, or sampler_of",
+            param="temperature",
+        )
+    learner = Learner(service, settings, folder, held_out, decode, ptx, agents)
     return learner.run(lambda step: _step(learner, dataset, step, sampler_of), on_step)
 
 
 def _step(learner: Learner, dataset: Dataset, step: int, sampler_of: SamplerOf | None) -> Metrics:
     settings, started = learner.settings, time.monotonic()
-    row: Metrics = {"step": step}
+    temperature = temperature_at(settings.temperature, step)
+    row: Metrics = {"step": step, **({} if settings.temperature == 1.0 else {"temperature": temperature})}
     if sampler_of is None or learner.evaluates(step):
         sampler = learner.sampler()
     if learner.evaluates(step):
@@ -174,11 +184,14 @@ def _step(learner: Learner, dataset: Dataset, step: int, sampler_of: SamplerOf |
     begun = time.monotonic()
     if sampler_of is not None:
         sampler = sampler_of(learner.client, step)
-    groups = learner.play(sampler, dataset, step, settings.temperature, seed_of(settings.seed, "train", step))
+    groups = learner.play(sampler, dataset, step, temperature, seed_of(settings.seed, "train", step))
+    groups = at_temperature(learner.client, groups, temperature)
     played = time.monotonic()
     write_records(learner.folder / "rollouts.jsonl", groups[:SHOWN_GROUPS], learner.decode, step=step)
     advantages = None if settings.estimator == GAE else learner.compare(groups)
     row |= measures.of_rollouts(groups, advantages)
+    if isinstance(sampler, AgentServer):
+        row |= agent_metrics([group.trajectories_G[index] for group in groups for index in group.scored])
     learner.check_failures(groups)
     row |= learner.train(groups, advantages, step)
     ended = time.monotonic()
@@ -205,9 +218,12 @@ class Learner:
         held_out: Dataset | None = None,
         decode: Decode | None = None,
         ptx: Sequence[types.Datum] = (),
+        agents: AgentHost | None = None,
     ):
         """Opens the run that the folder holds where it can be continued, or a new one."""
-        self.settings, self.folder, self.held_out, self.decode = settings.check(), folder, held_out, decode
+        self.settings, self.folder, self.held_out, self.decode, self.agents = settings.check(), folder, held_out, decode, agents
+        if agents is not None:
+            agents.check(settings.loss)
         if bool(ptx) != bool(settings.ptx_weight):
             raise InvalidRequest("ptx are datums to imitate and ptx_weight is what they weigh; give both or neither", param="ptx")
         self.ptx = Ptx(ptx, settings.ptx_weight, settings.ptx_batch, settings.seed) if ptx else None
@@ -250,15 +266,17 @@ class Learner:
             write({"step": made, **self.evaluate(self.sampler())})
         return rows
 
-    def sampler(self) -> tinker.SamplingClient:
+    def sampler(self) -> Sampler:
         """Of the weights as they are now."""
+        if self.agents is not None:
+            return self.agents.server(self.client)
         recording = self.settings.loss == "stable_reinforce"
         return self.client.save_weights_and_get_sampling_client(record_stability_info=recording).result()
 
     def evaluates(self, step: int) -> bool:
         return bool(self.settings.evaluate_every) and step % self.settings.evaluate_every == 0 and self.held_out is not None
 
-    def evaluate(self, sampler: tinker.SamplingClient) -> Metrics:
+    def evaluate(self, sampler: Sampler) -> Metrics:
         """Means over one pass through the held-out dataset, by the likeliest answers."""
         if self.held_out is None:
             return {}
@@ -268,8 +286,9 @@ class Learner:
         self.check_failures(groups, "held-out ")
         return {f"held_out/{name}": value for name, value in measures.of_rollouts(groups).items()}
 
-    def play(self, sampler: tinker.SamplingClient, dataset: Dataset, index: int, temperature: float, seed: int) -> list[TrajectoryGroup]:
-        policy = TinkerPolicy(sampler, self.settings.max_tokens, temperature)
+    def play(self, sampler: Sampler, dataset: Dataset, index: int, temperature: float, seed: int) -> list[TrajectoryGroup]:
+        tokens = self.settings.max_tokens
+        policy = sampler.at(temperature) if isinstance(sampler, AgentServer) else TinkerPolicy(sampler, tokens, temperature)
         return play_now(dataset.get_batch(index % len(dataset)), policy, self.settings.limits, seed)
 
     def compare(self, groups: Sequence[TrajectoryGroup]) -> list[list[list[float]]]:
@@ -278,42 +297,45 @@ class Learner:
     def train(self, groups: list[TrajectoryGroup], advantages: list[list[list[float]]] | None, step: int) -> Metrics:
         """A batch. Each substep takes every so-manieth group, so that all have about as many; one without anything to learn is left out.
         Without advantages the value head is asked for them, once for all substeps."""
-        substeps = self.settings.substeps
-        row = self.distance(groups)
+        substeps, temperature = self.settings.substeps, temperature_at(self.settings.temperature, step)
+        row = self.distance(groups, temperature)
         if advantages is None:
             data_G, found = valued(self.client, groups, self.settings.value_function, self.settings.mask_over_long)
-            self._complete(data_G)
+            self._complete(data_G, temperature)
             row |= found
         else:
-            data_G = self.data_of(groups, advantages)
-        for substep in range(substeps):
-            data = [datum for members in data_G[substep::substeps] for datum in members]
-            if data:
-                row |= self.update([self.send(data)], step * substeps + substep)
+            data_G = self.data_of(groups, advantages, temperature)
+        made = step * substeps * self.settings.epochs
+        for number, substep in enumerate(list(range(substeps)) * self.settings.epochs):
+            if data := [datum for members in data_G[substep::substeps] for datum in members]:
+                row |= self.update([self.send(data, temperature)], made + number)
         return row
 
-    def data_of(self, groups: Sequence[TrajectoryGroup], advantages: Sequence[list[list[float]]]) -> list[list[types.Datum]]:
+    def data_of(
+        self, groups: Sequence[TrajectoryGroup], advantages: Sequence[list[list[float]]], temperature: float = 1.0
+    ) -> list[list[types.Datum]]:
         """For each group its datums, with all that the loss wants to know of the weights as they are now."""
         loss = self.settings.loss
         provenance, sequence_mask = loss == "stable_reinforce", loss in ("gspo", "mirror_descent")
         data_G = [datums_of_group(group, own, provenance, sequence_mask) for group, own in zip(groups, advantages, strict=True)]
-        self._complete(data_G)
+        self._complete(data_G, temperature)
         return data_G
 
-    def _complete(self, data_G: list[list[types.Datum]]) -> None:
+    def _complete(self, data_G: list[list[types.Datum]], temperature: float) -> None:
         """Adds what the loss wants to know of the weights as they are now."""
         loss = self.settings.loss
         data = [datum for members in data_G for datum in members]
         if data and self.settings.decoupled:
-            for datum, output in zip(data, self.client.forward(data, loss).result().loss_fn_outputs, strict=True):
+            for datum, output in zip(data, self.client.forward(data, loss, at(temperature)).result().loss_fn_outputs, strict=True):
                 datum.loss_fn_inputs["old_logprobs"] = output["logprobs"]
         if data and loss != "stable_reinforce" and self.loss_config.get("kl_coeff"):
-            for datum, logprobs in zip(data, self.reference.logprobs(data), strict=True):
+            for datum, logprobs in zip(data, self.reference.logprobs(data, temperature), strict=True):
                 datum.loss_fn_inputs["reference_logprobs"] = logprobs
 
-    def send(self, data: list[types.Datum]) -> Sent:
+    def send(self, data: list[types.Datum], temperature: float = 1.0) -> Sent:
         """Asks for the gradient of these datums, which joins those that were asked for since the last optimizer step."""
-        return Sent(data, self.client.forward_backward(data, self.settings.loss, self.loss_config or None))
+        config = self.loss_config | (at(temperature) or {})
+        return Sent(data, self.client.forward_backward(data, self.settings.loss, config or None))
 
     def update(self, sent: Sequence[Sent], number: int) -> Metrics:
         """Optimizer step `number` of the run, with the gradients of all that was sent."""
@@ -328,9 +350,9 @@ class Learner:
             row |= self.ptx.measured(text.result(), number)
         return row
 
-    def distance(self, groups: Sequence[TrajectoryGroup]) -> Metrics:
+    def distance(self, groups: Sequence[TrajectoryGroup], temperature: float = 1.0) -> Metrics:
         """`kl/base`, if a budget asks for it."""
-        return self.reference.distance(groups) if self.settings.kl_budget and self.settings.kl_budget_of == "base" else {}
+        return self.reference.distance(groups, temperature) if self.settings.kl_budget and self.settings.kl_budget_of == "base" else {}
 
     def check_failures(self, groups: Sequence[TrajectoryGroup], which: str = "") -> None:
         counted = count(groups)

@@ -154,7 +154,7 @@ def test_a_batch_that_says_nothing_trains_nothing(service: tinker.ServiceClient,
     assert row["groups/collapsed"] == 1.0 and row["groups/trained"] == 0 and "kl/k1" not in row
 
 
-WRONG = [{"steps": 0}, {"loss": "dro"}, {"estimator": "best"}, {"learning_rate": -1.0}, {"max_failed": 2.0}, {"temperature": 0.7}]
+WRONG = [{"steps": 0}, {"loss": "dro"}, {"estimator": "best"}, {"learning_rate": -1.0}, {"max_failed": 2.0}, {"temperature": 0.0}]
 
 
 @pytest.mark.parametrize("wrong", WRONG)

@@ -46,6 +46,15 @@ def test_decoupled_asks_for_the_policy_that_a_step_starts_from(service: tinker.S
     assert row["loss/old_kl_k3:mean"] < 1e-8 < row["kl/k3"] and "loss/truncated_fraction:mean" in row
 
 
+def test_a_batch_may_be_gone_through_several_times(service: tinker.ServiceClient, tmp_path: Path):
+    """The line of a step is that of its last pass, which has left the policy that sampled, and trained on all of the batch."""
+    (once,) = train(service, changed(loss="ppo", steps=1), Starts(30, 2, 6), tmp_path / "once")
+    (again,) = train(service, changed(loss="ppo", steps=1, epochs=3), Starts(30, 2, 6), tmp_path / "again")
+    assert once["kl/k3"] < 1e-8 < again["kl/k3"] and once["tokens/trained"] == again["tokens/trained"]
+    with pytest.raises(InvalidRequest, match="epochs is 0"):
+        changed(epochs=0).check()
+
+
 def test_who_plays_can_be_someone_else(service: tinker.ServiceClient, tmp_path: Path):
     """The weights of the beginning play all batches: the policy that is trained moves away from them, evaluations follow it."""
     first: list[tinker.SamplingClient] = []
