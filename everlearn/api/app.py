@@ -30,6 +30,7 @@ from everlearn.api import (
     memories,
     ops,
     records,
+    runs,
     signals,
     tokens,
     usage,
@@ -84,7 +85,7 @@ def create_app(settings: Settings) -> FastAPI:
         for router in openai.ROUTERS:
             app.include_router(router, prefix=prefix)
     app.include_router(anthropic.router, prefix=anthropic.PREFIX)
-    for own in (ops, adapters, capabilities, memories, records, usage, episodes, feedback, datasets, deployments, tokens):
+    for own in (ops, adapters, capabilities, memories, records, usage, runs, episodes, feedback, datasets, deployments, tokens):
         app.include_router(own.router)
 
     pages.install(app)
