@@ -30,7 +30,7 @@ from everlearn.rl.ptx import Ptx
 from everlearn.rl.records import Decode, write_records
 from everlearn.rl.reference import Reference
 from everlearn.rl.rollouts import Limits, count, play_now
-from everlearn.rl.runfolder import append, cut_back, read_state, write_state
+from everlearn.rl.runfolder import append, cut_back, note_run, read_state, write_state
 from everlearn.rl.temperature import Temperature, at, at_temperature, check_temperature, temperature_at
 from everlearn.rl.trajectory import TrajectoryGroup
 from everlearn.rl.values import GAE, ValueFunction, valued
@@ -104,9 +104,7 @@ class Settings(msgspec.Struct, frozen=True):
             raise InvalidRequest(f"there is no estimator {self.estimator!r}; there are {', '.join((*NAMES, GAE))}", param="estimator")
         self.value_function.check(self.estimator, self.loss, self.loss_config)
         if self.loss == "dro":
-            raise InvalidRequest(
-                "dro needs the log-probabilities of prompts too, which rollouts don't have; choose another loss", param="loss"
-            )
+            raise InvalidRequest("dro needs log-probabilities of prompts too, which rollouts don't have; take another loss", param="loss")
         check_temperature(self.temperature, self.loss, self.loss_config, asynchronous=self.pace is not None)
         if self.learning_rate <= 0 or not 0 <= self.max_failed <= 1:
             raise InvalidRequest("learning_rate must be above 0, and max_failed a share from 0 to 1", param="learning_rate")
@@ -235,6 +233,7 @@ class Learner:
             self.client = service.create_lora_training_client(settings.base_model, rank=settings.rank, seed=settings.seed).result()
         else:
             self.client = service.create_training_client_from_state_with_optimizer(self.state.path).result()
+        note_run(folder, self.client.model_id, settings)
 
     @property
     def first(self) -> int:

@@ -24,6 +24,7 @@ from everlearn.store.feedback_tables import (
     version_datasets,
 )
 from everlearn.store.memory_tables import memories, memory_rewrites, memory_turns
+from everlearn.store.run_tables import run_rollouts, run_settings, run_steps
 
 __all__ = [
     "dataset_items",
@@ -38,6 +39,9 @@ __all__ = [
     "memory_rewrites",
     "memory_turns",
     "metadata",
+    "run_rollouts",
+    "run_settings",
+    "run_steps",
     "trails",
     "version_datasets",
 ]
