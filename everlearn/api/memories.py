@@ -10,9 +10,11 @@ import msgspec
 from fastapi import APIRouter, Query, Request, Response
 from sqlalchemy import Connection
 
+from everlearn.api import refilling
 from everlearn.api.auth import caller, scope, tenant
 from everlearn.api.paging import After, Limit, page, refuse_unknown
-from everlearn.api.remembering import refuse_discreet, rewrites_of, rules_of, window_of, with_window
+from everlearn.api.refilling import rules_of, window_of
+from everlearn.api.remembering import Wanted, refuse_discreet, rewrites_of, with_window
 from everlearn.api.services import Services, services
 from everlearn.api.tinker import forms
 from everlearn.errors import Conflict, InvalidRequest, NotFound
@@ -32,6 +34,14 @@ class PinForm(forms.Form):
     pinned: bool = True
 
 
+class ChangeForm(forms.Form):
+    """`policy` "": the base model."""
+
+    refill: str | None = None
+    importance: str | None = None
+    policy: str | None = None
+
+
 class CorrectForm(forms.Form):
     number: int
     text: str
@@ -46,6 +56,9 @@ def memory_json(memory: Memory) -> dict[str, Any]:
         "budget": memory.budget,
         "tokens": memory.tokens,
         "turns": memory.turns,
+        "refill": memory.refill,
+        "importance": memory.importance,
+        "policy": memory.policy or None,
         "created_at": int(memory.created_at),
         "updated_at": int(memory.updated_at),
     }
@@ -111,6 +124,17 @@ async def get_turn(request: Request, memory_id: str, number: int) -> dict[str, A
     return await services(request).read(read)
 
 
+@router.patch("/{memory_id}", dependencies=CHANGES)
+async def change_memory(request: Request, memory_id: str) -> dict[str, Any]:
+    """Who writes and who weighs its chunks from the next turn on."""
+    form = await forms.read(request, ChangeForm)
+    svc, owner = services(request), tenant(request)
+    refilling.check(form.refill, form.importance)
+    wanted = Wanted(memory_id, refill=form.refill, importance=form.importance, policy=form.policy)
+    await refilling.policy_of(svc, caller(request), wanted.on(await svc.read(lambda conn: memories.get(conn, owner, memory_id))))
+    return await _changed(svc, owner, memory_id, lambda conn, memory, window: memories.commit(conn, wanted.on(memory)))
+
+
 @router.post("/{memory_id}/pin", dependencies=CHANGES)
 async def pin(request: Request, memory_id: str) -> dict[str, Any]:
     """The chunk of turn `number` is no longer rewritten, or with `pinned` false is again."""
@@ -136,13 +160,13 @@ async def correct(request: Request, memory_id: str) -> dict[str, Any]:
     if not form.text.strip() or not storable(form.text):
         raise InvalidRequest("text is empty or holds NUL; say what is right", param="text")
     memory = await svc.read(lambda conn: memories.get(conn, owner, memory_id))
-    rules = rules_of(await svc.chat_models.get(svc.catalog.resolve(memory.base_model)))
+    rules = rules_of(await svc.chat_models.get(svc.catalog.resolve(memory.base_model)), memory)
 
     def change(conn: Connection, memory: Memory, window: Window) -> Memory:
         old = memories.turn(conn, owner, memory_id, form.number)
         window, changed = rules.correct(window, form.number, old.role, form.text)
         new = Turn(window.turn, old.role, form.text, form.number)
-        return memories.commit(conn, with_window(memory, window), [new], rewrites_of(changed, window.turn))
+        return memories.commit(conn, with_window(memory, window), [new], rewrites_of(rules, changed, window.turn))
 
     return await _changed(svc, owner, memory_id, change)
 
@@ -173,13 +197,14 @@ async def forget_memory(request: Request, memory_id: str) -> Response:
 
 async def _scrubbed(svc: Services, forget: Awaitable[object]) -> None:
     """Waits for `forget`, and until its last bytes are gone. Of what isn't there as well: an earlier request may have deleted it and broken
-    off before its bytes were overwritten, and its retry finds nothing else to do."""
+    off before its bytes were overwritten. What nobody waits for any more ends with the next sweep, or when the server starts
+    (everlearn/api/housekeeping.py)."""
     try:
         await forget
     except NotFound:
-        await asyncio.to_thread(svc.db.scrub, memories.TABLES)
+        await asyncio.to_thread(memories.scrub, svc.db)
         raise
-    await asyncio.to_thread(svc.db.scrub, memories.TABLES)
+    await asyncio.to_thread(memories.scrub, svc.db)
 
 
 async def _changed(svc: Services, owner: str, memory_id: str, change: Callable[[Connection, Memory, Window], Memory]) -> dict[str, Any]:

@@ -19,8 +19,10 @@ Changed = tuple[Window, list[Rewrite]]
 
 
 class Turns:
-    def __init__(self, encode: Encode, importance: Importance, refill: Refill, masking: Masking | None = None):
-        self.encode, self.importance, self.refill, self.masking = encode, importance, refill, masking or Masking()
+    """`stays`: what a chunk was found to be worth stays so, until somebody else weighs it (a model, behind the answer)."""
+
+    def __init__(self, encode: Encode, importance: Importance, refill: Refill, masking: Masking | None = None, stays: bool = False):
+        self.encode, self.importance, self.refill, self.masking, self.stays = encode, importance, refill, masking or Masking(), stays
 
     @classmethod
     def by_rules(cls, encode: Encode, head: Head = BY_HAND) -> Turns:
@@ -63,7 +65,7 @@ class Turns:
 
     def _refreshed(self, window: Window) -> Window:
         """A few chunks weighed again, others with every turn: what was rare when it was said may have become chatter since."""
-        num = len(window.chunks)
+        num = 0 if self.stays else len(window.chunks)
         places = sorted({(window.turn * REFRESHED + step) % num for step in range(REFRESHED)}) if num else []
         return self._reweighed(window, window.chunks, places)
 
@@ -81,7 +83,8 @@ class Turns:
 
     def _settled(self, plan: Plan) -> Changed:
         texts = self.refill.fill(plan) if plan.holes else []
-        return settled(plan, texts, self.encode, None if self.importance.late else lambda role, text: self._worth(plan.window, role, text))
+        keeps = self.importance.late or self.stays
+        return settled(plan, texts, self.encode, None if keeps else lambda role, text: self._worth(plan.window, role, text))
 
     def _worth(self, window: Window, role: str, text: str) -> float:
         """What a refilled text is worth by itself."""

@@ -23,7 +23,7 @@ from everlearn.store.feedback_tables import (
     trails,
     version_datasets,
 )
-from everlearn.store.memory_tables import memories, memory_rewrites, memory_turns
+from everlearn.store.memory_tables import memories, memory_rewrites, memory_scrubs, memory_turns
 
 __all__ = [
     "dataset_items",
@@ -36,6 +36,7 @@ __all__ = [
     "feedback_changes",
     "memories",
     "memory_rewrites",
+    "memory_scrubs",
     "memory_turns",
     "metadata",
     "trails",
