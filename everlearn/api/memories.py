@@ -43,8 +43,11 @@ class ChangeForm(forms.Form):
 
 
 class CorrectForm(forms.Form):
+    """`pinned`: what is right is pinned, as long as pins then take at most half of the window."""
+
     number: int
     text: str
+    pinned: bool = False
 
 
 def memory_json(memory: Memory) -> dict[str, Any]:
@@ -113,13 +116,14 @@ async def list_turns(request: Request, memory_id: str, limit: int = Limit, after
 
 @router.get("/{memory_id}/turns/{number}", dependencies=READS)
 async def get_turn(request: Request, memory_id: str, number: int) -> dict[str, Any]:
-    """One turn, and what became of its chunk in the window since."""
+    """One turn, what became of its chunk in the window since, and the turn that corrects it."""
     owner = tenant(request)
 
     def read(conn: Connection) -> dict[str, Any]:
         turn = memories.turn(conn, owner, memory_id, number)
         past = memories.list_rewrites(conn, owner, memory_id, number)
-        return turn_json(turn) | {"rewrites": [msgspec.structs.asdict(rewrite) for rewrite in past]}
+        later = memories.superseding(conn, owner, memory_id, number)
+        return turn_json(turn) | {"superseded_by": later, "rewrites": [msgspec.structs.asdict(rewrite) for rewrite in past]}
 
     return await services(request).read(read)
 
@@ -164,7 +168,7 @@ async def correct(request: Request, memory_id: str) -> dict[str, Any]:
 
     def change(conn: Connection, memory: Memory, window: Window) -> Memory:
         old = memories.turn(conn, owner, memory_id, form.number)
-        window, changed = rules.correct(window, form.number, old.role, form.text)
+        window, changed = rules.correct(window, form.number, old.role, form.text, form.pinned)
         new = Turn(window.turn, old.role, form.text, form.number)
         return memories.commit(conn, with_window(memory, window), [new], rewrites_of(rules, changed, window.turn))
 

@@ -12,8 +12,9 @@ from everlearn.memory.importance import BY_HAND, Head, Importance, Surface, coun
 from everlearn.memory.mask import Masking, worth
 from everlearn.memory.plan import Plan, Rewrite, planned, settled, tightened
 from everlearn.memory.refill import Extract, Refill
-from everlearn.memory.window import SYSTEM, Chunk, Encode, Window, chunk_of
+from everlearn.memory.window import SYSTEM, Chunk, Encode, Window, chunk_of, line, size_of
 
+PINS_SHARE = 0.5  # of the room: what others than its user pin may take so much, or a memory would some day hold nothing else
 REFRESHED = 8  # chunks that are weighed again with every turn
 Changed = tuple[Window, list[Rewrite]]
 
@@ -51,11 +52,15 @@ class Turns:
         gone = tuple(chunk for chunk in window.chunks if not (chunk.role == SYSTEM and chunk.pinned))
         return self.add(msgspec.structs.replace(window, chunks=gone), SYSTEM, text, pinned=True)
 
-    def correct(self, window: Window, number: int, role: str, text: str) -> Changed:
-        """`text` as the newest turn in the place of what turn `number` said."""
+    def correct(self, window: Window, number: int, role: str, text: str, pinned: bool = False) -> Changed:
+        """`text` as the newest turn in the place of what turn `number` said; pinned if that was, or on wish as long as pins then take at
+        most PINS_SHARE of the room."""
         old = [chunk for chunk in window.chunks if number in chunk.sources]
         rest = tuple(chunk for chunk in window.chunks if number not in chunk.sources)
-        pinned = any(chunk.pinned for chunk in old)
+        if pinned:
+            pins = size_of(chunk for chunk in rest if chunk.pinned)
+            pinned = pins + len(self.encode(line(role, text))) <= PINS_SHARE * window.room
+        pinned = pinned or any(chunk.pinned for chunk in old)
         sources = (*(old[0].sources if old else (number,)), window.turn + 1)
         return self.add(msgspec.structs.replace(window, chunks=rest), role, text, pinned=pinned, sources=sources)
 

@@ -180,6 +180,12 @@ def list_rewrites(conn: Connection, tenant: str, memory_id: str, source: int) ->
     return [Rewrite(*row) for row in conn.execute(sa.select(*columns).where(where).order_by(rewrites.c.id))]
 
 
+def superseding(conn: Connection, tenant: str, memory_id: str, number: int) -> int | None:
+    """The last turn that takes the place of turn `number`."""
+    where = _mine(turns, tenant, memory_id) & (turns.c.supersedes == number)
+    return conn.execute(sa.select(sa.func.max(turns.c.number)).where(where)).scalar_one()
+
+
 def chain(conn: Connection, tenant: str, memory_id: str, number: int) -> set[int]:
     """The turn with all that it superseded and was superseded by."""
     found: set[int] = set()
