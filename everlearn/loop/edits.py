@@ -1,7 +1,7 @@
 """Corrections that are answered in memories instead of weights: decided by everlearn/loop/remedy.py, carried out over the API.
 
 An edit supersedes the mistaken answer by what is right, and pins that. It is told in the answer's episode, and noted in the cycle before
-the next one is made. Done again (by the next runner, or in a later cycle whose dataset still has the correction) it finds the turn superseded
+the next one is made. Done again (by the next runner, or in a later cycle with the same correction) it finds the turn superseded
 and changes nothing.
 """
 

@@ -21,6 +21,7 @@ from everlearn.errors import NotFound, Unsupported
 
 PAGES = (
     Page("", "Overview", "o", "overview"),
+    Page("memory", "Memory", "m", "memory"),
     Page("system", "System", "s", "system"),
 )
 
