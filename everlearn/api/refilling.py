@@ -230,7 +230,7 @@ def _settle(conn: Connection, job: Job, who: str, done: Sequence[Done], levels: 
     window = window_of(memory)
     rewrites: list[memories.Rewrite] = []
     for one in done:
-        window, said = _merged(window, one, who)
+        window, said = merged(window, one, who)
         rewrites += said
     chunks = list(window.chunks)
     for place, chunk in enumerate(chunks):
@@ -248,7 +248,7 @@ def _settle(conn: Connection, job: Job, who: str, done: Sequence[Done], levels: 
         )
 
 
-def _merged(window: Window, one: Done, who: str) -> tuple[Window, list[memories.Rewrite]]:
+def merged(window: Window, one: Done, who: str) -> tuple[Window, list[memories.Rewrite]]:
     """The window with one cut's text, and its line of the history. No line of a chunk that is gone: it may have been forgotten."""
     place = next((i for i, chunk in enumerate(window.chunks) if chunk.sources == one.cut.after.sources), None)
     if place is None:

@@ -67,6 +67,7 @@ WANTED = {
     "/v1/usage": "read",
     "/v1/memories": "read",
     "POST /v1/memories": "sample",
+    "PATCH /v1/memories": "sample",
     "DELETE /v1/memories": "sample",
     "/v1/episodes": "read",
     "POST /v1/episodes": "sample",
