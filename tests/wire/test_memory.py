@@ -17,6 +17,7 @@ import pytest
 
 from everlearn.cli.main import run as everlearn
 from tests.live import KEY, LiveServer, start_server
+from tests.loop.conftest import train
 
 FACT = "My sister Nora lives in Lisbon, and I never eat shellfish."
 BUDGET = 300
@@ -152,7 +153,7 @@ def history(http: httpx.Client, memory: str, wanted: str, seconds: float = 30.0)
         found = [row for turn in turns for row in http.get(f"/memories/{memory}/turns/{turn['number']}").json()["rewrites"]]
         if any(row["refill"].startswith(wanted) for row in found):
             return found
-        assert time.monotonic() < deadline, [row["refill"] for row in found]
+        assert time.monotonic() < deadline, {row["refill"] for row in found}
         time.sleep(0.1)
 
 
@@ -176,6 +177,19 @@ def test_a_model_writes_anew_what_was_cut_behind_the_answer(client, http):
     episode = http.get("/episodes/" + http.get("/records").json()["data"][0]["episode_id"]).json()
     acts = [entry for entry in episode["timeline"] if entry.get("kind") == "memory"]
     assert {act["name"] for act in acts} == {"lea"} and any((act["text"] or "").startswith("generate") for act in acts)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_adapter_writes_as_the_memory_s_policy(server, client, http):
+    path = train(server, "hello", "hello", steps=1)
+    http.post("/adapters", json={"name": "keeper", "path": path}).raise_for_status()
+    long_talk(client, "oda", 12, refill="generate", policy="keeper")
+    found = [row["refill"] for row in history(http, "oda", "generate")]
+    assert any("(keeper@1)" in refill for refill in found) and seen(http, "oda")["policy"] == "keeper"
+    assert http.delete("/adapters/keeper").status_code in (200, 204)
+    long_talk(client, "oda", 10)
+    rows = history(http, "oda", "generate failed (keeper): there is no model 'keeper'")
+    assert all(row["before"] == row["after"] for row in rows if "failed" in row["refill"]), "the rule's text stands"
 
 
 def test_what_a_model_could_not_write_is_told_in_the_history(client, http):
