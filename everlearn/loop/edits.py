@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import quote
 
-from everlearn.errors import Conflict, Unavailable, UserError
+from everlearn.errors import Conflict, NotFound, Unavailable, UserError
 from everlearn.loop.remedy import Case, remedies, told
 from everlearn.loop.service import Api
 
@@ -20,8 +20,8 @@ ACT = "memory edit"
 
 
 def carried_out(api: Api, items: Sequence[dict[str, Any]], known: dict[str, Any], note: Note) -> dict[str, Any]:
-    """What became of each correction of an answer in a memory, by record id: `place`, `reason`, `memory`, `turn`, and for an edit the
-    number of the `edit`'s turn. `known`: what an earlier try has noted."""
+    """What became of each correction of an answer in a memory, by record id: `place` (memory, weights or nowhere), `reason`, `memory`,
+    `turn`, and for an edit the number of the `edit`'s turn. `known`: what an earlier try has noted."""
     done = dict(known)
     cases = [case_of(item) for item in items]
     for item, case, remedy in zip(items, cases, remedies(cases), strict=True):
@@ -33,7 +33,9 @@ def carried_out(api: Api, items: Sequence[dict[str, Any]], known: dict[str, Any]
                 found["edit"] = _edit(api, item, case, remedy.reason)
             except (Conflict, Unavailable):
                 raise  # another try may do
-            except UserError as error:  # the turn or the memory is gone, or this key may not: then the weights learn it
+            except NotFound:  # what somebody wanted forgotten must not come back as weights
+                found |= {"place": "nowhere", "reason": "the memory, or the turn, was forgotten"}
+            except UserError as error:  # it has no room, or this key may not: then the weights learn it
                 found |= {"place": "weights", "reason": f"the memory couldn't be changed: {error.message}"}
         done[case.key] = found
         if remedy.place == "memory":
@@ -42,8 +44,8 @@ def carried_out(api: Api, items: Sequence[dict[str, Any]], known: dict[str, Any]
 
 
 def left(items: Sequence[dict[str, Any]], done: dict[str, Any]) -> list[dict[str, Any]]:
-    """The items without those that were answered in memories."""
-    return [item for item in items if done.get(item["record_id"], {}).get("place") != "memory"]
+    """The items that are for the weights."""
+    return [item for item in items if done.get(item["record_id"], {"place": "weights"})["place"] == "weights"]
 
 
 def case_of(item: dict[str, Any]) -> Case:

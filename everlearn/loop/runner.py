@@ -116,8 +116,8 @@ class Runner:
             return self._rebuilt(now, error.message)
         items, edited = self._edited(now, described, items, notes)
         now = notes.now
-        if edited and not items:
-            self._end(now, "ended", f"all was answered in memories ({edited}), and nothing is left to learn", _remedies(now))
+        if not items:
+            self._end(now, "ended", f"nothing is left for the weights: {edited} corrections were answered in memories", _remedies(now))
             return False
         try:
             made = update.make(self.api, self.service, now, described, items, notes, self.say, self.clock)

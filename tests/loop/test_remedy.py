@@ -62,14 +62,18 @@ def test_the_loop_edits_a_memory_instead_of_weights(server: LiveServer, http: ht
         runner.run()
         runner.begin("again")
         runner.run()
+        once = http.get("/v1/memories/rosa").json()
+        turn = http.get("/v1/memories/rosa/turns/1").json()
+        http.delete("/v1/memories/rosa/turns/1").raise_for_status()
+        runner.begin("and what was forgotten?")
+        runner.run()
     assert any("answered in memories" in line for line in said)
-    turn = http.get("/v1/memories/rosa/turns/1").json()
-    assert turn["superseded_by"] == 2 and http.get("/v1/memories/rosa").json()["turns"] == 3, "the second cycle found it done"
-    window = http.get("/v1/memories/rosa").json()
-    (chunk,) = [chunk for chunk in window["chunks"] if 2 in chunk["sources"]]
+    assert turn["superseded_by"] == 2 and once["turns"] == 3, "the second cycle found it done"
+    (chunk,) = [chunk for chunk in once["chunks"] if 2 in chunk["sources"]]
     assert chunk["pinned"] and chunk["text"] == f"{question} In Porto."
     events = http.get("/v1/deployments/keeper/history", params={"limit": 100}).json()["data"]
-    (first, last) = [event for event in events if event["kind"] == "ended"][::-1]
+    first, last, after = [event for event in events if event["kind"] == "ended"][::-1]
+    assert after["evidence"]["remedies"][record]["place"] == "nowhere", "nor do the weights learn what was forgotten"
     assert first["evidence"]["remedies"][record] == last["evidence"]["remedies"][record]
     assert first["evidence"]["remedies"][record]["place"] == "memory" and first["evidence"]["remedies"][record]["edit"] == 2
     rows = http.get(f"/v1/records/{record}").json()
