@@ -108,6 +108,9 @@ class StoreSettings(Section):
         30 * 86_400, gt=0, description="how long the record of an answer is kept, and what a training run told of its rollouts"
     )
     record_max_bytes: int = Field(4 * 2**30, gt=0, description="upper bound of the records' content; beyond it the oldest records go")
+    memory_turns: int = Field(
+        100_000, ge=0, description="how many of its last turns the archive of a memory holds; older ones leave it. 0: all of them"
+    )
     checkpoint_max_bytes: int = Field(0, ge=0, description="upper bound of checkpoints on disk; 0: none. Over it a save is refused by name")
 
 

@@ -37,6 +37,7 @@ ROWS = {
     "key.row": "a key is made, changed or revoked",
     "feedback.row": "a word about an answer is kept, edited or forgotten",
     "dataset.row": "a dataset becomes listed, with all its items",
+    "memory.row": "turns of a memory are forgotten, or all of it; their bytes are still on the disk",
     "garbage.row": "rows go whose folders are gone",
 }
 ACTS = {

@@ -46,6 +46,7 @@ from everlearn.api.limits import BodyLimit
 from everlearn.api.openai import routes as openai
 from everlearn.api.ops import Metrics
 from everlearn.api.recorder import Recorder
+from everlearn.api.refilling import Refills
 from everlearn.api.services import Services
 from everlearn.api.serving import Serving
 from everlearn.api.shadow import Shadows
@@ -161,7 +162,8 @@ def make_services(settings: Settings, db: Database, catalog: Catalog) -> Service
     metrics.records_waiting.set_function(lambda: len(recorder))
     metrics.records_spooled.set_function(lambda: recorder.spool.size)
     limiter = Limiter(catalog, recorder.backlog)
-    return Services(settings, db, catalog, engine, dispatcher, metrics, serving, ChatModels(catalog), limiter, recorder, Shadows())
+    chats, behind = ChatModels(catalog), (Shadows(), Refills())  # what is made when nobody waits for it any more
+    return Services(settings, db, catalog, engine, dispatcher, metrics, serving, chats, limiter, recorder, *behind)
 
 
 class Observe:

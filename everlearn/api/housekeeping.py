@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from everlearn.engine import protocol
-from everlearn.store import garbage, records, runs, sessions, steps
+from everlearn.store import garbage, memories, records, runs, sessions, steps
 from everlearn.store import log as request_log
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class Housekeeping:
         """Once a minute, and soon after a snapshot made an older one superfluous. What has expired goes by the clock: a steady
         stream of snapshots must not put it off."""
         due = time.monotonic() + SWEEP_SECONDS
+        await guarded(self._scrub)
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(due - time.monotonic()):
@@ -59,6 +60,7 @@ class Housekeeping:
             if time.monotonic() >= due:
                 due = time.monotonic() + SWEEP_SECONDS
                 await guarded(self._expire)
+                await guarded(self._scrub)
             self._sweep_now.clear()
             await guarded(self._remove_garbage)
             await asyncio.sleep(SWEEP_AT_LEAST)
@@ -78,6 +80,11 @@ class Housekeeping:
         svc.metrics.store_bytes.labels("results").set(usage.result_bytes)
         if usage.payload_bytes > settings.log_max_bytes:  # no snapshot lets answers go: they go with their time
             await self._shrink(usage.payload_bytes - settings.log_max_bytes)
+
+    async def _scrub(self) -> None:
+        """Bytes of what was forgotten: whoever waited for them to go was cut off, or this server was killed meanwhile."""
+        if await asyncio.to_thread(memories.scrub, self.svc.db):
+            log.info("the last bytes of what was forgotten are gone")
 
     async def _forget_records(self, before: float) -> None:
         """Those past their time, and the oldest of too many; in pieces, so that others can write in between."""

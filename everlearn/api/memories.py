@@ -10,9 +10,11 @@ import msgspec
 from fastapi import APIRouter, Query, Request, Response
 from sqlalchemy import Connection
 
-from everlearn.api.auth import caller, scope, tenant
+from everlearn.api import refilling
+from everlearn.api.auth import Caller, caller, scope, tenant
 from everlearn.api.paging import After, Limit, page, refuse_unknown
-from everlearn.api.remembering import refuse_discreet, rewrites_of, rules_of, window_of, with_window
+from everlearn.api.refilling import rules_of, window_of
+from everlearn.api.remembering import Wanted, refuse_discreet, rewrites_of, with_window
 from everlearn.api.services import Services, services
 from everlearn.api.tinker import forms
 from everlearn.errors import Conflict, InvalidRequest, NotFound
@@ -32,9 +34,20 @@ class PinForm(forms.Form):
     pinned: bool = True
 
 
+class ChangeForm(forms.Form):
+    """`policy` "": the base model."""
+
+    refill: str | None = None
+    importance: str | None = None
+    policy: str | None = None
+
+
 class CorrectForm(forms.Form):
+    """`pinned`: what is right is pinned, as long as pins then take at most half of the window."""
+
     number: int
     text: str
+    pinned: bool = False
 
 
 def memory_json(memory: Memory) -> dict[str, Any]:
@@ -46,6 +59,9 @@ def memory_json(memory: Memory) -> dict[str, Any]:
         "budget": memory.budget,
         "tokens": memory.tokens,
         "turns": memory.turns,
+        "refill": memory.refill,
+        "importance": memory.importance,
+        "policy": memory.policy or None,
         "created_at": int(memory.created_at),
         "updated_at": int(memory.updated_at),
     }
@@ -65,8 +81,23 @@ def chunk_json(chunk: Chunk, window: Window, kept: bool) -> dict[str, Any]:
     }
 
 
+def window_json(memory: Memory) -> dict[str, Any]:
+    window = window_of(memory)
+    kept = protected_of(window)
+    chunks = [chunk_json(chunk, window, place in kept) for place, chunk in enumerate(window.chunks)]
+    return memory_json(memory) | {"frame": window.frame, "recent": window.recent, "chunks": chunks, "messages": shown(window)}
+
+
 def turn_json(turn: Turn) -> dict[str, Any]:
     return msgspec.structs.asdict(turn) | {"created_at": int(turn.created_at)}
+
+
+def past_json(conn: Connection, owner: str, memory_id: str, number: int) -> dict[str, Any]:
+    """A turn with what became of its chunk."""
+    told = turn_json(memories.turn(conn, owner, memory_id, number))
+    past = memories.list_rewrites(conn, owner, memory_id, number)
+    later = memories.superseding(conn, owner, memory_id, number)
+    return told | {"superseded_by": later, "rewrites": [msgspec.structs.asdict(rewrite) for rewrite in past]}
 
 
 @router.get("", dependencies=READS)
@@ -82,11 +113,7 @@ async def list_memories(request: Request, limit: int = Limit, after: str | None 
 async def get_memory(request: Request, memory_id: str) -> dict[str, Any]:
     """The window: its chunks with where they came from, and the messages that a model sees."""
     owner = tenant(request)
-    found = await services(request).read(lambda conn: memories.get(conn, owner, memory_id))
-    window = window_of(found)
-    kept = protected_of(window)
-    chunks = [chunk_json(chunk, window, place in kept) for place, chunk in enumerate(window.chunks)]
-    return memory_json(found) | {"frame": window.frame, "recent": window.recent, "chunks": chunks, "messages": shown(window)}
+    return window_json(await services(request).read(lambda conn: memories.get(conn, owner, memory_id)))
 
 
 @router.get("/{memory_id}/turns", dependencies=READS)
@@ -100,23 +127,56 @@ async def list_turns(request: Request, memory_id: str, limit: int = Limit, after
 
 @router.get("/{memory_id}/turns/{number}", dependencies=READS)
 async def get_turn(request: Request, memory_id: str, number: int) -> dict[str, Any]:
-    """One turn, and what became of its chunk in the window since."""
+    """One turn, what became of its chunk in the window since, and the turn that corrects it."""
     owner = tenant(request)
+    return await services(request).read(lambda conn: past_json(conn, owner, memory_id, number))
 
-    def read(conn: Connection) -> dict[str, Any]:
-        turn = memories.turn(conn, owner, memory_id, number)
-        past = memories.list_rewrites(conn, owner, memory_id, number)
-        return turn_json(turn) | {"rewrites": [msgspec.structs.asdict(rewrite) for rewrite in past]}
 
-    return await services(request).read(read)
+@router.patch("/{memory_id}", dependencies=CHANGES)
+async def change_memory(request: Request, memory_id: str) -> dict[str, Any]:
+    """Who writes and who weighs its chunks from the next turn on."""
+    return await change(services(request), caller(request), memory_id, await forms.read(request, ChangeForm))
 
 
 @router.post("/{memory_id}/pin", dependencies=CHANGES)
-async def pin(request: Request, memory_id: str) -> dict[str, Any]:
+async def pin_turn(request: Request, memory_id: str) -> dict[str, Any]:
     """The chunk of turn `number` is no longer rewritten, or with `pinned` false is again."""
-    form = await forms.read(request, PinForm)
+    return await pin(services(request), caller(request), memory_id, await forms.read(request, PinForm))
 
-    def change(conn: Connection, memory: Memory, window: Window) -> Memory:
+
+@router.post("/{memory_id}/correct", dependencies=CHANGES)
+async def correct_turn(request: Request, memory_id: str) -> dict[str, Any]:
+    """`text` takes the place of what turn `number` said, as the newest turn, which supersedes it: both at once, or neither."""
+    return await correct(services(request), caller(request), memory_id, await forms.read(request, CorrectForm))
+
+
+@router.delete("/{memory_id}/turns/{number}", status_code=204, dependencies=CHANGES)
+async def forget_turn(request: Request, memory_id: str, number: int) -> Response:
+    """Forgets a turn, what it superseded or was superseded by, and every chunk and rewrite made of those. Answers when no byte of them is
+    left in the store, which takes as long as copying it."""
+    await forget(services(request), caller(request), memory_id, number)
+    return Response(status_code=204)
+
+
+@router.delete("/{memory_id}", status_code=204, dependencies=CHANGES)
+async def forget_memory(request: Request, memory_id: str) -> Response:
+    """Forgets all of it, in the same way."""
+    await forget(services(request), caller(request), memory_id)
+    return Response(status_code=204)
+
+
+# ---- what the routes do, and the dashboard's page as well ----
+
+
+async def change(svc: Services, who: Caller, memory_id: str, form: ChangeForm) -> dict[str, Any]:
+    refilling.check(form.refill, form.importance)
+    wanted = Wanted(memory_id, refill=form.refill, importance=form.importance, policy=form.policy)
+    await refilling.policy_of(svc, who, wanted.on(await svc.read(lambda conn: memories.get(conn, who.tenant, memory_id))))
+    return await _changed(svc, who.tenant, memory_id, lambda conn, memory, window: memories.commit(conn, wanted.on(memory)))
+
+
+async def pin(svc: Services, who: Caller, memory_id: str, form: PinForm) -> dict[str, Any]:
+    def write(conn: Connection, memory: Memory, window: Window) -> Memory:
         chunks = list(window.chunks)
         place = next((i for i, chunk in enumerate(chunks) if form.number in chunk.sources), None)
         if place is None:
@@ -124,62 +184,51 @@ async def pin(request: Request, memory_id: str) -> dict[str, Any]:
         chunks[place] = msgspec.structs.replace(chunks[place], pinned=form.pinned)
         return memories.commit(conn, with_window(memory, msgspec.structs.replace(window, chunks=tuple(chunks))))
 
-    return await _changed(services(request), tenant(request), memory_id, change)
+    return await _changed(svc, who.tenant, memory_id, write)
 
 
-@router.post("/{memory_id}/correct", dependencies=CHANGES)
-async def correct(request: Request, memory_id: str) -> dict[str, Any]:
-    """`text` takes the place of what turn `number` said, as the newest turn, which supersedes it: both at once, or neither."""
-    refuse_discreet(caller(request), "text", "correct it with another key")
-    form = await forms.read(request, CorrectForm)
-    svc, owner = services(request), tenant(request)
+async def correct(svc: Services, who: Caller, memory_id: str, form: CorrectForm) -> dict[str, Any]:
+    refuse_discreet(who, "text", "correct it with another key")
     if not form.text.strip() or not storable(form.text):
         raise InvalidRequest("text is empty or holds NUL; say what is right", param="text")
-    memory = await svc.read(lambda conn: memories.get(conn, owner, memory_id))
-    rules = rules_of(await svc.chat_models.get(svc.catalog.resolve(memory.base_model)))
+    memory = await svc.read(lambda conn: memories.get(conn, who.tenant, memory_id))
+    rules = rules_of(await svc.chat_models.get(svc.catalog.resolve(memory.base_model)), memory)
 
-    def change(conn: Connection, memory: Memory, window: Window) -> Memory:
-        old = memories.turn(conn, owner, memory_id, form.number)
-        window, changed = rules.correct(window, form.number, old.role, form.text)
+    def write(conn: Connection, memory: Memory, window: Window) -> Memory:
+        old = memories.turn(conn, who.tenant, memory_id, form.number)
+        window, changed = rules.correct(window, form.number, old.role, form.text, form.pinned)
         new = Turn(window.turn, old.role, form.text, form.number)
-        return memories.commit(conn, with_window(memory, window), [new], rewrites_of(changed, window.turn))
+        return memories.commit(conn, with_window(memory, window), [new], rewrites_of(rules, changed, window.turn))
 
-    return await _changed(svc, owner, memory_id, change)
+    return await _changed(svc, who.tenant, memory_id, write)
 
 
-@router.delete("/{memory_id}/turns/{number}", status_code=204, dependencies=CHANGES)
-async def forget_turn(request: Request, memory_id: str, number: int) -> Response:
-    """Forgets a turn, what it superseded or was superseded by, and every chunk and rewrite made of those. Answers when no byte of them is
-    left in the store, which takes as long as copying it."""
-    svc, owner = services(request), tenant(request)
+async def forget(svc: Services, who: Caller, memory_id: str, number: int | None = None) -> None:
+    """A turn with all that hangs on it, or without `number` the whole memory; done when its bytes are gone."""
 
-    def change(conn: Connection, memory: Memory, window: Window) -> Memory:
-        memories.turn(conn, owner, memory_id, number)
-        gone = memories.chain(conn, owner, memory_id, number)
+    def write(conn: Connection, memory: Memory, window: Window) -> Memory:
+        assert number is not None
+        memories.turn(conn, who.tenant, memory_id, number)
+        gone = memories.chain(conn, who.tenant, memory_id, number)
         chunks = tuple(chunk for chunk in window.chunks if not gone & set(chunk.sources))
         return memories.commit(conn, with_window(memory, msgspec.structs.replace(window, chunks=chunks)), forgotten=gone)
 
-    await _scrubbed(svc, _changed(svc, owner, memory_id, change))
-    return Response(status_code=204)
-
-
-@router.delete("/{memory_id}", status_code=204, dependencies=CHANGES)
-async def forget_memory(request: Request, memory_id: str) -> Response:
-    """Forgets all of it, in the same way."""
-    svc, owner = services(request), tenant(request)
-    await _scrubbed(svc, svc.write(lambda conn: memories.delete(conn, owner, memory_id)))
-    return Response(status_code=204)
+    if number is None:
+        await _scrubbed(svc, svc.write(lambda conn: memories.delete(conn, who.tenant, memory_id)))
+    else:
+        await _scrubbed(svc, _changed(svc, who.tenant, memory_id, write))
 
 
 async def _scrubbed(svc: Services, forget: Awaitable[object]) -> None:
     """Waits for `forget`, and until its last bytes are gone. Of what isn't there as well: an earlier request may have deleted it and broken
-    off before its bytes were overwritten, and its retry finds nothing else to do."""
+    off before its bytes were overwritten. What nobody waits for any more ends with the next sweep, or when the server starts
+    (everlearn/api/housekeeping.py)."""
     try:
         await forget
     except NotFound:
-        await asyncio.to_thread(svc.db.scrub, memories.TABLES)
+        await asyncio.to_thread(memories.scrub, svc.db)
         raise
-    await asyncio.to_thread(svc.db.scrub, memories.TABLES)
+    await asyncio.to_thread(memories.scrub, svc.db)
 
 
 async def _changed(svc: Services, owner: str, memory_id: str, change: Callable[[Connection, Memory, Window], Memory]) -> dict[str, Any]:

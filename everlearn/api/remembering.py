@@ -3,6 +3,7 @@
 Before the answer the new turns are put into the window, by rules and for this prompt alone. With the answer's end, they and the answer
 become part of the memory in one transaction, before the client has the last of it. A chat that breaks off before leaves the memory as it
 was, so it can be sent again. Of two chats in one memory at once, each is answered from what there was before it, and both are remembered.
+What a model does for the memory begins behind that (everlearn/api/refilling.py).
 """
 
 from __future__ import annotations
@@ -13,17 +14,20 @@ from typing import Any
 
 import msgspec
 
+from everlearn.api import refilling
 from everlearn.api.auth import Caller
 from everlearn.api.calls import Call, Exchange
 from everlearn.api.chatmodels import ChatModel
+from everlearn.api.refilling import rules_of, window_of
 from everlearn.api.turns import Draw, Turn, encode_turn
 from everlearn.errors import Conflict, InvalidRequest, Unsupported
 from everlearn.memory import plan as plans
 from everlearn.memory.turns import Turns
 from everlearn.memory.window import SYSTEM, Window, shown
-from everlearn.store import memories
+from everlearn.store import episodes, memories
 from everlearn.store.memories import Memory, Rewrite
 from everlearn.store.names import storable
+from everlearn.store.placing import of_memory
 
 FRAME = 16  # tokens around the chunks of a new memory; what the template really takes is measured with every prompt
 MIN_BUDGET = 64
@@ -32,21 +36,25 @@ RECENT = 2
 
 
 class Wanted(msgspec.Struct, frozen=True):
-    """What a request says of its memory. `budget` None: that of the memory, which must be there."""
+    """What a request says of its memory. `budget` None: that of the memory, which must be there. `refill`, `importance` and `policy` hold
+    from this turn on; None: as it is."""
 
     memory_id: str
     budget: int | None = None
     recent: int | None = None
+    refill: str | None = None
+    importance: str | None = None
+    policy: str | None = None
+
+    def on(self, memory: Memory) -> Memory:
+        """The memory as the request wants it kept."""
+        given = {"refill": self.refill, "importance": self.importance, "policy": self.policy}
+        return msgspec.structs.replace(memory, **{name: value for name, value in given.items() if value is not None})
 
 
 class Said(msgspec.Struct, frozen=True):
     role: str
     text: str
-
-
-def rules_of(chat: ChatModel) -> Turns:
-    """Chunks are spelled as the template spells what people say: special tokens in it are only letters."""
-    return Turns.by_rules(lambda text: chat.tokenizer.encode(chat.tokenizer.guard(text)))
 
 
 async def open_memory(call: Call, chat: ChatModel, wanted: Wanted, turn: Turn, draw: Draw) -> Turn:
@@ -55,8 +63,11 @@ async def open_memory(call: Call, chat: ChatModel, wanted: Wanted, turn: Turn, d
     room, and for a key whose texts aren't kept."""
     refuse_discreet(call.caller, "memory")
     said = said_in(turn, draw)
-    rules = rules_of(chat)
+    refilling.check(wanted.refill, wanted.importance)
     memory, window = await _stored(call, wanted)
+    memory, rules = wanted.on(memory), rules_of(chat, wanted.on(memory))
+    if wanted.policy:
+        await refilling.policy_of(call.svc, call.caller, memory)
     window, _ = await asyncio.to_thread(put, rules, window, said)
     shape = msgspec.structs.replace(turn, messages=shown(window))
     for _ in range(RETRIES):
@@ -72,13 +83,17 @@ async def open_memory(call: Call, chat: ChatModel, wanted: Wanted, turn: Turn, d
             param="memory.budget",
         )
     start = msgspec.structs.replace(memory, window=msgspec.msgpack.encode(window))
-    call.memory = {"id": wanted.memory_id, "budget": window.budget, "prompt_tokens": len(prompt)}
+    call.memory = {"id": wanted.memory_id, "budget": window.budget, "prompt_tokens": len(prompt), "refill": memory.refill}
     # What is said in a memory is kept there, where it can be forgotten; its record has figures alone, unless the client asks for it.
     call.asked = msgspec.structs.replace(call.asked, store=call.asked.store_asked)
 
     async def remember(exchange: Exchange) -> None:
-        if exchange.replies[0].finish and not remembered:
-            remembered.append(await _commit(call, rules, start, said, str(exchange.replies[0].message()["content"] or ""), around))
+        if not exchange.replies[0].finish or remembered:
+            return
+        answer = str(exchange.replies[0].message()["content"] or "")
+        told = await _commit(call, wanted, chat, start, said, answer, around, exchange.record_id)
+        remembered.append(told.memory)
+        call.svc.refills.offer(call.svc, told)
 
     remembered: list[Memory] = []
     call.remember = remember
@@ -111,28 +126,24 @@ def said_in(turn: Turn, draw: Draw) -> list[Said]:
     return found
 
 
-def put(rules: Turns, window: Window, said: Sequence[Said]) -> tuple[Window, list[Rewrite]]:
+def put(rules: Turns, window: Window, said: Sequence[Said]) -> tuple[Window, list[plans.Rewrite]]:
     """The window with new turns. A system's text takes the place of the one before; what an assistant said may be shortened at once."""
-    done: list[Rewrite] = []
+    done: list[plans.Rewrite] = []
     for one in said:
         if one.role == SYSTEM:
             window, changed = rules.instruct(window, one.text)
         else:
             window, changed = rules.add(window, one.role, one.text, hold=one.role == "user")
-        done += rewrites_of(changed, window.turn)
+        done += changed
     return window, done
 
 
-def rewrites_of(changed: Sequence[plans.Rewrite], turn: int) -> list[Rewrite]:
+def rewrites_of(rules: Turns, changed: Sequence[plans.Rewrite], turn: int) -> list[Rewrite]:
     """As they are stored, with the strategy that wrote them."""
     return [
-        Rewrite(change.before.sources[0], turn, change.before.text, None if change.after is None else change.after.text, "extract")
+        Rewrite(change.before.sources[0], turn, change.before.text, None if change.after is None else change.after.text, rules.refill.name)
         for change in changed
     ]
-
-
-def window_of(memory: Memory) -> Window:
-    return msgspec.msgpack.decode(memory.window, type=Window)
 
 
 def with_window(memory: Memory, window: Window) -> Memory:
@@ -170,44 +181,61 @@ async def _stored(call: Call, wanted: Wanted) -> tuple[Memory, Window]:
     return found, window
 
 
-async def _commit(call: Call, rules: Turns, start: Memory, said: Sequence[Said], answer: str, frame: int) -> Memory:
-    """The turns and the answer as part of the memory, whatever was added to it meanwhile."""
+async def _commit(
+    call: Call, wanted: Wanted, chat: ChatModel, start: Memory, said: Sequence[Said], answer: str, frame: int, record_id: str
+) -> refilling.Job:
+    """The turns and the answer as part of the memory, whatever was added to it meanwhile; what they leave a model to do."""
     text = answer.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
     svc = call.svc
+    episode_id = call.episode_id or of_memory(start.memory_id)
     for _ in range(RETRIES):
         stored = await svc.read(lambda conn: memories.find(conn, start.tenant, start.memory_id))
         window = window_of(stored) if stored is not None else Window(start.budget, (), -1, window_of(start).recent, FRAME)
-        base = stored or msgspec.structs.replace(start, version=0)
-        changed, turns, rewrites = await asyncio.to_thread(_told, rules, window, said, text, frame)
-        after = with_window(base, changed)
+        base = wanted.on(stored or msgspec.structs.replace(start, version=0))
+        rules = rules_of(chat, base)
+        told = await asyncio.to_thread(_told, rules, window, said, text, frame)
+        after = with_window(base, told.window)
 
-        def write(conn: Any, after: Memory = after, turns: Any = turns, rewrites: Any = rewrites) -> Memory:
-            return memories.commit(conn, after, turns, rewrites)
+        def write(conn: Any, after: Memory = after, told: _Told = told) -> Memory:
+            most = svc.settings.store.memory_turns
+            found = memories.commit(conn, after, told.turns, told.rewrites, keep_turns=most)
+            episodes.note_memory(conn, start.tenant, episode_id, record_id, start.memory_id, told.window.turn)
+            return found
 
         try:
-            return await svc.write(write)
+            found = await svc.write(write)
         except Conflict:
             continue
+        new = tuple(turn.number for turn in told.turns)
+        return refilling.Job(call.caller, chat, found, refilling.cuts_of(told.changed), new, record_id, episode_id)
     raise Conflict(f"memory {start.memory_id!r} is changed by many requests at once; send the request again", param="memory.id")
 
 
-def _told(rules: Turns, window: Window, said: Sequence[Said], answer: str, frame: int) -> tuple[Window, list[memories.Turn], list[Rewrite]]:
-    turns: list[memories.Turn] = []
-    rewrites: list[Rewrite] = []
+class _Told(msgspec.Struct, frozen=True):
+    """The window with what was said and answered, and how it came to be."""
+
+    window: Window
+    turns: list[memories.Turn]
+    changed: list[plans.Rewrite]
+    rewrites: list[Rewrite]
+
+
+def _told(rules: Turns, window: Window, said: Sequence[Said], answer: str, frame: int) -> _Told:
+    told = _Told(window, [], [], [])
     for place, one in enumerate((*said, Said("assistant", answer))):
-        if place == len(said):  # the prompt as it was is together: from here on what is around it takes what it took there
-            window, done = _framed(rules, window, frame)
-            rewrites += done
+        if place == len(said) and frame > window.frame:
+            # The prompt as it was is together: from here on what is around it takes what it took there.
+            window, done = rules.tighten(window, frame)
+        elif place == len(said):
+            window, done = msgspec.structs.replace(window, frame=frame), []
+        else:
+            done = []
+        told.changed.extend(done)
+        told.rewrites.extend(rewrites_of(rules, done, window.turn))
         before = window.turn
         window, done = put(rules, window, [one])
-        rewrites += done
+        told.changed.extend(done)
+        told.rewrites.extend(rewrites_of(rules, done, window.turn))
         if window.turn > before:
-            turns.append(memories.Turn(window.turn, one.role, one.text))
-    return window, turns, rewrites
-
-
-def _framed(rules: Turns, window: Window, frame: int) -> tuple[Window, list[Rewrite]]:
-    if frame <= window.frame:
-        return msgspec.structs.replace(window, frame=frame), []
-    window, changed = rules.tighten(window, frame)
-    return window, rewrites_of(changed, window.turn)
+            told.turns.append(memories.Turn(window.turn, one.role, one.text))
+    return msgspec.structs.replace(told, window=window)

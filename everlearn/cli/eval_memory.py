@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from everlearn.memory.window import Encode
     from everlearn.types import BaseModelInfo
 
-SUITES = ("synthetic", "longmemeval", "memorybank")
+SUITES = ("synthetic", "longmemeval", "memorybank", "locomo", "msc")
 
 
 @command.command("memory")
@@ -29,8 +29,9 @@ SUITES = ("synthetic", "longmemeval", "memorybank")
     "--data",
     type=click.Path(path_type=Path),
     metavar="PATH",
-    help="LongMemEval's JSON file, or the folder of MemoryBank's English files",
+    help="LongMemEval's or LoCoMo's JSON file, MSC's JSON lines, or the folder of MemoryBank's English files",
 )
+@click.option("--audit", type=click.Path(path_type=Path), metavar="FILE", help="questions of LoCoMo with wrong golds, as a JSON list")
 @click.option("--budget", "budgets", type=Numbers(), default="512", show_default=True, help="tokens that may be shown")
 @click.option("--methods", type=Names(), default="last,random,bm25,forget,extract", show_default=True, help="ways of remembering")
 @click.option("--turns", type=click.IntRange(min=1), default=2000, show_default=True, help="length of a synthetic history")
@@ -44,7 +45,9 @@ SUITES = ("synthetic", "longmemeval", "memorybank")
 @click.option("--begin", default="", metavar="TEXT", help="how each answer begins")
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="every run with its values, as JSON")
 @pass_console
-def memory(console: Console, suite: str, data: Path | None, methods: tuple[str, ...], out: Path | None, **options: Any) -> None:
+def memory(
+    console: Console, suite: str, data: Path | None, audit: Path | None, methods: tuple[str, ...], out: Path | None, **options: Any
+) -> None:
     """Let each method read every history turn by turn, then ask all questions and score what it kept.
 
     Evidence retention (`kept`) looks for the words of the evidence in one piece of what is shown, and needs no model; with --ask the model
@@ -61,7 +64,11 @@ def memory(console: Console, suite: str, data: Path | None, methods: tuple[str, 
         raise click.UsageError(
             f"--data belongs to the suites {', '.join(SUITES[1:])}; suite {suite} {'takes none' if data else 'needs it'}"
         )
-    found = _cases(suite, data, options["turns"], options["facts"], options["histories"], options["seed"])
+    if audit is not None and suite != "locomo":
+        raise click.UsageError(f"--audit belongs to the suite locomo; suite {suite} takes none")
+    found, left_out = _cases(suite, data, audit, options)
+    for reason, count in left_out.items():
+        console.note(f"left out: {count} questions {reason}")
     info = _model(console, options["model"])
     runs = []
     with _asking(console, info, options["ask"], options["sampler"], options["begin"]) as asking:
@@ -74,16 +81,23 @@ def memory(console: Console, suite: str, data: Path | None, methods: tuple[str, 
                         answers = None if asking is None else asking.answers
                         one = study.run(suite, case, made, budget, encode, options["seed"], answers, info.max_context - 128)
                     runs.append(_noted(console, one))
-    _show(console, runs, out, {"suite": suite, "model": info.name, **{key: value for key, value in options.items() if key != "model"}})
+    facts = {"suite": suite, "left_out": left_out, "model": info.name}
+    _show(console, runs, out, facts | {key: value for key, value in options.items() if key != "model"})
 
 
-def _cases(suite: str, data: Path | None, turns: int, facts: int, histories: int | None, seed: int) -> list[Case]:
+def _cases(suite: str, data: Path | None, audit: Path | None, options: dict[str, Any]) -> tuple[list[Case], dict[str, int]]:
+    """What is read and asked, and how many questions were left out (of the whole file), by reason."""
+    from everlearn.memory.dialogues import locomo, msc
     from everlearn.memory.suites import longmemeval, memorybank
     from everlearn.memory.synthetic import synthetic
 
+    histories = options["histories"]
     if data is None:
-        return [synthetic(turns, seed + number, facts) for number in range(histories or 3)]
-    return (longmemeval if suite == "longmemeval" else memorybank)(data)[:histories]
+        return [synthetic(options["turns"], options["seed"] + number, options["facts"]) for number in range(histories or 3)], {}
+    if suite in ("locomo", "msc"):
+        found = locomo(data, audit) if suite == "locomo" else msc(data)
+        return found.cases[:histories], found.left_out
+    return (longmemeval if suite == "longmemeval" else memorybank)(data)[:histories], {}
 
 
 def _model(console: Console, model: str) -> BaseModelInfo:

@@ -12,7 +12,7 @@ import click
 from everlearn.cli.console import Console, Noun, pass_console
 
 command = Noun("memory", help="Memories of conversations, and what is in them.")
-COLUMNS = ["id", "base_model", "budget", "tokens", "turns", "version", "updated"]
+COLUMNS = ["id", "base_model", "budget", "tokens", "turns", "refill", "policy", "version", "updated"]
 
 
 def route(memory_id: str, *parts: str | int) -> str:
@@ -51,6 +51,19 @@ def show(console: Console, memory_id: str, turn: int | None) -> None:
     console.result({name: row(found)[name] for name in COLUMNS})
     click.echo()
     console.table(found["chunks"], ["sources", "role", "tokens", "age", "rewrites", "importance", "pinned", "text"])
+
+
+@command.command("change")
+@click.argument("memory_id")
+@click.option("--refill", type=click.Choice(["extract", "generate", "forget"]), help="who writes what is cut")
+@click.option("--importance", type=click.Choice(["head", "recency", "decided"]), help="who weighs chunks")
+@click.option("--policy", metavar="NAME", help='the adapter that writes and decides; "": the base model')
+@pass_console
+def change(console: Console, memory_id: str, refill: str | None, importance: str | None, policy: str | None) -> None:
+    """Choose who writes and weighs the chunks of MEMORY_ID, from its next turn on."""
+    if refill is None and importance is None and policy is None:
+        raise click.UsageError("there is nothing to change; give --refill, --importance or --policy")
+    console.result(row(console.client().patch(route(memory_id), {"refill": refill, "importance": importance, "policy": policy})))
 
 
 @command.command("pin")

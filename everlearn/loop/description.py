@@ -55,7 +55,9 @@ class Triggers(Section, frozen=True):
 class Update(Section, frozen=True):
     """How a candidate is made. `paraphrases`: wordings of each question that are sampled from the model, filtered, and trained with it.
     `replay`: the most older corrections that ride along, newest first. `rehearsed`: general examples in every batch, as the model itself
-    would answer them. `beta` is of dpo and kto (everlearn/loop/preference.py), where paraphrases, replay and rehearsed have no part."""
+    would answer them. `memory`: what corrections of a user's own facts do where the answer was given in a memory: change that memory
+    ("personal"), or be learned like all others ("off"); everlearn/loop/remedy.py decides. `beta` is of dpo and kto
+    (everlearn/loop/preference.py), where paraphrases, replay, rehearsed and memory have no part."""
 
     method: Literal["sft", "dpo", "kto"] = "sft"
     start: Literal["base", "champion"] = "base"
@@ -66,6 +68,7 @@ class Update(Section, frozen=True):
     paraphrases: int = 4
     replay: int = 500
     rehearsed: int = 12
+    memory: Literal["personal", "off"] = "personal"
     beta: float = 0.1
     seed: int = 0
 

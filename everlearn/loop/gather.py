@@ -55,7 +55,7 @@ class Gathered(msgspec.Struct, frozen=True):
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """One choice of a record, as far as learning needs it."""
+    """One choice of a record, as far as learning needs it. `memory`: in which memory it was given, and as which turn."""
 
     record_id: str
     choice: int
@@ -68,6 +68,7 @@ class Answer(msgspec.Struct, frozen=True):
     prompt_ids: list[int]
     ids: list[int]
     logprobs: list[float]
+    memory: tuple[str, int] | None = None
 
 
 class Unfit(Exception):
@@ -142,6 +143,7 @@ class Reader:
             array("i", body.prompt.data).tolist(),
             array("i", sampled.tokens.data).tolist(),
             array("f", sampled.logprobs.data).tolist(),
+            episodes.memory_of(self.conn, self.tenant, row.episode_id or "", record_id),
         )
 
     def _split(self, episode_id: str) -> str:
@@ -256,6 +258,8 @@ def _draft(answers: Sequence[Answer], labels: Sequence[Weighed], weight: float, 
     about |= {"feedback_ids": feedback_ids, "weight": round(weight, 9), "prompt_token_ids": first.prompt_ids}
     if first.tools:
         about["tools"] = first.tools
+    if first.memory is not None:
+        about["memory"] = {"memory": first.memory[0], "turn": first.memory[1]}
     sources = [("feedback", feedback_id) for feedback_id in feedback_ids]
     for answer in answers:
         sources += [("record", answer.record_id), ("episode", answer.episode_id)]

@@ -22,7 +22,7 @@ import msgspec
 from everlearn.errors import Conflict, InternalError, InvalidRequest, NotFound, Overloaded, Unavailable
 from everlearn.faultpoints import around
 from everlearn.loop import description as descriptions
-from everlearn.loop import measure, outcomes, rule, update
+from everlearn.loop import edits, measure, outcomes, rule, update
 from everlearn.loop.description import Description
 from everlearn.loop.evidence import Evidence
 from everlearn.loop.gate import Verdict, decide
@@ -114,6 +114,11 @@ class Runner:
             items = self._items(str(now.cycle["dataset"]), "train", "train")
         except (Conflict, NotFound) as error:
             return self._rebuilt(now, error.message)
+        items, edited = self._edited(now, described, items, notes)
+        now = notes.now
+        if not items:
+            self._end(now, "ended", f"nothing is left for the weights: {edited} corrections were answered in memories", _remedies(now))
+            return False
         try:
             made = update.make(self.api, self.service, now, described, items, notes, self.say, self.clock)
         except Overloaded as error:
@@ -130,8 +135,26 @@ class Runner:
             f"{made.first_loss:.3f} to {made.last_loss:.3f}" if made.first_loss is not None and made.last_loss is not None else "unknown"
         )
         reason = f"{self.name}@{number}: {made.steps} steps on {made.examples} examples, loss {shown}"
-        self._advance(notes.now, "gate", reason, {"update": msgspec.to_builtins(made)}, candidate=number)
+        if edited:
+            reason += f"; {edited} corrections were answered in memories instead"
+        self._advance(notes.now, "gate", reason, {"update": msgspec.to_builtins(made), **_remedies(notes.now)}, candidate=number)
         return True
+
+    def _edited(
+        self, now: Deployed, described: Description, items: list[dict[str, Any]], notes: _Notes
+    ) -> tuple[list[dict[str, Any]], int]:
+        """What is left for the weights when all that belongs into memories is there, and how much that was; held-out corrections as well:
+        an edit teaches no weights anything."""
+        if described.update.memory == "off" or described.update.method != "sft":
+            return items, 0
+        held_out = self._items(str(now.cycle["dataset"]), "heldout", "evaluate")
+        done = edits.carried_out(self.api, [*items, *held_out], now.cycle.get("remedies", {}), notes)
+        if done != now.cycle.get("remedies", {}):
+            notes({"remedies": done})
+        count = sum(found["place"] == "memory" for found in done.values())
+        if count:
+            self.say(f"{count} corrections are answered in memories, not by weights")
+        return edits.left(items, done), count
 
     def _rebuilt(self, now: Deployed, why: str) -> bool:
         """Begins the update anew with what is left of its dataset, something of which was deleted; whether anything is.
@@ -160,9 +183,10 @@ class Runner:
             asked = made["id"] if made else ""
             now = self._note(now, {**now.cycle, "asked": asked})
         self.say(f"asking {candidate} and {now.champion} the same questions")
-        trained, held_out = (self._items(asked, split, "evaluate") if asked else [] for split in ("train", "heldout"))
-        found = measure.offline(self.api, self.service, now, candidate, trained, held_out)
-        return self._conclude(now, described, rule.rule_of(described.gate), found)
+        found = (self._items(asked, split, "evaluate") if asked else [] for split in ("train", "heldout"))
+        trained, held_out = (edits.left(items, now.cycle.get("remedies", {})) for items in found)
+        shown = measure.offline(self.api, self.service, now, candidate, trained, held_out)
+        return self._conclude(now, described, rule.rule_of(described.gate), shown)
 
     def shadow(self, now: Deployed, described: Description) -> bool:
         since = float(now.cycle["shadow_began"])
@@ -314,6 +338,11 @@ WORK: dict[str, Callable[[Runner, Deployed, Description], bool]] = {
 def _asks(verdict: Verdict) -> bool:
     """Whether all is shown, and only a person's word is missing."""
     return verdict.parts[-1].name == "owner" and verdict.parts[-1].result == "wait"
+
+
+def _remedies(now: Deployed) -> dict[str, Any]:
+    """What became of corrections of answers in memories, for the history; nothing where there were none."""
+    return {"remedies": now.cycle["remedies"]} if now.cycle.get("remedies") else {}
 
 
 def _evidence(table: dict[str, Any]) -> Evidence:

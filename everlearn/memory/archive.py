@@ -10,6 +10,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ CREATE TABLE IF NOT EXISTS rewrites (
 CREATE INDEX IF NOT EXISTS rewrites_source ON rewrites (source);
 CREATE TABLE IF NOT EXISTS state (id INTEGER PRIMARY KEY CHECK (id = 1), version INTEGER NOT NULL, window BLOB NOT NULL);
 """
+UNSCRUBBED = 1  # SQLite's user_version while bytes of what was forgotten may still be in the file
 
 
 class Turn(NamedTuple):
@@ -57,6 +59,9 @@ class Archive:
         self._db = sqlite3.connect(path, isolation_level=None)
         # What is deleted is overwritten, here and in the file of what isn't in it yet: to forget means that no byte stays.
         self._db.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA secure_delete = ON;" + SCHEMA)
+        if self._db.execute("PRAGMA user_version").fetchone()[0] == UNSCRUBBED:  # whoever forgot was killed before the last bytes were gone
+            with suppress(Unavailable):
+                self.scrub()
 
     def close(self) -> None:
         self._db.close()
@@ -85,6 +90,8 @@ class Archive:
                 "INSERT INTO rewrites (turn, source, before, after, refill) VALUES (?, ?, ?, ?, ?)",
                 [(window.turn, r.before.sources[0], r.before.text, None if r.after is None else r.after.text, refill) for r in rewrites],
             )
+            if forgotten:
+                self._db.execute(f"PRAGMA user_version = {UNSCRUBBED}")  # part of the transaction
             for number in forgotten:
                 self._db.execute("DELETE FROM rewrites WHERE source = ?", (number,))
                 self._db.execute("DELETE FROM turns WHERE number = ?", (number,))
@@ -97,13 +104,15 @@ class Archive:
         return version + 1
 
     def scrub(self) -> None:
-        """Writes the file anew from what is left in it: pages that were split may still hold bytes of what was deleted. Raises Unavailable
-        where another connection is reading, so that its log must stay; call it again."""
+        """Writes the file anew from what is left in it: pages that were split may still hold bytes of what was deleted. What a kill keeps
+        from it is done when the archive is opened again. Raises Unavailable where another connection is reading, so that its log must stay;
+        call it again."""
         self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self._db.execute("VACUUM")
         busy, *_ = self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         if busy:
             raise Unavailable("somebody reads the archive, so what was forgotten is still in its log; scrub again when that's over")
+        self._db.execute("PRAGMA user_version = 0")
 
     def turn(self, number: int) -> Turn:
         row = self._db.execute("SELECT * FROM turns WHERE number = ?", (number,)).fetchone()

@@ -11,20 +11,11 @@ from collections.abc import Sequence
 import tinker
 
 from everlearn.errors import InvalidRequest
+from everlearn.memory import orders
 from everlearn.memory.plan import FLOOR, Hole, Plan
-from everlearn.memory.refill import fitted
-from everlearn.memory.window import SYSTEM, Chunk, Window, line
+from everlearn.memory.window import Chunk, Window
 from everlearn.rl.policy import seed_of
 from everlearn.rl.prompts import ChatMl
-
-AROUND = 2  # chunks before and behind a hole that are shown
-AROUND_CHARS = 400  # of each of them
-HOLE_CHARS = 6000
-ORDER = (
-    "Below is a part of a conversation. One line of it is too long for the memory. Write that line again in at most {words} words. "
-    "Keep names, numbers, dates, wishes and decisions word for word; leave out the rest. Write nothing else.\n\n"
-    "Before it:\n{before}\nThe line:\n{hole}\nBehind it:\n{after}"
-)
 
 
 class Generate:
@@ -49,21 +40,12 @@ class Generate:
         return FLOOR
 
     def prompt(self, chunks: Sequence[Chunk], hole: Hole) -> tinker.ModelInput:
-        chunk, place = chunks[hole.place], hole.place
-        before = "".join(_short(other) for other in chunks[max(0, place - AROUND) : place] if other.role != SYSTEM)
-        after = "".join(_short(other) for other in chunks[place + 1 : place + 1 + AROUND])
-        order = ORDER.format(words=max(3, (2 * hole.cap) // 3), before=before, hole=line(chunk.role, chunk.text[:HOLE_CHARS]), after=after)
-        return self.chat.ask(order, begun=f"{chunk.role}:")
+        return self.chat.ask(orders.shorter(chunks, hole), begun=orders.begun(chunks[hole.place]))
 
     def text(self, chunk: Chunk, hole: Hole, tokens: list[int]) -> str:
-        """What a sampled answer says in the hole: its first paragraph, cut to the cap."""
-        said = self.chat.decode(tokens).strip().split("\n\n")[0].strip().removeprefix(f"{chunk.role}:")
-        return fitted(said, chunk.role, hole.cap, self.chat.encode)
+        """What a sampled answer says in the hole."""
+        return orders.refilled(self.chat.decode(tokens), chunk, hole.cap, self.chat.encode)
 
     def _params(self, chunks: Sequence[Chunk], hole: Hole) -> tinker.SamplingParams:
         seed = seed_of(self.seed, chunks[hole.place].sources, chunks[hole.place].rewrites, hole.cap)
         return tinker.SamplingParams(max_tokens=hole.cap, temperature=self.temperature, stop=list(self.chat.stop), seed=seed)
-
-
-def _short(chunk: Chunk) -> str:
-    return line(chunk.role, chunk.text[:AROUND_CHARS])

@@ -48,10 +48,11 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 class Rewrite(NamedTuple):
-    """One change of a chunk: `after` None means that it was forgotten."""
+    """One change of a chunk: `after` None means that it was forgotten. `cap`: the tokens that a refill had for its line; 0: none."""
 
     before: Chunk
     after: Chunk | None
+    cap: int = 0
 
 
 def planned(
@@ -131,7 +132,7 @@ def settled(
             importance = chunk.importance if score is None else score(chunk.role, fills[place])
             after = msgspec.structs.replace(chunk, text=fills[place], tokens=tokens, rewrites=chunk.rewrites + 1, importance=importance)
         if after is not chunk:
-            rewrites.append(Rewrite(chunk, after))
+            rewrites.append(Rewrite(chunk, after, caps.get(place, 0)))
         if after is not None:
             chunks.append(after)
     return msgspec.structs.replace(plan.window, chunks=tuple(chunks), turn=plan.turn), rewrites

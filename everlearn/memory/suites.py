@@ -1,6 +1,7 @@
 """What memories are examined with: histories, and questions whose evidence can be looked for in a window without a judge.
 
-`synthetic` makes histories of any length from a seed, with exact answers. `longmemeval` and `memorybank` read files that a user brings.
+`synthetic` makes histories of any length from a seed, with exact answers. `longmemeval` and `memorybank` read files that a user brings;
+everlearn/memory/dialogues.py has the suites of two people who talk.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def share(words: frozenset[str], pieces: Iterable[str]) -> float:
 def longmemeval(path: Path) -> list[Case]:
     """Of a JSON file of LongMemEval's form: haystack_sessions, and `question` with `answer`, or `questions` with `answers`."""
     cases = []
-    for row in _json(path):
+    for row in read_json(path):
         try:
             turns = [(turn["role"], turn["content"]) for session in row["haystack_sessions"] for turn in session]
             asked = row["questions"] if "questions" in row else [row["question"]]
@@ -60,14 +61,14 @@ def longmemeval(path: Path) -> list[Case]:
         except (KeyError, TypeError) as error:
             raise InvalidRequest(f"{path.name} isn't of LongMemEval's form: {error} is missing", param="data") from None
         pairs = zip(asked, answers, strict=True)
-        cases.append(Case(name, turns, [_evident(text, (str(answer),), str(answer), kind, turns) for text, answer in pairs]))
+        cases.append(Case(name, turns, [evident(text, (str(answer),), str(answer), kind, turns) for text, answer in pairs]))
     return cases
 
 
 def memorybank(folder: Path) -> list[Case]:
     """Of MemoryBank's English files, `memory_bank_en.json` and `probing_questions_en.jsonl`. Its questions come without answers: the
     evidence is looked for by the words of the question, of which one piece of the window must hold nearly as many as the best turn does."""
-    bank = {name.strip(): own for name, own in _json(folder / "memory_bank_en.json").items()}
+    bank = {name.strip(): own for name, own in read_json(folder / "memory_bank_en.json").items()}
     asked: dict[str, list[str]] = {}
     for line in (folder / "probing_questions_en.jsonl").read_text(encoding="utf-8").splitlines():
         if line.strip():
@@ -81,16 +82,18 @@ def memorybank(folder: Path) -> list[Case]:
             for place, exchange in enumerate(exchanges):
                 turns.append(("user", (f"[{day}] " if place == 0 else "") + exchange["query"]))
                 turns.append(("assistant", exchange["response"]))
-        cases.append(Case(name, turns, [_evident(text.strip('"'), (), text, "probing", turns) for text in questions]))
+        cases.append(Case(name, turns, [evident(text.strip('"'), (), text, "probing", turns) for text in questions]))
     return cases
 
 
-def _evident(text: str, answers: tuple[str, ...], evidence: str, kind: str, turns: Sequence[tuple[str, str]]) -> Question:
+def evident(text: str, answers: tuple[str, ...], evidence: str, kind: str, turns: Sequence[tuple[str, str]]) -> Question:
+    """A question whose evidence is the words of `evidence`, as far as the best turn of the history holds them."""
     words = words_of(evidence)
     return Question(text, answers, words, NEAR * share(words, (said for _, said in turns)), kind)
 
 
-def _json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """Raises InvalidRequest for what can't be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

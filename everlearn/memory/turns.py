@@ -12,15 +12,18 @@ from everlearn.memory.importance import BY_HAND, Head, Importance, Surface, coun
 from everlearn.memory.mask import Masking, worth
 from everlearn.memory.plan import Plan, Rewrite, planned, settled, tightened
 from everlearn.memory.refill import Extract, Refill
-from everlearn.memory.window import SYSTEM, Chunk, Encode, Window, chunk_of
+from everlearn.memory.window import SYSTEM, Chunk, Encode, Window, chunk_of, line, size_of
 
+PINS_SHARE = 0.5  # of the room: what others than its user pin may take so much, or a memory would some day hold nothing else
 REFRESHED = 8  # chunks that are weighed again with every turn
 Changed = tuple[Window, list[Rewrite]]
 
 
 class Turns:
-    def __init__(self, encode: Encode, importance: Importance, refill: Refill, masking: Masking | None = None):
-        self.encode, self.importance, self.refill, self.masking = encode, importance, refill, masking or Masking()
+    """`stays`: what a chunk was found to be worth stays so, until somebody else weighs it (a model, behind the answer)."""
+
+    def __init__(self, encode: Encode, importance: Importance, refill: Refill, masking: Masking | None = None, stays: bool = False):
+        self.encode, self.importance, self.refill, self.masking, self.stays = encode, importance, refill, masking or Masking(), stays
 
     @classmethod
     def by_rules(cls, encode: Encode, head: Head = BY_HAND) -> Turns:
@@ -49,11 +52,15 @@ class Turns:
         gone = tuple(chunk for chunk in window.chunks if not (chunk.role == SYSTEM and chunk.pinned))
         return self.add(msgspec.structs.replace(window, chunks=gone), SYSTEM, text, pinned=True)
 
-    def correct(self, window: Window, number: int, role: str, text: str) -> Changed:
-        """`text` as the newest turn in the place of what turn `number` said."""
+    def correct(self, window: Window, number: int, role: str, text: str, pinned: bool = False) -> Changed:
+        """`text` as the newest turn in the place of what turn `number` said; pinned if that was, or on wish as long as pins then take at
+        most PINS_SHARE of the room."""
         old = [chunk for chunk in window.chunks if number in chunk.sources]
         rest = tuple(chunk for chunk in window.chunks if number not in chunk.sources)
-        pinned = any(chunk.pinned for chunk in old)
+        if pinned:
+            pins = size_of(chunk for chunk in rest if chunk.pinned)
+            pinned = pins + len(self.encode(line(role, text))) <= PINS_SHARE * window.room
+        pinned = pinned or any(chunk.pinned for chunk in old)
         sources = (*(old[0].sources if old else (number,)), window.turn + 1)
         return self.add(msgspec.structs.replace(window, chunks=rest), role, text, pinned=pinned, sources=sources)
 
@@ -63,7 +70,7 @@ class Turns:
 
     def _refreshed(self, window: Window) -> Window:
         """A few chunks weighed again, others with every turn: what was rare when it was said may have become chatter since."""
-        num = len(window.chunks)
+        num = 0 if self.stays else len(window.chunks)
         places = sorted({(window.turn * REFRESHED + step) % num for step in range(REFRESHED)}) if num else []
         return self._reweighed(window, window.chunks, places)
 
@@ -81,7 +88,8 @@ class Turns:
 
     def _settled(self, plan: Plan) -> Changed:
         texts = self.refill.fill(plan) if plan.holes else []
-        return settled(plan, texts, self.encode, None if self.importance.late else lambda role, text: self._worth(plan.window, role, text))
+        keeps = self.importance.late or self.stays
+        return settled(plan, texts, self.encode, None if keeps else lambda role, text: self._worth(plan.window, role, text))
 
     def _worth(self, window: Window, role: str, text: str) -> float:
         """What a refilled text is worth by itself."""

@@ -23,6 +23,7 @@ from everlearn.store.placing import ID
 
 table, rows, event_rows = tables.episodes, tables.records, tables.episode_events
 EVENT_KINDS = ("outcome", "tool", "user", "act")
+MEMORY = "memory"  # the kind of events that the server keeps of chats in a memory; no client tells them
 MAX_EVENTS = 10_000  # of one episode
 FAR = 1e18  # a time that no row has
 
@@ -44,7 +45,7 @@ class Episode(msgspec.Struct, frozen=True):
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
     """Something that happened: `outcome` (how it ended), `tool` (a tool's result), `user` (a turn outside of any request), `act` (what a
-    user did with an answer: copied, opened, ...)."""
+    user did with an answer: copied, opened, ...), `memory` (what became of a memory with an answer: see `note_memory`)."""
 
     event_id: str = ""
     tenant: str
@@ -113,13 +114,40 @@ def add_event(conn: Connection, given: Event) -> Event:
         raise records.missing(given.record_id)
     if given.text and not keeps_content(conn, given.tenant, given.episode_id):
         raise Unsupported("text: the content of this episode isn't kept; leave it out", param="text")
-    here = (event_rows.c.tenant == given.tenant) & (event_rows.c.episode_id == given.episode_id)
+    here = (event_rows.c.tenant == given.tenant) & (event_rows.c.episode_id == given.episode_id) & (event_rows.c.kind != MEMORY)
     if conn.execute(sa.select(sa.func.count()).select_from(event_rows).where(here)).scalar_one() >= MAX_EVENTS:
         raise TooLarge(f"episode {given.episode_id} has {MAX_EVENTS} events, the limit; begin another episode", param="episode_id")
     now = time.time()
     made = msgspec.structs.replace(given, event_id=f"ev_{int(1000 * now):011x}{secrets.token_hex(10)}", created_at=now)
     conn.execute(event_rows.insert().values(**msgspec.structs.asdict(made)))
     return made
+
+
+def note_memory(
+    conn: Connection, tenant: str, episode_id: str, record_id: str, memory_id: str, turn: int, act: str | None = None
+) -> None:
+    """Keeps which turn of which memory an answer has become, or with `act` what a model did with the chunk of a turn behind the answer. Its
+    record comes a moment later, and takes the event with it when it goes."""
+    at = time.time()
+    made = Event(
+        event_id=f"ev_{int(1000 * at):011x}{secrets.token_hex(10)}",
+        tenant=tenant, episode_id=episode_id, record_id=record_id, kind=MEMORY, name=memory_id, value=float(turn), text=act, created_at=at,
+    )  # fmt: skip
+    conn.execute(event_rows.insert().values(**msgspec.structs.asdict(made)))
+
+
+def memory_of(conn: Connection, tenant: str, episode_id: str, record_id: str) -> tuple[str, int] | None:
+    """The memory that an answer was given in, and the number of the turn that it is there; None for one in no memory."""
+    row = conn.execute(
+        sa.select(event_rows.c.name, event_rows.c.value).where(
+            (event_rows.c.tenant == tenant)
+            & (event_rows.c.episode_id == episode_id)
+            & (event_rows.c.record_id == record_id)
+            & (event_rows.c.kind == MEMORY)
+            & event_rows.c.text.is_(None)
+        )
+    ).first()
+    return None if row is None else (row.name, int(row.value))
 
 
 def events(conn: Connection, tenant: str, episode_id: str, since: float = 0.0, until: float = math.inf) -> list[Event]:

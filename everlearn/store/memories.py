@@ -1,12 +1,14 @@
 """Memories of a tenant: the window of each as bytes, every turn as it was said, and what was rewritten of it.
 
 A change is one transaction and names the version that it was made from: of two at once, the second gets Conflict and is made anew. What is
-forgotten is deleted here; `Database.scrub` then takes its last bytes from the disk. What a window is, this file doesn't know.
+forgotten is deleted here, with a note that its last bytes are to be taken from the disk, which `scrub` does then; whatever ends the process
+between, the note is there for the next one. What a window is, this file doesn't know.
 """
 
 from __future__ import annotations
 
 import re
+import secrets
 import time
 from collections.abc import Collection, Sequence
 
@@ -15,16 +17,19 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from everlearn.errors import Conflict, InvalidRequest, NotFound, TooLarge
+from everlearn.faultpoints import around
 from everlearn.store import tables
+from everlearn.store.db import Database
 
-memories, turns, rewrites = tables.memories, tables.memory_turns, tables.memory_rewrites
+memories, turns, rewrites, scrubs = tables.memories, tables.memory_turns, tables.memory_rewrites, tables.memory_scrubs
 TABLES = ("memories", "memory_turns", "memory_rewrites")
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,127}")
 MAX_MEMORIES = 100_000  # of a tenant
 
 
 class Memory(msgspec.Struct, frozen=True):
-    """`version` counts its changes, from 1. `base_model`: whose tokens `budget` and `tokens` count."""
+    """`version` counts its changes, from 1. `base_model`: whose tokens `budget` and `tokens` count. `policy`: the adapter that writes and
+    weighs; "": the base model."""
 
     tenant: str
     memory_id: str
@@ -34,6 +39,9 @@ class Memory(msgspec.Struct, frozen=True):
     tokens: int
     turns: int
     window: bytes
+    refill: str = "extract"
+    importance: str = "head"
+    policy: str = ""
     created_at: float = 0.0
     updated_at: float = 0.0
 
@@ -92,9 +100,11 @@ def commit(
     new_rewrites: Sequence[Rewrite] = (),
     forgotten: Collection[int] = (),
     now: float | None = None,
+    keep_turns: int = 0,
 ) -> Memory:
     """Makes `memory` (with the version that it was made from; 0: it is new) what is stored, with its new turns and rewrites, and without
-    the `forgotten` turns. Raises Conflict if it was changed meanwhile. The same change again is refused likewise: nothing happens twice."""
+    the `forgotten` turns. `keep_turns`: how many of the last turns its archive holds, with what was rewritten of them; 0: all. Raises
+    Conflict if it was changed meanwhile. The same change again is refused likewise: nothing happens twice."""
     at = time.time() if now is None else now
     mine = _mine(memories, memory.tenant, memory.memory_id)
     there = conn.execute(sa.select(memories.c.version, memories.c.created_at).where(mine)).first()
@@ -114,17 +124,38 @@ def commit(
         conn.execute(turns.insert(), [msgspec.structs.asdict(turn) | key | {"created_at": turn.created_at or at} for turn in new_turns])
     if new_rewrites:
         conn.execute(rewrites.insert(), [msgspec.structs.asdict(rewrite) | key for rewrite in new_rewrites])
+    if keep_turns and new_turns:
+        first = max(turn.number for turn in new_turns) - keep_turns
+        conn.execute(rewrites.delete().where(_mine(rewrites, **key) & (rewrites.c.source <= first)))
+        conn.execute(turns.delete().where(_mine(turns, **key) & (turns.c.number <= first)))
     if forgotten:
-        conn.execute(rewrites.delete().where(_mine(rewrites, **key) & rewrites.c.source.in_(forgotten)))
-        conn.execute(turns.delete().where(_mine(turns, **key) & turns.c.number.in_(forgotten)))
+        _note_scrub(conn)
+        with around("memory.row"):
+            conn.execute(rewrites.delete().where(_mine(rewrites, **key) & rewrites.c.source.in_(forgotten)))
+            conn.execute(turns.delete().where(_mine(turns, **key) & turns.c.number.in_(forgotten)))
     return stored
 
 
 def delete(conn: Connection, tenant: str, memory_id: str) -> None:
     """Forgets all of it."""
     get(conn, tenant, memory_id)
-    for table in (rewrites, turns, memories):
-        conn.execute(table.delete().where(_mine(table, tenant, memory_id)))
+    _note_scrub(conn)
+    with around("memory.row"):
+        for table in (rewrites, turns, memories):
+            conn.execute(table.delete().where(_mine(table, tenant, memory_id)))
+
+
+def scrub(db: Database) -> bool:
+    """Takes from the disk what was forgotten and still has bytes there; whether there was anything to do. Blocks for as
+    long as copying takes. Raises Unavailable where somebody reads for too long: the notes stay, and it is to be tried again."""
+    noted = db.read(lambda conn: list(conn.execute(sa.select(scrubs.c.scrub_id)).scalars()))
+    if not noted:
+        return False
+    db.scrub(TABLES)
+    for start in range(0, len(noted), 500):  # those that were noted before; what came since waits for its own
+        done = noted[start : start + 500]
+        db.write(lambda conn, done=done: conn.execute(scrubs.delete().where(scrubs.c.scrub_id.in_(done)))).result()  # type: ignore[misc]
+    return True
 
 
 def turn(conn: Connection, tenant: str, memory_id: str, number: int) -> Turn:
@@ -149,6 +180,12 @@ def list_rewrites(conn: Connection, tenant: str, memory_id: str, source: int) ->
     return [Rewrite(*row) for row in conn.execute(sa.select(*columns).where(where).order_by(rewrites.c.id))]
 
 
+def superseding(conn: Connection, tenant: str, memory_id: str, number: int) -> int | None:
+    """The last turn that takes the place of turn `number`."""
+    where = _mine(turns, tenant, memory_id) & (turns.c.supersedes == number)
+    return conn.execute(sa.select(sa.func.max(turns.c.number)).where(where)).scalar_one()
+
+
 def chain(conn: Connection, tenant: str, memory_id: str, number: int) -> set[int]:
     """The turn with all that it superseded and was superseded by."""
     found: set[int] = set()
@@ -159,6 +196,10 @@ def chain(conn: Connection, tenant: str, memory_id: str, number: int) -> set[int
         rows = conn.execute(sa.select(turns.c.number, turns.c.supersedes).where(where)).all()
         todo = {value for row in rows for value in row if value is not None} - found
     return found
+
+
+def _note_scrub(conn: Connection) -> None:
+    conn.execute(scrubs.insert().values(scrub_id=secrets.token_hex(12), created_at=time.time()))
 
 
 def _check_room(conn: Connection, tenant: str) -> None:

@@ -6,7 +6,8 @@ import sqlalchemy as sa
 
 from everlearn.store.columns import BigId, metadata, text, time
 
-# A memory: `window` is what it shows now (everlearn/memory/window.py packs it), `tokens` its size, `turns` how many have come.
+# A memory: `window` is what it shows now (everlearn/memory/window.py packs it), `tokens` its size, `turns` how many have come. `refill`,
+# `importance` and `policy`: who writes and who weighs its chunks (everlearn/api/refilling.py).
 memories = sa.Table(
     "memories",
     metadata,
@@ -18,6 +19,9 @@ memories = sa.Table(
     sa.Column("tokens", sa.BigInteger, nullable=False),
     sa.Column("turns", sa.BigInteger, nullable=False),
     sa.Column("window", sa.LargeBinary, nullable=False),
+    sa.Column("refill", sa.Text, nullable=False, server_default="extract"),
+    sa.Column("importance", sa.Text, nullable=False, server_default="head"),
+    sa.Column("policy", sa.Text, nullable=False, server_default=""),
     time("created_at"),
     time("updated_at"),
 )
@@ -47,4 +51,12 @@ memory_rewrites = sa.Table(
     text("after", null=True),
     text("refill"),
     sa.Index("memory_rewrites_source", "tenant", "memory_id", "source", "id"),
+)
+
+# Rows were deleted whose bytes may still be on the disk; it goes when they are gone.
+memory_scrubs = sa.Table(
+    "memory_scrubs",
+    metadata,
+    text("scrub_id", primary_key=True),
+    time("created_at"),
 )

@@ -23,7 +23,7 @@ from everlearn.store.feedback_tables import (
     trails,
     version_datasets,
 )
-from everlearn.store.memory_tables import memories, memory_rewrites, memory_turns
+from everlearn.store.memory_tables import memories, memory_rewrites, memory_scrubs, memory_turns
 from everlearn.store.run_tables import run_rollouts, run_settings, run_steps
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "feedback_changes",
     "memories",
     "memory_rewrites",
+    "memory_scrubs",
     "memory_turns",
     "metadata",
     "run_rollouts",

@@ -69,6 +69,7 @@ WANTED = {
     "POST /v1/runs": "train",
     "/v1/memories": "read",
     "POST /v1/memories": "sample",
+    "PATCH /v1/memories": "sample",
     "DELETE /v1/memories": "sample",
     "/v1/episodes": "read",
     "POST /v1/episodes": "sample",

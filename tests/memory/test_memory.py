@@ -117,6 +117,20 @@ def test_what_is_forgotten_is_in_no_file(tmp_path: Path, memory):
         memory.forget(number)
 
 
+def test_a_forget_that_was_cut_off_ends_when_the_archive_is_opened(tmp_path: Path, memory, monkeypatch):
+    for number in range(60):
+        memory.add("user", f"My password is xyzzy-plugh-{number}, " + "and I like it. " * 20)
+    with monkeypatch.context() as patched:
+        patched.setattr(memory.archive, "scrub", lambda: None)  # as if it died there
+        for turn in memory.archive.turns(most=1000):
+            if "xyzzy" in turn.text:
+                memory.forget(turn.number)
+    memory.close()
+    (path,) = tmp_path.glob("*.memory")
+    Archive(path).close()
+    assert not any(b"xyzzy" in one.read_bytes() for one in tmp_path.iterdir())
+
+
 def test_every_rewrite_is_kept_with_what_it_was_before(memory):
     chatter(memory, 60)
     pasts = [past for turn in memory.archive.turns(most=1000) if (past := memory.archive.rewrites(turn.number))]

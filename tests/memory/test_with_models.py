@@ -14,11 +14,12 @@ import tinker
 from everlearn.errors import InvalidRequest
 from everlearn.memory.asking import ANSWER_TOKENS, Asking
 from everlearn.memory.counterfactual import Counterfactual, surprisals
-from everlearn.memory.decide import UNDECIDED, Decided, level_of
+from everlearn.memory.decide import Decided
 from everlearn.memory.distil import examples
 from everlearn.memory.generate import Generate
 from everlearn.memory.importance import FEATURES, distilled
 from everlearn.memory.memory import Memory
+from everlearn.memory.orders import UNDECIDED, level_of
 from everlearn.memory.plan import Plan
 from everlearn.memory.synthetic import synthetic
 from everlearn.memory.window import Chunk, Window, chunk_of, line

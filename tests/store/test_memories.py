@@ -63,6 +63,22 @@ def test_a_chain_of_corrections_goes_together(db: Database):
     assert db.read(lambda conn: memories.turn(conn, "a", "ann", 2)).text == "else"
 
 
+def test_an_archive_holds_the_last_turns(db: Database):
+    there = write(db, memory(), [Turn(n, "user", str(n)) for n in range(20)], [Rewrite(n, n, "a", "b", "extract") for n in range(20)])
+    write(db, there, [Turn(20, "user", "x"), Turn(21, "assistant", "y")], keep_turns=10)
+    assert [turn.number for turn in db.read(lambda conn: memories.list_turns(conn, "a", "ann", 100))] == list(range(12, 22))
+    assert [len(db.read(lambda conn, n=n: memories.list_rewrites(conn, "a", "ann", n))) for n in (11, 12)] == [0, 1]
+
+
+def test_what_is_to_be_scrubbed_is_noted_with_its_deletion(db: Database):
+    assert not memories.scrub(db)
+    there = write(db, memory(), [Turn(0, "user", "one"), Turn(1, "user", "two")])
+    write(db, there, forgotten={0})
+    assert memories.scrub(db) and not memories.scrub(db)
+    db.write(lambda conn: memories.delete(conn, "a", "ann")).result(30)
+    assert memories.scrub(db) and not memories.scrub(db)
+
+
 def test_after_a_scrub_no_byte_is_left(tmp_path: Path):
     db = open_database(f"sqlite:///{tmp_path / 'everlearn.db'}")
     there = memory()

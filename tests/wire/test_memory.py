@@ -16,8 +16,8 @@ import openai
 import pytest
 
 from everlearn.cli.main import run as everlearn
-from everlearn.store.memories import TABLES
-from tests.live import KEY, LiveServer
+from tests.live import KEY, LiveServer, start_server
+from tests.loop.conftest import train
 
 FACT = "My sister Nora lives in Lisbon, and I never eat shellfish."
 BUDGET = 300
@@ -145,19 +145,99 @@ def test_records_of_chats_in_a_memory_hold_no_texts_unless_asked(client, http):
     assert rows[1]["continues"] is None and rows[2]["episode_id"] == "gil-1"
 
 
+def history(http: httpx.Client, memory: str, wanted: str, seconds: float = 30.0) -> list[dict[str, Any]]:
+    """All rewrites of a memory, once one of them was done by `wanted`."""
+    deadline = time.monotonic() + seconds
+    while True:
+        turns = http.get(f"/memories/{memory}/turns", params={"limit": 100}).json()["data"]
+        found = [row for turn in turns for row in http.get(f"/memories/{memory}/turns/{turn['number']}").json()["rewrites"]]
+        if any(row["refill"].startswith(wanted) for row in found):
+            return found
+        assert time.monotonic() < deadline, {row["refill"] for row in found}
+        time.sleep(0.1)
+
+
+def long_talk(client: openai.OpenAI, memory: str, turns: int, **fields: Any) -> list[int]:
+    """Turns of several sentences, of which some are cut; prompt tokens of each request."""
+    told = "Nora paid {n} euros in Lisbon. It was a nice day. The bus was {n} minutes late, and nobody knew why."
+    body = {"id": memory, "budget": BUDGET, **fields}
+    return [say(client, memory, told.format(n=n), extra_body={"memory": body}).usage.prompt_tokens for n in range(turns)]
+
+
+def test_a_model_writes_anew_what_was_cut_behind_the_answer(client, http):
+    used = long_talk(client, "lea", 14, refill="generate")
+    found = history(http, "lea", "generate")
+    mine = [row for row in found if row["refill"].startswith("generate")]
+    assert {row["refill"].partition(":")[0] for row in mine} <= {"generate (tiny)", "generate failed (tiny)"}
+    cut = {row["source"]: row for row in found if row["refill"] == "extract"}
+    assert all(row["source"] in cut for row in mine) and max(used) <= BUDGET
+    told = seen(http, "lea")
+    assert told["refill"] == "generate" and told["policy"] is None and told["tokens"] <= BUDGET
+    assert max(long_talk(client, "lea", 6)) <= BUDGET, "it goes on as it was chosen"
+    episode = http.get("/episodes/" + http.get("/records").json()["data"][0]["episode_id"]).json()
+    acts = [entry for entry in episode["timeline"] if entry.get("kind") == "memory"]
+    assert {act["name"] for act in acts} == {"lea"} and any((act["text"] or "").startswith("generate") for act in acts)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_adapter_writes_as_the_memory_s_policy(server, client, http):
+    path = train(server, "hello", "hello", steps=1)
+    http.post("/adapters", json={"name": "keeper", "path": path}).raise_for_status()
+    long_talk(client, "oda", 12, refill="generate", policy="keeper")
+    found = [row["refill"] for row in history(http, "oda", "generate")]
+    assert any("(keeper@1)" in refill for refill in found) and seen(http, "oda")["policy"] == "keeper"
+    assert http.delete("/adapters/keeper").status_code in (200, 204)
+    long_talk(client, "oda", 10)
+    rows = history(http, "oda", "generate failed (keeper): there is no model 'keeper'")
+    assert all(row["before"] == row["after"] for row in rows if "failed" in row["refill"]), "the rule's text stands"
+
+
+def test_what_a_model_could_not_write_is_told_in_the_history(client, http):
+    with pytest.raises(openai.NotFoundError, match="there is no model 'nobody'"):
+        long_talk(client, "mia", 1, refill="generate", policy="nobody")
+    with pytest.raises(openai.BadRequestError, match="memory.refill is 'poem'; it is one of extract, generate, forget"):
+        long_talk(client, "mia", 1, refill="poem")
+    assert http.get("/memories/mia").status_code == 404
+    long_talk(client, "mia", 3)
+    assert http.patch("/memories/mia", json={"policy": "nobody"}).status_code == 404
+    assert http.patch("/memories/mia", json={"refill": "generate", "importance": "decided"}).json()["importance"] == "decided"
+    long_talk(client, "mia", 12)
+    history(http, "mia", "generate")
+    told = seen(http, "mia")
+    assert told["tokens"] <= BUDGET and all(0 <= chunk["importance"] <= 1 for chunk in told["chunks"])
+    assert any(chunk["importance"] == 0.5 for chunk in told["chunks"]), "what the tiny model says is no decision"
+
+
 def stored(home: Path, word: bytes) -> list[str]:
     return [str(path) for path in home.rglob("*") if path.is_file() and word in path.read_bytes()]
 
 
-def forget_halfway(live: LiveServer, client: openai.OpenAI) -> None:
-    """A request that broke off when its rows were deleted and their bytes weren't: sent again, it finds nothing and ends what was begun."""
-    say(client, "jon", "Of frobozz-gnusto nobody else knows.")
-    with contextlib.closing(sqlite3.connect(live.home / "everlearn.db", timeout=30)) as conn, conn:
-        for table in TABLES:
-            conn.execute(f"DELETE FROM {table} WHERE memory_id = 'jon'")
-    assert stored(live.home, b"frobozz-gnusto")
-    assert httpx.delete(f"{live.url}/v1/memories/jon", headers={"X-API-Key": KEY}, timeout=60).status_code == 404
-    assert stored(live.home, b"frobozz-gnusto") == []
+@contextlib.contextmanager
+def stopped(live: LiveServer) -> Iterator[LiveServer]:
+    try:
+        yield live
+    finally:
+        live.stop()
+
+
+def test_a_forget_that_a_kill_cut_off_ends_when_the_server_starts(tiny_model: Path, tmp_path: Path):
+    """Killed when the rows are deleted and their bytes are still there. Nobody asks again."""
+    live = start_server(tmp_path / "home", tiny_model, variables={"EVERLEARN_FAULT": "memory.row.committed:1:kill"})
+    with stopped(live), openai.OpenAI(base_url=live.url + "/v1", api_key=KEY, max_retries=0) as client:
+        say(client, "jon", "Of frobozz-gnusto nobody else knows.")
+        say(client, "kai", "hello")
+        with pytest.raises(httpx.HTTPError):
+            httpx.delete(f"{live.url}/v1/memories/jon/turns/0", headers={"X-API-Key": KEY}, timeout=60)
+        live.process.wait(30)
+        assert stored(live.home, b"frobozz-gnusto")
+        live.restart()
+        deadline = time.monotonic() + 30
+        while stored(live.home, b"frobozz-gnusto") and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert stored(live.home, b"frobozz-gnusto") == []
+        with contextlib.closing(sqlite3.connect(live.home / "everlearn.db", timeout=30)) as conn:
+            assert conn.execute("SELECT COUNT(*) FROM memory_scrubs").fetchone() == (0,)
+        assert say(client, "kai", "still there?").usage.prompt_tokens > 20
 
 
 def test_what_is_forgotten_is_nowhere_on_the_disk(new_server: Callable[..., LiveServer], capsys):
@@ -171,7 +251,6 @@ def test_what_is_forgotten_is_nowhere_on_the_disk(new_server: Callable[..., Live
         assert everlearn(["memory", "forget", "hans", "0", *arguments]) == 0
         assert everlearn(["memory", "forget", "ida", *arguments]) == 0
         assert stored(live.home, b"xyzzy-plugh") == []
-        forget_halfway(live, client)
         chatter(client, "hans", 3)
         capsys.readouterr()
         assert everlearn(["memory", "list", "-f", "json", *arguments]) == 0

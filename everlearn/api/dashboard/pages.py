@@ -23,6 +23,7 @@ PAGES = (
     Page("", "Overview", "o", "overview"),
     Page("runs", "Runs", "r", "runs"),
     Page("rollouts", "Rollouts", "l", "rollouts"),
+    Page("memory", "Memory", "m", "memory"),
     Page("system", "System", "s", "system"),
 )
 

@@ -263,7 +263,8 @@ def memory(form: ChatForm, headers: Mapping[str, str]) -> Wanted | None:
     if form.memory is not None and given is not None:
         raise InvalidRequest(f"memory is named in the body and in the header {MEMORY}; send one of them", param="memory")
     if form.memory is not None:
-        return Wanted(form.memory.id, form.memory.budget, form.memory.recent)
+        asked = form.memory
+        return Wanted(asked.id, asked.budget, asked.recent, asked.refill, asked.importance, asked.policy)
     if given is None:
         return None
     if budget is not None and not (budget.isascii() and budget.isdigit() and len(budget) < 10):

@@ -165,11 +165,15 @@ class StreamOptions(Form):
 
 
 class MemoryForm(Form):
-    """Which memory the conversation is in; `budget` and `recent` are those of a new one."""
+    """Which memory the conversation is in; `budget` and `recent` are those of a new one. `refill`, `importance` and `policy` say who
+    writes and weighs its chunks from now on."""
 
     id: str
     budget: int | None = None
     recent: int | None = None
+    refill: str | None = None
+    importance: str | None = None
+    policy: str | None = None
 
 
 # ---- requests ----
