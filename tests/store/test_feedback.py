@@ -219,7 +219,7 @@ WORDS = st.lists(
 )
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(WORDS)
 def test_whatever_is_said_edited_and_deleted_the_last_word_counts(words: list[tuple[str, Any, float]]) -> None:
     """Against a plain model: a list of words in the order of their last change. Who follows the changes knows what counts."""
