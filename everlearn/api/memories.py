@@ -11,7 +11,7 @@ from fastapi import APIRouter, Query, Request, Response
 from sqlalchemy import Connection
 
 from everlearn.api.auth import caller, scope, tenant
-from everlearn.api.paging import After, Limit, page, refuse_unknown
+from everlearn.api.paging import After, Limit, listing, page, refuse_unknown
 from everlearn.api.remembering import refuse_discreet, rewrites_of, rules_of, window_of, with_window
 from everlearn.api.services import Services, services
 from everlearn.api.tinker import forms
@@ -72,10 +72,7 @@ def turn_json(turn: Turn) -> dict[str, Any]:
 @router.get("", dependencies=READS)
 async def list_memories(request: Request, limit: int = Limit, after: str | None = After) -> dict[str, Any]:
     """The caller's memories, by id."""
-    refuse_unknown(request, "limit", "after")
-    owner = tenant(request)
-    found = await services(request).read(lambda conn: memories.list_memories(conn, owner, limit + 1, after))
-    return page(found, limit, memory_json)
+    return await listing(request, limit, after, memories.list_memories, memory_json)
 
 
 @router.get("/{memory_id}", dependencies=READS)
