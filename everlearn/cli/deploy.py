@@ -86,7 +86,7 @@ def show(console: Console, name: str) -> None:
         console.result(found)
         return
     last = client.get(route(name) + "/history", limit=1)["data"]
-    console.result(row(found) | {"latest": f"{last[0]['kind']}: {last[0]['reason']}" if last else ""})
+    console.result(row(found) | {"latest": ": ".join(filter(None, (last[0]["kind"], last[0]["reason"]))) if last else ""})
 
 
 @command.command("history")

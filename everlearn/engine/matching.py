@@ -70,7 +70,7 @@ def check_installed(library: str) -> None:
     """Raises Unsupported, with the command that helps, where the chosen library isn't there. llguidance always is."""
     if library == "xgrammar" and importlib.util.find_spec("xgrammar") is None:
         raise Unsupported(
-            'engine.grammar is "xgrammar", and that package isn\'t installed: pip install "everlearn[xgrammar]", or leave the setting out',
+            'engine.grammar is "xgrammar", and that package isn\'t installed: pip install "xgrammar>=0.2.8,<0.3", or leave the setting out',
             param="engine.grammar",
         )
 

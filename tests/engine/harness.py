@@ -18,7 +18,7 @@ from everlearn.types import Array, BaseModelInfo, Datum, ForwardBackwardResult, 
 FLOAT32 = torch.float32
 CPU = torch.device("cpu")
 WITHOUT_XGRAMMAR = pytest.mark.skipif(
-    importlib.util.find_spec("xgrammar") is None, reason="the package xgrammar isn't installed: pip install 'everlearn[xgrammar]'"
+    importlib.util.find_spec("xgrammar") is None, reason="the package xgrammar isn't installed: pip install 'xgrammar>=0.2.8,<0.3'"
 )
 GRAMMAR_LIBRARIES = ["llguidance", pytest.param("xgrammar", marks=WITHOUT_XGRAMMAR)]
 

@@ -17,7 +17,7 @@ from everlearn.engine.grammar import Grammars
 from everlearn.engine.lark_dialect import translate
 from everlearn.engine.matching import check_installed
 from everlearn.engine.schema_subset import check_schema
-from everlearn.errors import InvalidRequest, TooLarge, Unsupported
+from everlearn.errors import InvalidRequest, TooLarge, Unavailable, Unsupported
 from everlearn.models.load import BaseModel
 from everlearn.types import Grammar
 from tests.engine.harness import WITHOUT_XGRAMMAR, load_tiny
@@ -76,8 +76,8 @@ def test_an_absent_package_is_told_at_the_start_with_the_command_that_helps(tmp_
     if importlib.util.find_spec("xgrammar") is None:
         environment = {**os.environ, "EVERLEARN_HOME": str(tmp_path), "EVERLEARN_ENGINE__GRAMMAR": "xgrammar"}
         started = subprocess.run([sys.executable, "-m", "everlearn.cli.main", "serve"], env=environment, capture_output=True, text=True, timeout=120)
-        assert started.returncode != 0 and 'pip install "everlearn[xgrammar]"' in started.stderr
-        with pytest.raises(Unsupported, match=r'pip install "everlearn\[xgrammar\]"'):
+        assert started.returncode != 0 and 'pip install "xgrammar>=0.2.8,<0.3"' in started.stderr
+        with pytest.raises(Unsupported, match='pip install "xgrammar'):
             check_installed("xgrammar")
     else:
         check_installed("xgrammar")
@@ -94,10 +94,10 @@ def test_a_text_without_words_becomes_their_automaton() -> None:
 def test_hostile_sources_end_in_bounded_time(base: BaseModel) -> None:
     """Those of llguidance's test. What takes longest here is refused for its size; the rest compiles or is an error."""
     grammars = Grammars(base, 30.0, 4, "xgrammar")
-    made = {name: grammars.compile(Grammar(*source), "tenant") for name, source in HOSTILE.items()}  # type: ignore[arg-type]
-    until(grammars, lambda: all(one.done for one in made.values()), 120.0)
+    made = {name: grammars.compile(Grammar(*source), name) for name, source in HOSTILE.items()}  # type: ignore[arg-type]
+    until(grammars, lambda: all(one.done for one in made.values()), 240.0)
     for name, one in made.items():
-        assert one.matcher is not None or isinstance(one.error, (InvalidRequest, TooLarge, Unsupported)), name
+        assert one.matcher is not None or isinstance(one.error, (InvalidRequest, TooLarge, Unsupported, Unavailable)), name
     assert isinstance(made["stars"].error, TooLarge)
 
 
