@@ -87,6 +87,9 @@ class EngineSettings(Section):
         description="an engine that loads its model, or works without progress, for longer is killed and restarted",
     )
     queue_limit: int = Field(4096, ge=1, description="sampling sequences that may wait in the engine; more is a 429")
+    grammar: Literal["llguidance", "xgrammar"] = Field(
+        "llguidance", description="the library that holds answers to grammars; xgrammar is a package of its own and follows fewer schemas"
+    )
     grammar_seconds: float = Field(5.0, gt=0, description="processor time that compiling a grammar may take; more is a 400")
     grammar_cache: int = Field(256, ge=1, description="compiled grammars kept in memory")
     recompute: bool = Field(False, description="recompute activations in the backward pass: less memory, a third more work")

@@ -83,7 +83,7 @@ def start_server(
     it is ready."""
     home.mkdir(parents=True, exist_ok=True)
     port = free_port()
-    given = {"engine.threads": 1, "engine.kv_tokens": 8192, **(settings or {})}
+    given = {"engine.threads": 1, "engine.kv_tokens": 8192, "api.shutdown_grace_seconds": 3.0, **(settings or {})}
     lines = [f'models.default = "{name}"', *(f"{key} = {json.dumps(value)}" for key, value in given.items())]
     lines += ["[[models.base]]", f'name = "{name}"', f'path = "{model}"', 'aliases = ["Qwen/Qwen3-8B"]']
     for other, path in (others or {}).items():

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from sqlalchemy import Connection
 
 from everlearn.api.auth import scope, tenant
-from everlearn.api.paging import After, Limit, page, refuse_unknown
+from everlearn.api.paging import After, Limit, listing
 from everlearn.api.services import services
 from everlearn.api.tinker import forms
 from everlearn.errors import InvalidRequest
@@ -72,10 +72,7 @@ async def name_adapter(request: Request) -> dict[str, Any]:
 @router.get("")
 async def list_adapters(request: Request, limit: int = Limit, after: str | None = After) -> dict[str, Any]:
     """What each name means now, by name."""
-    refuse_unknown(request, "limit", "after")
-    owner = tenant(request)
-    found = await services(request).read(lambda conn: names.list_names(conn, owner, limit + 1, after))
-    return page(found, limit, adapter_json)
+    return await listing(request, limit, after, names.list_names, adapter_json)
 
 
 @router.get("/{name}")

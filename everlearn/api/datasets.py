@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 from everlearn.api import auth, bodies
 from everlearn.api.auth import scope, tenant
 from everlearn.api.openai import types
-from everlearn.api.paging import After, Limit, page, refuse_unknown
+from everlearn.api.paging import After, Limit, listing, page, refuse_unknown
 from everlearn.api.services import Services, services
 from everlearn.api.target import resolve
 from everlearn.api.tinker.forms import CHECK_ADDRESS
@@ -106,10 +106,7 @@ def check(filters: Filters) -> None:
 @router.get("", dependencies=READS)
 async def list_datasets(request: Request, limit: int = Limit, after: str | None = After) -> dict[str, Any]:
     """The tenant's datasets, newest first."""
-    refuse_unknown(request, "limit", "after")
-    owner = tenant(request)
-    found = await services(request).read(lambda conn: datasets.list_datasets(conn, owner, limit + 1, after))
-    return page(found, limit, dataset_json)
+    return await listing(request, limit, after, datasets.list_datasets, dataset_json)
 
 
 @router.get("/{dataset_id}", dependencies=READS)

@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 
 from everlearn.api import auth
 from everlearn.api.auth import scope, tenant
-from everlearn.api.paging import After, Limit, page, refuse_unknown
+from everlearn.api.paging import After, Limit, listing, page, refuse_unknown
 from everlearn.api.services import services
 from everlearn.api.tinker import forms
 from everlearn.errors import InvalidRequest
@@ -113,9 +113,7 @@ async def create_deployment(request: Request) -> dict[str, Any]:
 
 @router.get("")
 async def list_deployments(request: Request, limit: int = Limit, after: str | None = After) -> dict[str, Any]:
-    refuse_unknown(request, "limit", "after")
-    owner, seen = tenant(request), seen_by(auth.caller(request))
-    return page(await services(request).read(lambda conn: deployments.list_all(conn, owner, limit + 1, after)), limit, seen)
+    return await listing(request, limit, after, deployments.list_all, seen_by(auth.caller(request)))
 
 
 @router.get("/{name}")

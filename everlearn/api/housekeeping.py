@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from everlearn.engine import protocol
-from everlearn.store import garbage, memories, records, runs, sessions, steps
+from everlearn.store import deployments, forgetting, garbage, memories, records, runs, sessions, steps
 from everlearn.store import log as request_log
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ class Housekeeping:
         await svc.write(lambda conn: request_log.expire(conn, now, settings.result_retention_seconds))
         await self._forget_records(now - settings.record_retention_seconds)
         await svc.write(partial(steps.forget_rollouts, before=now - settings.record_retention_seconds))
+        await self._forget_histories(now - settings.record_retention_seconds)
         for run in await svc.read(lambda conn: runs.idle_runs(conn, now - SESSION_SILENCE)):
             await svc.write(partial(runs.unload_run, tenant=run.tenant, run_id=run.run_id))
             await svc.dispatcher.forget(run.run_id)
@@ -93,6 +94,13 @@ class Housekeeping:
         while await self.svc.write(partial(records.sweep, before=before)) == records.SWEEP_ROWS:
             await asyncio.sleep(0.05)
         self.svc.metrics.store_bytes.labels("records").set(await self.svc.read(records.size))
+
+    async def _forget_histories(self, before: float) -> None:
+        """A history is kept as long as what it tells of, and then as long as a record is."""
+        while gone := await self.svc.read(partial(forgetting.forgotten_feedback, before=before)):
+            await self.svc.write(partial(forgetting.drop_history, feedback_ids=gone))
+            await asyncio.sleep(0.05)
+        await self.svc.write(partial(deployments.sweep_log, before=before))
 
     async def _shrink(self, excess: int) -> None:
         """The log is over its bound: the runs that fill it most are asked for snapshots, which let their payloads go."""

@@ -12,7 +12,7 @@ from sqlalchemy import Connection
 
 from everlearn.api import refilling
 from everlearn.api.auth import Caller, caller, scope, tenant
-from everlearn.api.paging import After, Limit, page, refuse_unknown
+from everlearn.api.paging import After, Limit, listing, page, refuse_unknown
 from everlearn.api.refilling import rules_of, window_of
 from everlearn.api.remembering import Wanted, refuse_discreet, rewrites_of, with_window
 from everlearn.api.services import Services, services
@@ -103,10 +103,7 @@ def past_json(conn: Connection, owner: str, memory_id: str, number: int) -> dict
 @router.get("", dependencies=READS)
 async def list_memories(request: Request, limit: int = Limit, after: str | None = After) -> dict[str, Any]:
     """The caller's memories, by id."""
-    refuse_unknown(request, "limit", "after")
-    owner = tenant(request)
-    found = await services(request).read(lambda conn: memories.list_memories(conn, owner, limit + 1, after))
-    return page(found, limit, memory_json)
+    return await listing(request, limit, after, memories.list_memories, memory_json)
 
 
 @router.get("/{memory_id}", dependencies=READS)

@@ -6,12 +6,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import Query, Request
+from sqlalchemy.engine import Connection
 
+from everlearn.api.auth import tenant
+from everlearn.api.services import services
 from everlearn.errors import InvalidRequest
 from everlearn.store.names import storable
 
 Limit = Query(20, ge=1, le=1000)
 After = Query(None, max_length=200)
+Find = Callable[[Connection, str, int, str | None], Sequence[Any]]  # connection, tenant, how many, behind which
 
 
 def page(found: Sequence[Any], limit: int, shown: Callable[[Any], dict[str, Any]], key: str = "id") -> dict[str, Any]:
@@ -19,6 +23,14 @@ def page(found: Sequence[Any], limit: int, shown: Callable[[Any], dict[str, Any]
     data = [shown(item) for item in found[:limit]]
     ends = {"first_id": data[0][key], "last_id": data[-1][key]} if data else {"first_id": None, "last_id": None}
     return {"object": "list", "data": data, **ends, "has_more": len(found) > limit}
+
+
+async def listing(request: Request, limit: int, after: str | None, find: Find, shown: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """A page of what the tenant has, without filters. `find(conn, tenant, limit, after)` gives the things in order."""
+    refuse_unknown(request, "limit", "after")
+    owner = tenant(request)
+    found = await services(request).read(lambda conn: find(conn, owner, limit + 1, after))
+    return page(found, limit, shown)
 
 
 def refuse_unknown(request: Request, *known: str) -> None:

@@ -13,6 +13,7 @@ from everlearn.cli.console import Console, Noun, pass_console
 
 command = Noun("deploy", help="Deployments: what answers under a name, what is tried beside it, and why.")
 COLUMNS = ["name", "champion", "candidate", "state", "share", "paused", "base_model"]
+REASON = click.option("--reason", default="", help="why; kept in the history")
 EVENTS = ["created", "kind", "state", "champion", "candidate", "share", "actor", "reason"]
 
 
@@ -41,7 +42,7 @@ def _describe(file: Path) -> tuple[str, dict[str, Any]]:
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--name", default="", help="the deployment's name (else `name` in FILE)")
 @click.option("--champion", type=click.IntRange(min=0), metavar="NUMBER", help="what serves at first; 0: the base model")
-@click.option("--reason", default="", help="why; kept in the history")
+@REASON
 @pass_console
 def create(console: Console, file: Path, name: str, champion: int | None, reason: str) -> None:
     """Serve a name as FILE (TOML) describes it: sections triggers, update, shadow, budget and gate.
@@ -59,7 +60,7 @@ def create(console: Console, file: Path, name: str, champion: int | None, reason
 @command.command("change")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--name", default="", help="the deployment's name (else `name` in FILE)")
-@click.option("--reason", default="", help="why; kept in the history")
+@REASON
 @pass_console
 def change(console: Console, file: Path, name: str, reason: str) -> None:
     """Describe a deployment anew, for what is done from now on."""
@@ -85,7 +86,7 @@ def show(console: Console, name: str) -> None:
         console.result(found)
         return
     last = client.get(route(name) + "/history", limit=1)["data"]
-    console.result(row(found) | {"latest": f"{last[0]['kind']}: {last[0]['reason']}" if last else ""})
+    console.result(row(found) | {"latest": ": ".join(filter(None, (last[0]["kind"], last[0]["reason"]))) if last else ""})
 
 
 @command.command("history")
@@ -101,7 +102,7 @@ def history(console: Console, name: str, limit: int) -> None:
 @command.command("promote")
 @click.argument("name")
 @click.option("--to", "number", type=click.IntRange(min=0), metavar="NUMBER", help="this version, else the candidate; 0: the base model")
-@click.option("--reason", default="", help="why; kept in the history")
+@REASON
 @pass_console
 def promote(console: Console, name: str, number: int | None, reason: str) -> None:
     """Let NAME's candidate answer everybody from the next request on."""
@@ -111,7 +112,7 @@ def promote(console: Console, name: str, number: int | None, reason: str) -> Non
 @command.command("rollback")
 @click.argument("name")
 @click.option("--to", "number", type=click.IntRange(min=0), metavar="NUMBER", help="back to this version; 0: the base model")
-@click.option("--reason", default="", help="why; kept in the history")
+@REASON
 @pass_console
 def rollback(console: Console, name: str, number: int | None, reason: str) -> None:
     """Give up the candidate that is tried; where none is, go back to what answered before."""
@@ -121,7 +122,7 @@ def rollback(console: Console, name: str, number: int | None, reason: str) -> No
 @command.command("pause")
 @click.argument("name")
 @click.option("--off", is_flag=True, help="go on")
-@click.option("--reason", default="", help="why; kept in the history")
+@REASON
 @pass_console
 def pause(console: Console, name: str, off: bool, reason: str) -> None:
     """Let the champion alone answer, and nothing be learned, until `--off`."""

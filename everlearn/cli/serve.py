@@ -20,9 +20,11 @@ def command(console: Console, model: str | None, host: str | None, port: int | N
     Point the tinker SDK at it:
         TINKER_BASE_URL=http://127.0.0.1:8000 TINKER_API_KEY=tml-local python train.py
     """
+    from everlearn.engine.matching import check_installed
     from everlearn.models.catalog import Catalog
 
     settings = console.settings({"models.default": model, "api.host": host, "api.port": port, "api.log_format": log_format})
+    check_installed(settings.engine.grammar)
     Catalog(settings)  # a wrong model is said now, not after the server has started; the server converts an embedded one itself
     from everlearn.api.server import run
 

@@ -11,40 +11,24 @@ memory. How masks are used is in masks.py.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
-import random
 import threading
 import time
 import weakref
 from collections import OrderedDict, deque
 from functools import cached_property
-from typing import TYPE_CHECKING, cast
-
-import numpy as np
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
-from llguidance.gbnf_to_lark import gbnf_to_lark
-from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
-from tokenizers import Tokenizer
 
 from everlearn.engine.fairness import FairQueue
+from everlearn.engine.matching import PARAM, Compiler, Matcher, check_installed, make_compiler, num_words
 from everlearn.errors import EverlearnError, InvalidRequest, TooLarge, Unavailable, Unsupported
 from everlearn.models.load import BaseModel
-from everlearn.render.callgrammar import SPACING
 from everlearn.types import Grammar
 
-if TYPE_CHECKING:
-    from llguidance._lib import JsonCompileOptions
-
 log = logging.getLogger(__name__)
-PARAM = "response_format"
-# Free white space lets a small model write nothing else; what a keyword means that the compiler doesn't know can't be promised.
-STYLE = cast("JsonCompileOptions", {**SPACING, "lenient": False})
 # A regular expression can say more in a byte than a schema; the conversion of GBNF is Python and quadratic.
 MAX_SOURCE = {"json_schema": 2**17, "json_object": 2**17, "lark": 2**17, "regex": 2**14, "ebnf": 2**14}
-LIMITS = LLParserLimits(max_lexer_states=25_000, verbose_errors=False)
 THREADS = 2
 # What is late by the clock alone, beyond so many times engine.grammar_seconds and a second, is late because the machine is busy.
 PATIENCE = 3.0
@@ -56,9 +40,6 @@ NICENESS = 5
 KEPT_BYTES = 2**22  # of sources
 # Seconds of compiling that the cache keeps, and that the unfinished requests of one tenant may hold; about 40 MiB each.
 KEPT_SECONDS, HELD_SECONDS = 5.0, 10.0
-TRIAL_TOKENS = 32
-# Processor time for one token of the trial walk beyond which a grammar counts as too ambiguous to serve.
-SLOW_SECONDS = 0.1
 
 
 class Compilation:
@@ -66,7 +47,7 @@ class Compilation:
 
     def __init__(self, grammar: Grammar):
         self.grammar = grammar
-        self.matcher: LLMatcher | None = None
+        self.matcher: Matcher | None = None
         self.error: EverlearnError | None = None
         self.started = math.inf  # on the monotonic clock
         self.clock, self.begun = 0, 0.0  # the processor clock of its thread, and where that stood
@@ -83,14 +64,16 @@ class Compilation:
 
 
 class Grammars:
-    """All grammars for one base model's tokenizer."""
+    """All grammars for one base model's tokenizer. `library`: which one compiles; `fill_threads`: on how many it fills a batch's masks.
+    Raises Unsupported where that library isn't installed."""
 
-    def __init__(self, base: BaseModel, seconds: float, kept: int):
-        self.base, self.seconds, self.kept = base, seconds, kept
+    def __init__(self, base: BaseModel, seconds: float, kept: int, library: str = "llguidance", fill_threads: int = 1):
+        check_installed(library)
+        self.base, self.seconds, self.kept, self.library, self.fill_threads = base, seconds, kept, library, fill_threads
         self.compiles = 0
         self.lock = threading.Lock()
-        self.tokenizer_lock = threading.Lock()
-        self.tokenizer: LLTokenizer | None = None
+        self.compiler_lock = threading.Lock()
+        self.compiler: Compiler | None = None
         self.known: OrderedDict[Grammar, Compilation] = OrderedDict()
         self.known_bytes, self.known_seconds = 0, 0.0
         self.held: dict[str, float] = {}  # seconds of compiling in memory, by the tenant that asked first
@@ -103,7 +86,7 @@ class Grammars:
     @cached_property
     def words(self) -> int:
         """Words of 32 bits that a mask of the vocabulary takes."""
-        return -(-self._num_tokens() // 32)
+        return num_words(self.base)
 
     def compile(self, grammar: Grammar, tenant: str) -> Compilation:
         """The grammar's compilation, perhaps one that is done. Raises TooLarge and Unsupported at once."""
@@ -229,7 +212,7 @@ class Grammars:
                     return
                 tenant, made = found
 
-    def _keep_late(self, tenant: str, made: Compilation, matcher: LLMatcher | None, error: EverlearnError | None) -> None:
+    def _keep_late(self, tenant: str, made: Compilation, matcher: Matcher | None, error: EverlearnError | None) -> None:
         """What came of it after its request was told to come again: the next one finds it."""
         if made in self.late:
             self.late.remove(made)
@@ -239,14 +222,14 @@ class Grammars:
             if matcher is not None:
                 self._count(tenant, kept)
 
-    def _try(self, made: Compilation) -> tuple[LLMatcher | None, EverlearnError | None]:
+    def _try(self, made: Compilation) -> tuple[Matcher | None, EverlearnError | None]:
         begun = time.thread_time()
         try:
-            with self.tokenizer_lock:
-                self.tokenizer = self.tokenizer or self._wrap_tokenizer()
+            with self.compiler_lock:
+                self.compiler = self.compiler or make_compiler(self.library, self.base, self.fill_threads)
             begun, made.clock = time.thread_time(), time.pthread_getcpuclockid(threading.get_ident())
             made.begun, made.started = begun, time.monotonic()
-            return self._compile(self.tokenizer, spell(made.grammar)), None
+            return self.compiler.compile(made.grammar), None
         except EverlearnError as error:
             return None, error
         except BaseException as error:  # noqa: BLE001 - a panic in Rust is no Exception, and it is this request's affair alone
@@ -254,65 +237,3 @@ class Grammars:
             return None, InvalidRequest(f"the {made.grammar.kind} can't be used: {reason[0][:300]}", param=PARAM)
         finally:
             made.seconds = time.thread_time() - begun
-
-    def _compile(self, tokenizer: LLTokenizer, spelled: str) -> LLMatcher:
-        matcher = LLMatcher(tokenizer, spelled, limits=LIMITS, log_level=0)
-        mask = allocate_token_bitmask(1, 32 * self.words)
-        if not matcher.is_error():
-            fill_next_token_bitmask(matcher, mask)  # the first mask is the dearest; copies inherit what it found out
-        if not matcher.is_error():
-            try_out(matcher.deep_copy(), mask, self.base.info.eos_token_ids)
-        if matcher.is_error():
-            raise ValueError(matcher.get_error() or "nothing matches it")
-        return matcher
-
-    def _num_tokens(self) -> int:
-        tokenizer = self.base.tokenizer
-        return max(self.base.vocab_size, tokenizer.get_vocab_size() if tokenizer is not None else 0)
-
-    def _wrap_tokenizer(self) -> LLTokenizer:
-        assert self.base.tokenizer is not None
-        tokenizer = Tokenizer.from_str(self.base.tokenizer.to_str())
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        try:
-            return LLTokenizer(tokenizer.to_str(), n_vocab=self._num_tokens(), eos_token=self.base.info.eos_token_ids or None)
-        except Exception as error:
-            raise Unsupported(f"no grammar can be applied to the tokenizer of {self.base.info.name}: {error}", param=PARAM) from error
-
-
-def spell(grammar: Grammar) -> str:
-    """The grammar as llguidance reads it. Raises where it isn't even that."""
-    match grammar.kind:
-        case "json_object":
-            return LLMatcher.grammar_from_json_schema({"type": "object"}, overrides=STYLE)
-        case "json_schema":
-            schema = json.loads(grammar.source)
-            schema = {} if schema is True else schema
-            if not isinstance(schema, dict):
-                raise InvalidRequest(f"the json_schema is {grammar.source[:40]!r}; it must be an object", param=PARAM)
-            schema.pop("x-guidance", None)  # the compiler's options; a schema doesn't set them
-            return LLMatcher.grammar_from_json_schema(schema, overrides=STYLE)
-        case "regex":
-            return LLMatcher.grammar_from_regex(grammar.source)
-        case "lark":
-            return LLMatcher.grammar_from_lark(grammar.source)
-        case "ebnf":
-            return LLMatcher.grammar_from_lark(gbnf_to_lark(grammar.source))
-
-
-def try_out(matcher: LLMatcher, mask: np.ndarray, eos: list[int]) -> None:
-    """Walks a few random tokens. Raises where llguidance gives up or a step takes too long: better now than in a batch."""
-    rng = random.Random(0)
-    for _ in range(TRIAL_TOKENS):
-        allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8)[0], bitorder="little"))
-        allowed = allowed[~np.isin(allowed, eos)]
-        if matcher.is_stopped() or not len(allowed):
-            return
-        started = time.thread_time()
-        matcher.consume_token(int(rng.choice(allowed)))
-        fill_next_token_bitmask(matcher, mask)
-        if matcher.is_error():
-            raise ValueError(matcher.get_error())
-        if time.thread_time() - started > SLOW_SECONDS:
-            raise ValueError(f"a single step through it takes longer than {SLOW_SECONDS * 1000:.0f} ms; it is too ambiguous")

@@ -13,10 +13,9 @@ from __future__ import annotations
 import time
 
 import numpy as np
-from llguidance import LLExecutor, LLMatcher
-from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
 
-from everlearn.engine.grammar import PARAM, Grammars
+from everlearn.engine.grammar import Grammars
+from everlearn.engine.matching import PARAM, Matcher
 from everlearn.engine.sequence import Request, Sequence
 from everlearn.errors import InvalidRequest
 
@@ -29,41 +28,39 @@ LONG_FILL, LONG_ROW = 0.01, 0.001
 class Follower:
     """Where one sequence stands in its grammar. `end_U` has a bit for each stop token."""
 
-    def __init__(self, request: Request, matcher: LLMatcher, end_U: np.ndarray):
+    def __init__(self, request: Request, matcher: Matcher, end_U: np.ndarray):
         self.request, self.matcher, self.end_U = request, matcher, end_U
 
     def fill(self, allowed_NU: np.ndarray, row: int) -> None:
         started = time.thread_time()
-        fill_next_token_bitmask(self.matcher, allowed_NU, row)
+        self.matcher.fill(allowed_NU, row)
         self.request.grammar_seconds += time.thread_time() - started  # from the bucket that `consume` drains
 
     def consume(self, token: int) -> None:
         started = time.thread_time()
-        self.matcher.consume_token(token)
+        self.matcher.consume(token)
         self.request.grammar_seconds = max(0.0, self.request.grammar_seconds + time.thread_time() - started - TOKEN_SECONDS)
 
     def mark_end(self, allowed_U: np.ndarray, too_short: bool) -> None:
         """Stop tokens where the text is complete, and only there; not before min_tokens, unless nothing else is left."""
         others_U = allowed_U & ~self.end_U
-        if self.matcher.is_accepting() and not (too_short and others_U.any()):
+        if self.matcher.is_complete() and not (too_short and others_U.any()):
             allowed_U |= self.end_U
         elif others_U.any():
             allowed_U[:] = others_U
 
     def error(self) -> InvalidRequest | None:
-        if self.matcher.is_error():
-            reason = (self.matcher.get_error().splitlines() or ["it has no continuation"])[0][:300]
-        elif self.request.grammar_seconds > BURST_SECONDS:
+        reason = self.matcher.error()
+        if reason is None and self.request.grammar_seconds > BURST_SECONDS:
             reason = f"it costs more than {TOKEN_SECONDS * 1000:.0f} ms a token, it is too ambiguous"
-        else:
+        if reason is None:
             return None
         return InvalidRequest(f"the grammar can't be followed any further: {reason}; make it simpler", param=PARAM)
 
 
 class Masks:
-    def __init__(self, grammars: Grammars, threads: int):
-        self.grammars, self.threads = grammars, threads
-        self.executor: LLExecutor | None = None
+    def __init__(self, grammars: Grammars):
+        self.grammars = grammars
         self.suspicious = False
 
     def fill(self, sequences: list[Sequence]) -> tuple[np.ndarray | None, dict[int, InvalidRequest]]:
@@ -77,8 +74,8 @@ class Masks:
             for row, follower in following:
                 follower.fill(allowed_NU, row)
         else:
-            self.executor = self.executor or LLExecutor(self.threads)
-            fill_next_token_bitmask_par(self.executor, [(follower.matcher, row) for row, follower in following], allowed_NU)
+            assert self.grammars.compiler is not None
+            self.grammars.compiler.fill([(follower.matcher, row) for row, follower in following], allowed_NU)
         self.suspicious = time.perf_counter() - started > LONG_FILL + LONG_ROW * len(following)
         failed: dict[int, InvalidRequest] = {}
         for row, follower in following:
@@ -96,7 +93,7 @@ class Masks:
             end_U = np.zeros(self.grammars.words, np.uint32)
             for token in sequence.request.stop_tokens:
                 end_U[token // 32] |= np.uint32(1 << token % 32)
-            sequence.follower = Follower(sequence.request, compilation.matcher.deep_copy(), end_U.view(np.int32))
+            sequence.follower = Follower(sequence.request, compilation.matcher.copy(), end_U.view(np.int32))
         return sequence.follower
 
 
@@ -105,6 +102,6 @@ def advance(sequence: Sequence, token: int) -> InvalidRequest | None:
     follower = sequence.follower
     assert follower is not None
     follower.consume(token)
-    if follower.matcher.is_stopped() and (sequence.stop_reason or not sequence.request.stop_tokens):
+    if (sequence.stop_reason or not sequence.request.stop_tokens) and follower.matcher.is_over():
         sequence.stop_reason = "stop"  # complete with its last token, or there is no token that could say so
     return follower.error()

@@ -61,8 +61,9 @@ class Sampler:
         self.cache = KVCache(form, num_blocks, engine.block_size, base.device, base.dtype)
         self.graphs = DecodeGraphs(base) if base.device.type == "cuda" and base.steps_can_be_recorded else None
         self.blocks = Blocks(self.pool, self.cache, self.states)
-        self.grammars = Grammars(base, engine.grammar_seconds, engine.grammar_cache)
-        self.masks = Masks(self.grammars, engine.threads or os.cpu_count() or 1)
+        threads = engine.threads or os.cpu_count() or 1
+        self.grammars = Grammars(base, engine.grammar_seconds, engine.grammar_cache, engine.grammar, threads)
+        self.masks = Masks(self.grammars)
         self.compiling: list[Request] = []
         self.requests: dict[str, Request] = {}
         self.running: list[Sequence] = []

@@ -282,6 +282,20 @@ def guard_delete(conn: Connection, tenant: str, name: str, number: int | None) -
         raise Conflict(f"{said} is what deployment {name} answers with, or may go back to; give the deployment up first", param="name")
 
 
+def sweep_log(conn: Connection, before: float) -> int:
+    """Forgets the log of names that mean nothing any more (neither deployed nor with a version) and to which nothing happened since that
+    time; how many lines. The log of every other name is evidence of how its versions came to answer, and stays."""
+    versions = tables.named_versions
+    deployed = sa.select(table.c.name).where((table.c.tenant == events.c.tenant) & (table.c.name == events.c.name)).exists()
+    named = sa.select(versions.c.name).where((versions.c.tenant == events.c.tenant) & (versions.c.name == events.c.name)).exists()
+    place = (events.c.tenant, events.c.name)
+    dead = sa.select(*place).where(~deployed & ~named).group_by(*place).having(sa.func.max(events.c.created_at) < before)
+    lost = 0
+    for tenant, name in conn.execute(dead).all():
+        lost += conn.execute(events.delete().where((events.c.tenant == tenant) & (events.c.name == name))).rowcount
+    return lost
+
+
 def _starts_with(conn: Connection, tenant: str, name: str, base_model: str, champion: int | None) -> int:
     if champion is not None and champion != 0:
         version = names.get(conn, tenant, name, champion)

@@ -80,3 +80,14 @@ def mark(conn: Connection, tenant: str, kind: str, ids: Sequence[str]) -> list[s
                 conn.execute(marks.insert().values(tenant=tenant, created_at=now, **place))
             found.add(dataset_id)
     return sorted(found)
+
+
+def forgotten_feedback(conn: Connection, before: float, limit: int = 1000) -> list[str]:
+    """Feedback whose history nobody needs any longer: it went before that time, so whoever follows the changes has seen it go."""
+    gone = changes.c.act.in_(("deleted", "expired")) & (changes.c.created_at < before)
+    return list(conn.execute(sa.select(changes.c.feedback_id).where(gone).order_by(changes.c.id).limit(limit)).scalars())
+
+
+def drop_history(conn: Connection, feedback_ids: Sequence[str]) -> None:
+    """The changes of feedback that is gone."""
+    conn.execute(changes.delete().where(changes.c.feedback_id.in_(feedback_ids)))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from everlearn.engine.adapter import TrainingAdapter
@@ -15,6 +17,10 @@ from everlearn.types import Array, BaseModelInfo, Datum, ForwardBackwardResult, 
 
 FLOAT32 = torch.float32
 CPU = torch.device("cpu")
+WITHOUT_XGRAMMAR = pytest.mark.skipif(
+    importlib.util.find_spec("xgrammar") is None, reason="the package xgrammar isn't installed: pip install 'xgrammar>=0.2.8,<0.3'"
+)
+GRAMMAR_LIBRARIES = ["llguidance", pytest.param("xgrammar", marks=WITHOUT_XGRAMMAR)]
 
 
 def load_tiny(folder: Path, device: torch.device = CPU) -> BaseModel:

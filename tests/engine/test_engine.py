@@ -266,7 +266,7 @@ def test_an_idle_engine_notices_that_a_grammar_is_compiled(bench: Bench) -> None
     assert isinstance(event, Completed) and isinstance(event.result, SampleResult) and event.result.sequences[0].stop_reason == "stop"
     event = bench.ask(sample("wrong", Grammar("regex", "((")), wait_for=Failed)
     assert isinstance(event, Failed) and event.param == "response_format"
-    with bench.engine.served["tiny"].sampler.grammars.tokenizer_lock:  # what a compilation needs
+    with bench.engine.served["tiny"].sampler.grammars.compiler_lock:  # what a compilation needs
         event = bench.ask(sample("late", Grammar("regex", "[cd]{4}"), deadline=0.01))
     assert isinstance(event, Completed) and isinstance(event.result, SampleResult) and event.result.sequences[0].stop_reason == "deadline"
     assert time.monotonic() - started < 20

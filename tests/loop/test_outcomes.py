@@ -88,3 +88,14 @@ def test_answers_in_the_shadow_are_compared_as_if_both_were_cut_there() -> None:
         "tool_calls": (Outcome(False, 0.0), Outcome(True, 0.0)),
     }
     assert [one.value for one in traffic(records, [], 10.0).guardrails(["length"])["length"]] == [2000.0], "what was shown counts whole"
+
+
+def test_vectors_are_no_answers() -> None:
+    """A deployment's name is asked for embeddings too. Nobody judges those, so they are no episodes, and of no episode's means."""
+    vectors = [answer(5, "e", 1, tokens=0, route="embeddings"), answer(6, "only-vectors", 2, tokens=0, route="embeddings")]
+    both = [answer(1, "e", 1, tokens=40), *vectors]
+    found, plain = traffic(both, [], 300.0), traffic(both[:1], [], 300.0)
+    assert set(found.episodes) == {"e"}
+    assert found.guardrails(["length", "feedback_rate", "cut_off"]) == plain.guardrails(["length", "feedback_rate", "cut_off"])
+    assert found.unseen(["length"]) == plain.unseen(["length"])
+    assert found.guardrails(["length"])["length"] == (Outcome(False, 40.0),)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -114,6 +115,20 @@ def test_the_champion_named_again_gives_up_the_candidate_and_keeps_what_was_befo
     to_canary(two, candidate=2)
     assert promote(two).previous == 1, "a candidate that is the champion changes nothing but the log"
     assert rollback(two).champion == 1
+
+
+def test_a_log_stays_until_its_name_means_nothing(two: Database) -> None:
+    create(two)
+    create(two, name="fresh")
+    soon = time.time() + 1.0
+    assert do(two, lambda conn: deployments.sweep_log(conn, soon)) == 0
+    for name in ("support", "fresh"):
+        do(two, lambda conn, name=name: deployments.delete(conn, "a", name))
+    assert do(two, lambda conn: deployments.sweep_log(conn, soon - 3600.0)) == 0, "it is asked how that name came to its end"
+    assert do(two, lambda conn: deployments.sweep_log(conn, soon)) == 1
+    assert log(two) == ["created"], "support has versions yet"
+    do(two, lambda conn: names.delete(conn, "a", "support"))
+    assert do(two, lambda conn: deployments.sweep_log(conn, soon)) == 1
 
 
 def test_a_name_given_up_on_the_base_model_means_its_first_version_again(two: Database) -> None:

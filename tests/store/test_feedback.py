@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from everlearn.errors import Conflict, InvalidRequest, NotFound, TooLarge, Unsupported
-from everlearn.store import feedback, records, tables
+from everlearn.store import feedback, forgetting, records, tables
 from everlearn.store.db import Database, open_database
 from everlearn.store.feedback import Feedback
 from everlearn.store.feedback_checks import MAX_TEXT
@@ -152,6 +152,17 @@ def test_edits_keep_history_and_are_the_last_word(db: Database, made: Made) -> N
     assert all(change.before is None for change in db.read(lambda conn: feedback.history(conn, "a", first.feedback_id)))
 
 
+def test_a_history_outlives_its_feedback_by_a_while_and_no_longer(db: Database, made: Made) -> None:
+    kept, gone = add(db, made[0]), add(db, made[1])
+    do(db, lambda conn: feedback.delete(conn, "a", gone.feedback_id))
+    went = db.read(lambda conn: feedback.history(conn, "a", gone.feedback_id))[-1].created_at
+    assert not db.read(lambda conn: forgetting.forgotten_feedback(conn, went)), "who follows the changes has yet to see that it went"
+    ids = db.read(lambda conn: forgetting.forgotten_feedback(conn, went + 1.0))
+    assert ids == [gone.feedback_id]
+    do(db, lambda conn: forgetting.drop_history(conn, ids))
+    assert acts(db, gone) == [] and acts(db, kept) == ["created"]
+
+
 def test_an_idempotency_key_stands_for_one_body(db: Database, made: Made) -> None:
     first = add(db, made[0], idempotency_key="k", fingerprint="f")
     assert add(db, made[0], idempotency_key="k", fingerprint="f") == first
@@ -208,7 +219,7 @@ WORDS = st.lists(
 )
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(WORDS)
 def test_whatever_is_said_edited_and_deleted_the_last_word_counts(words: list[tuple[str, Any, float]]) -> None:
     """Against a plain model: a list of words in the order of their last change. Who follows the changes knows what counts."""

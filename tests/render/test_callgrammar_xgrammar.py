@@ -1,0 +1,74 @@
+"""The same grammars of calls by xgrammar: what it takes it holds to the letter, and what it can't say is refused before anything is drawn."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from everlearn.errors import Unsupported
+from everlearn.render.tokenizer import ChatTokenizer
+from everlearn.render.tools import FORMATS
+from everlearn.types import Grammar
+from tests.engine.harness import WITHOUT_XGRAMMAR, load_tiny
+from tests.render.test_callgrammar import BAD, EITHER, FAMILY, GOOD, NAMED, OWN, TOOLS, Bound, reply
+
+pytestmark = WITHOUT_XGRAMMAR
+# llama3: text that doesn't begin like an object; no automaton of words says that. llama4: JSON's strings between brackets of Python's.
+REFUSED = {"llama3": ("auto",), "llama4": ("auto", "required", NAMED)}
+
+
+class Kit(Bound):
+    def __init__(self, name: str, tokenizer: ChatTokenizer, tiny_model: Path):
+        from everlearn.engine.match_xgrammar import XGrammar
+
+        super().__init__(name, tokenizer)
+        base = load_tiny(tiny_model)
+        base.tokenizer = tokenizer.tokenizer
+        self.compiler = XGrammar(base, 1)
+        self.compiled = functools.cache(self.compiler.compile)
+
+    def takes(self, grammar: Grammar, text: str) -> bool:
+        matcher = self.compiled(grammar).copy()
+        mask = np.zeros((1, self.compiler.words), np.uint32)
+        for token in self.tokenizer.encode(text):
+            matcher.fill(mask.view(np.int32), 0)
+            if not mask[0, token // 32] >> token % 32 & 1:
+                return False
+            matcher.consume(token)
+        return matcher.error() is None and matcher.is_complete()
+
+
+@pytest.fixture(scope="module")
+def kits(tokenizer: ChatTokenizer, with_tokens: Callable[..., ChatTokenizer], tiny_model: Path) -> Callable[[str, bool], Kit]:
+    made: dict[tuple[str, bool], Kit] = {}
+
+    def make(name: str, special: bool) -> Kit:
+        if (name, special) not in made:
+            made[name, special] = Kit(name, with_tokens(*FORMATS[name].marks) if special else tokenizer, tiny_model)
+        return made[name, special]
+
+    return make
+
+
+@EITHER
+@FAMILY
+@pytest.mark.parametrize("choice", ["auto", "required", NAMED], ids=["auto", "required", "named"])
+def test_calls_match_or_the_choice_is_refused(kits: Callable[..., Kit], family: str, special: bool, choice: Any):
+    kit = kits(family, special)
+    grammar = kit.format.grammar(TOOLS, choice)
+    assert grammar is not None
+    if choice in REFUSED.get(family, ()):
+        with pytest.raises(Unsupported, match="xgrammar"):
+            kit.compiler.compile(grammar)
+        return
+    assert kit.takes(grammar, reply(family, GOOD[0]))
+    wrong = [reply(family, arguments) for arguments in BAD if family not in OWN] + [reply(family, GOOD[0]).replace("get_weather", "get_wether")]
+    assert [text for text in wrong if kit.takes(grammar, text)] == []
+    text = "Hello!\n{} < 3 and <b>.\n"
+    answer = f"<|channel|>final<|message|>{text}" if family == "harmony" else text
+    assert kit.takes(grammar, answer) is (choice == "auto")
