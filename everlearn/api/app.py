@@ -37,6 +37,7 @@ from everlearn.api import (
 from everlearn.api.anthropic import messages as anthropic
 from everlearn.api.auth import KeyCache, admit, authenticate, scope
 from everlearn.api.chatmodels import ChatModels
+from everlearn.api.dashboard import pages
 from everlearn.api.dispatch import Dispatcher
 from everlearn.api.housekeeping import Housekeeping
 from everlearn.api.limiter import Limiter
@@ -85,6 +86,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(anthropic.router, prefix=anthropic.PREFIX)
     for own in (ops, adapters, capabilities, memories, records, usage, episodes, feedback, datasets, deployments, tokens):
         app.include_router(own.router)
+
+    pages.install(app)
 
     @app.get("/openapi.json", include_in_schema=False, dependencies=[scope("train", "sample", "read")])
     async def openapi() -> dict[str, object]:

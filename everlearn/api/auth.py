@@ -1,7 +1,8 @@
 """Who is calling. One dependency on every route; only the four health routes are open.
 
 Without any key in the store, callers on this machine are the tenant "default" (and may send any key or none), and callers from
-elsewhere are refused. With the first key, everybody needs one. A key arrives as `X-API-Key` or `Authorization: Bearer`.
+elsewhere are refused. With the first key, everybody needs one. A key arrives as `X-API-Key` or `Authorization: Bearer`; the pages of the
+dashboard take a cookie as well (everlearn/api/browser.py).
 Nothing here looks at `request.url`, which a Host header can forge.
 """
 
@@ -16,14 +17,16 @@ import re
 import secrets
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 from fastapi import Depends, Request, params
+from sqlalchemy import Connection
 from starlette.types import Scope as Scoped
 
-from everlearn.api import grants
+from everlearn.api import browser, grants
 from everlearn.api.grants import Grant
 from everlearn.api.services import Services, services
 from everlearn.errors import Forbidden, Unauthenticated
@@ -71,9 +74,15 @@ class KeyCache:
 
     async def find(self, svc: Services, secret: str) -> Caller | None:
         digest = hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
+        return await self._look(svc, digest, lambda conn: keys.find(conn, secret))
+
+    async def find_id(self, svc: Services, key_id: str) -> Caller | None:
+        return await self._look(svc, key_id.encode(), lambda conn: keys.live(conn, key_id))
+
+    async def _look(self, svc: Services, digest: bytes, find: Callable[[Connection], keys.Key | None]) -> Caller | None:
         expires, caller = self._callers.get(digest, (0.0, None))
         if time.monotonic() > expires:
-            key = await svc.read(lambda conn: keys.find(conn, secret))
+            key = await svc.read(find)
             caller = Caller(key.tenant, key.key_id, frozenset(key.scopes), key.limits, key.content) if key else None
             self._callers[digest] = (time.monotonic() + CACHE_SECONDS, caller)
             if len(self._callers) > CACHE_SIZE:
@@ -101,13 +110,18 @@ async def authenticate(request: Request) -> None:
         grant = grants.verify(signing_secret(svc.settings.home), request.query_params["token"])
         request.state.caller = Caller(grant.tenant, None, frozenset({grants.SCOPE}), content=grant.content, grant=grant)
         return
+    page = browser.is_page(request.scope["path"]) and not secret_of(request)
     if required:
-        request.state.caller = await by_key(svc, cache, request)
+        request.state.caller = await (by_cookie if page else by_key)(svc, cache, request)
         key_id_var.set(request.state.caller.key_id)
+        if page:
+            browser.check_sender(request)
         return
     if not local:
         raise Unauthenticated("this server has no keys yet and answers its own machine only; make one with: everlearn key create NAME")
     check_origin(request)
+    if page:
+        browser.check_sender(request)
     request.state.caller = LOCAL
 
 
@@ -125,6 +139,14 @@ async def by_key(svc: Services, cache: KeyCache, request: Request) -> Caller:
     caller = await cache.find(svc, secret)
     if caller is None:
         raise Unauthenticated("this key is unknown or revoked; everlearn key list shows the keys of this server")
+    return caller
+
+
+async def by_cookie(svc: Services, cache: KeyCache, request: Request) -> Caller:
+    key_id = browser.key_of(signing_secret(svc.settings.home), request)
+    caller = await cache.find_id(svc, key_id) if key_id else None
+    if caller is None:
+        raise Unauthenticated("not signed in; open /dashboard in a browser and give a key, or send one as X-API-Key")
     return caller
 
 

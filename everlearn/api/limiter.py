@@ -137,6 +137,12 @@ class Limiter:
         if not any(name in names or self._canonical(name) in names for name in allowed):
             raise Forbidden(f"this key may not use model {model[:200]!r}; it may use: {', '.join(sorted(allowed))}", param="model")
 
+    def use(self, key_id: str, limits: Limits) -> tuple[int, dict[str, str]]:
+        """What a key uses now: how many of its requests run, and its limits with what is left of them."""
+        share, now = self._shares.get(key_id, Share()), self.clock()
+        requests, tokens = _bucket(share.requests, limits.rpm, now), _bucket(share.tokens, limits.tpm, now)
+        return share.running, describe(limits, Share(share.running, requests, tokens))
+
     def running(self) -> int:
         """Admitted requests of all keys."""
         return sum(share.running for share in self._shares.values())

@@ -78,6 +78,7 @@ class EngineProcess:
         self.pid: int | None = None
         self.ready: protocol.Ready | None = None
         self.heartbeat: protocol.Heartbeat | None = None
+        self.last_token_at: float | None = None  # of the first heartbeat that told of the newest sampled token
         self._step_sizes = [0] * (len(protocol.STEP_TOKENS) + 1)  # of the engines that died
         self.totals: dict[str, int] = {}  # the counters of engines that have died
         self.last_death = deaths.Death("", False)
@@ -248,6 +249,7 @@ class EngineProcess:
             log.error("the engine sent %d bytes that are no event; dropped", len(message))
             return
         if isinstance(event, protocol.Heartbeat):
+            self.last_token_at = event.unix_time if self._sampled_since(event) else self.last_token_at
             self.heartbeat = event
         if isinstance(event, protocol.Ready):
             self.ready, self.state, self.reason = event, State.READY, "ready"
@@ -350,6 +352,9 @@ class EngineProcess:
     def counter(self, name: str) -> int:
         """A counter of the heartbeat, summed over all engines since the server started."""
         return self.totals.get(name, 0) + (getattr(self.heartbeat, name) if self.heartbeat else 0)
+
+    def _sampled_since(self, beat: protocol.Heartbeat) -> bool:
+        return beat.sampled_tokens > (self.heartbeat.sampled_tokens if self.heartbeat else 0)
 
     def step_sizes(self) -> list[int]:
         """The heartbeat's, summed likewise."""

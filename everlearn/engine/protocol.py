@@ -225,7 +225,8 @@ class RestoreFailed(Event, tag="restore_failed"):
 
 class Heartbeat(Event, tag="heartbeat"):
     """Sent at least once a second, also while a batch runs (from a thread that owns nothing). `step_sizes` counts the sampling steps by
-    their tokens: those of at most STEP_TOKENS[0], ..., and those of more than the last. `step_tokens` is the tokens of all of them."""
+    their tokens: those of at most STEP_TOKENS[0], ..., and those of more than the last. `step_tokens` is the tokens of all of them.
+    `device_bytes` of `device_total_bytes` of a GPU's memory are in use, by whomever; both are 0 on a CPU."""
 
     unix_time: float
     training_queued: int
@@ -247,6 +248,8 @@ class Heartbeat(Event, tag="heartbeat"):
     deadlines_passed: int = 0
     step_tokens: int = 0
     step_sizes: list[int] = []
+    device_bytes: int = 0
+    device_total_bytes: int = 0
 
 
 AnyEvent = Ready | Tokens | Completed | Failed | Snapshotted | RestoreFailed | Heartbeat

@@ -98,6 +98,13 @@ def find(conn: Connection, secret: str) -> Key | None:
     return None if row is None else _key(row)
 
 
+def live(conn: Connection, key_id: str) -> Key | None:
+    """The key with this id, if it isn't revoked."""
+    where = (tables.keys.c.key_id == key_id) & tables.keys.c.revoked_at.is_(None)
+    row = conn.execute(sa.select(tables.keys).where(where)).first()
+    return None if row is None else _key(row)
+
+
 def list_keys(conn: Connection, tenant: str | None = None) -> list[Key]:
     """All keys, revoked ones too, oldest first; of one tenant or, for the operator, of all."""
     query = sa.select(tables.keys).order_by(tables.keys.c.created_at)
