@@ -220,7 +220,7 @@ class Runner:
             return False
         if verdict.decision == "hold":
             if now.cycle.get("asks") != verdict.reason:
-                self._note(now, {**now.cycle, "asks": verdict.reason})
+                self._note(now, {**now.cycle, "asks": verdict.reason, "verdict": told["verdict"], "rule": told["rule"]})
             return False
         return self._continue(now, described, asked, found, verdict, told)
 

@@ -21,6 +21,9 @@ from everlearn.errors import NotFound, Unsupported
 
 PAGES = (
     Page("", "Overview", "o", "overview"),
+    Page("episodes", "Episodes", "e", "episodes"),
+    Page("review", "Review", "v", "review"),
+    Page("deploys", "Deploys", "d", "deploys"),
     Page("system", "System", "s", "system"),
 )
 
