@@ -143,6 +143,9 @@ class FeedbackSettings(Section):
     human_weight: float = Field(1.0, ge=0, description="what a label of a person is worth")
     program_weight: float = Field(1.0, ge=0, description="what a label of a program is worth")
     model_weight: float = Field(0.5, ge=0, description="what a label of a model is worth")
+    reward_models: bool = Field(
+        True, description="keep a reward model for each deployment, from its feedback (docs/design/reward-model.md), beside serving"
+    )
     heldout_share: float = Field(
         0.2, ge=0, lt=1, description="share of new episodes that are never trained on, so that versions can be judged with them"
     )

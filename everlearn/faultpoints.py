@@ -37,6 +37,8 @@ ROWS = {
     "key.row": "a key is made, changed or revoked",
     "feedback.row": "a word about an answer is kept, edited or forgotten",
     "dataset.row": "a dataset becomes listed, with all its items",
+    "reward.labels": "labels join a reward model's, with how far its feedback was read",
+    "reward.version": "a version of a reward model becomes listed",
     "garbage.row": "rows go whose folders are gone",
 }
 ACTS = {

@@ -30,6 +30,7 @@ from everlearn.api import (
     memories,
     ops,
     records,
+    reward_models,
     signals,
     tokens,
     usage,
@@ -45,6 +46,7 @@ from everlearn.api.limits import BodyLimit
 from everlearn.api.openai import routes as openai
 from everlearn.api.ops import Metrics
 from everlearn.api.recorder import Recorder
+from everlearn.api.rewarding import Rewarding
 from everlearn.api.services import Services
 from everlearn.api.serving import Serving
 from everlearn.api.shadow import Shadows
@@ -84,7 +86,7 @@ def create_app(settings: Settings) -> FastAPI:
         for router in openai.ROUTERS:
             app.include_router(router, prefix=prefix)
     app.include_router(anthropic.router, prefix=anthropic.PREFIX)
-    for own in (ops, adapters, capabilities, memories, records, usage, episodes, feedback, datasets, deployments, tokens):
+    for own in (ops, adapters, capabilities, memories, records, usage, episodes, feedback, datasets, deployments, reward_models, tokens):
         app.include_router(own.router)
 
     pages.install(app)
@@ -108,16 +110,18 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.failure = error
         raise
     app.state.services = svc
-    housekeeping = Housekeeping(svc)
+    housekeeping, rewarding = Housekeeping(svc), svc.rewarding
     try:
         svc.records.start()
         await svc.dispatcher.start()
         svc.engine.start()
         housekeeping.start()
+        rewarding.start()
         yield
     finally:
         svc.dispatcher.draining = True
         await svc.serving.drain(grace=0.0)
+        await rewarding.stop()
         await housekeeping.stop()
         await svc.engine.stop(grace=10.0)
         await svc.dispatcher.stop()
@@ -160,7 +164,9 @@ def make_services(settings: Settings, db: Database, catalog: Catalog) -> Service
     metrics.records_waiting.set_function(lambda: len(recorder))
     metrics.records_spooled.set_function(lambda: recorder.spool.size)
     limiter = Limiter(catalog, recorder.backlog)
-    return Services(settings, db, catalog, engine, dispatcher, metrics, serving, ChatModels(catalog), limiter, recorder, Shadows())
+    made = Services(settings, db, catalog, engine, dispatcher, metrics, serving, ChatModels(catalog), limiter, recorder, Shadows())
+    object.__setattr__(made, "rewarding", Rewarding(made))  # it uses all the others, and they are frozen with it
+    return made
 
 
 class Observe:

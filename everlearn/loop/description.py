@@ -25,6 +25,7 @@ Pure: nothing here reads a file or a clock.
 
 from __future__ import annotations
 
+import functools
 import re
 import tomllib
 from typing import Any, Literal
@@ -52,12 +53,25 @@ class Triggers(Section, frozen=True):
     labels: int = 0
 
 
+class Pull(Section, frozen=True):
+    """Of the method grpo; what the fields mean stands in everlearn/loop/grpo.py. `steps` and `learning_rate` go together: each step is
+    small."""
+
+    group: int = 8
+    answer_tokens: int = 64
+    kl: float = 0.05
+    hold: float = 0.1
+    steps: int = 40
+    batch: int = 8
+
+
 class Update(Section, frozen=True):
     """How a candidate is made. `paraphrases`: wordings of each question that are sampled from the model, filtered, and trained with it.
     `replay`: the most older corrections that ride along, newest first. `rehearsed`: general examples in every batch, as the model itself
-    would answer them. `beta` is of dpo and kto (everlearn/loop/preference.py), where paraphrases, replay and rehearsed have no part."""
+    would answer them. `beta` is of dpo and kto (everlearn/loop/preference.py), where paraphrases, replay and rehearsed have no part. `pull`
+    is of grpo (everlearn/loop/grpo.py), which is refused until the deployment's reward model has earned to be a reward."""
 
-    method: Literal["sft", "dpo", "kto"] = "sft"
+    method: Literal["sft", "dpo", "kto", "grpo"] = "sft"
     start: Literal["base", "champion"] = "base"
     rank: int = 16
     learning_rate: float = 2e-3
@@ -68,6 +82,7 @@ class Update(Section, frozen=True):
     rehearsed: int = 12
     beta: float = 0.1
     seed: int = 0
+    pull: Pull = Pull()
 
 
 class Shadow(Section, frozen=True):
@@ -76,6 +91,17 @@ class Shadow(Section, frozen=True):
 
     share: float = 0.2
     answers: int = 0
+
+
+class Reward(Section, frozen=True):
+    """The deployment's reward model: whether the server keeps one, and after how many labels it is fitted anew. An answer is a doubt where
+    the standard deviation of its chance of approval is above `review_sd`; of the answers that nobody labelled a share `asked` is looked
+    at."""
+
+    learn: bool = True
+    refit_every: int = 200
+    review_sd: float = 0.2
+    asked: float = 0.25
 
 
 class Budget(Section, frozen=True):
@@ -93,6 +119,7 @@ class Description(Section, frozen=True):
     triggers: Triggers = Triggers()
     update: Update = Update()
     shadow: Shadow = Shadow()
+    reward: Reward = Reward()
     budget: Budget = Budget()
     settle: float = 3600.0
     filters: dict[str, Any] = {}
@@ -109,8 +136,17 @@ BOUNDS = {
     "update.replay": (0, 100_000),
     "update.rehearsed": (0, 256),
     "update.beta": (1e-4, 100.0),
+    "update.pull.group": (2, 128),
+    "update.pull.answer_tokens": (1, 4096),
+    "update.pull.kl": (0.0, 100.0),
+    "update.pull.hold": (0.0, 100.0),
+    "update.pull.steps": (1, 100_000),
+    "update.pull.batch": (1, 1024),
     "shadow.share": (0.0, 1.0),
     "shadow.answers": (0, 100_000),
+    "reward.refit_every": (1, 1_000_000),
+    "reward.review_sd": (0.0, 0.5),
+    "reward.asked": (0.0, 1.0),
     "settle": (0.0, 1e7),
     "budget.seconds": (0.0, 1e7),
     "budget.tokens": (0, 10**12),
@@ -138,9 +174,8 @@ def of(table: Any) -> Description:
     if found.triggers.at and not re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d", found.triggers.at):
         raise InvalidRequest(f'triggers.at = {found.triggers.at!r} must be a time of the day, as in "03:00"', param="triggers.at")
     for key, (least, most) in BOUNDS.items():
-        section, _, field = key.rpartition(".")
-        value = getattr(getattr(found, section) if section else found, field)
-        if not least <= value <= most:
+        value = functools.reduce(getattr, key.split("."), found)
+        if not least <= value <= most:  # type: ignore[operator]
             raise InvalidRequest(f"{key} = {value} must be from {least} to {most}", param=key)
     asked = rule.rule_of(found.gate)
     _check_measured(asked)

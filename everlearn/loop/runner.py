@@ -30,8 +30,13 @@ from everlearn.loop.rule import Rule
 from everlearn.loop.service import Api, Deployed, deployed, pages, read, route
 
 REST = "collect"
-FORMS = {"sft": "sft", "dpo": "preference", "kto": "kto"}  # of a dataset, by method
-KINDS = {"sft": ["demonstration"], "dpo": ["preference", "demonstration"], "kto": ["boolean", "float"]}  # of the labels that it learns from
+FORMS = {"sft": "sft", "dpo": "preference", "kto": "kto", "grpo": "prompts"}  # of a dataset, by method
+KINDS = {  # of the labels that it learns from
+    "sft": ["demonstration"],
+    "dpo": ["preference", "demonstration"],
+    "kto": ["boolean", "float"],
+    "grpo": ["boolean", "float", "preference", "demonstration"],
+}
 RETRIES = 5  # when somebody else was faster, again and again
 HOUR = 3600.0
 
@@ -120,6 +125,11 @@ class Runner:
             if error.code != "budget":
                 raise
             self._end(notes.now, "rejected", error.message, {"saved": notes.now.cycle.get("saved", {})})
+            return False
+        except Conflict as error:
+            if error.code != update.UNEARNED:
+                raise
+            self._end(notes.now, "ended", error.message, {})
             return False
         body = {"name": self.name, "path": made.path, "note": f"cycle {now.cycle['id']}"}
         number = int(self.api.post("/v1/adapters", body)["number"])

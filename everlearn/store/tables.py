@@ -24,12 +24,14 @@ from everlearn.store.feedback_tables import (
     version_datasets,
 )
 from everlearn.store.memory_tables import memories, memory_rewrites, memory_turns
+from everlearn.store.reward_tables import doubts, reward_labels, reward_models, reward_streams
 
 __all__ = [
     "dataset_items",
     "dataset_marks",
     "dataset_sources",
     "datasets",
+    "doubts",
     "episode_events",
     "episodes",
     "feedback",
@@ -38,6 +40,9 @@ __all__ = [
     "memory_rewrites",
     "memory_turns",
     "metadata",
+    "reward_labels",
+    "reward_models",
+    "reward_streams",
     "trails",
     "version_datasets",
 ]
