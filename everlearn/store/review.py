@@ -7,7 +7,6 @@ of it under the name `review`; it comes back when that is deleted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -16,7 +15,7 @@ from sqlalchemy.engine import Connection
 
 from everlearn.store import records, tables
 
-table, rows = tables.feedback, tables.records
+table, rows, doubts = tables.feedback, tables.records, tables.doubts
 NAME = "review"  # of the words with which a person settles an answer
 GOOD = 0.5  # a value from here on is a good one
 MOST = 5_000  # answers that a queue holds
@@ -50,18 +49,25 @@ def waiting(conn: Connection, tenant: str, model: str | None = None) -> list[Wai
     query = sa.select(counted.c.record_id, counted.c.choice, rank, counted.c.said_at).join(rows, here)
     query = query.where(bad & (counted.c.settled == 0))
     if model is not None:
-        query = query.where((rows.c.model == model) | rows.c.model.startswith(f"{model}@", autoescape=True))
+        query = query.where(_of(model))
     query = query.order_by(rank, counted.c.said_at.desc(), counted.c.record_id.desc(), counted.c.choice).limit(MOST)
     return [Waiting(row.record_id, row.choice, ORDER[row.rank], row.said_at) for row in conn.execute(query)]
 
 
-def settled(conn: Connection, tenant: str, record_ids: Sequence[str]) -> set[str]:
-    """Those of these records of which a person has said already what is to be said."""
-    found: set[str] = set()
-    for start in range(0, len(record_ids), 500):
-        here = (table.c.tenant == tenant) & table.c.counts & table.c.record_id.in_(list(record_ids[start : start + 500]))
-        found.update(conn.execute(sa.select(table.c.record_id).where(here & _settles())).scalars())
-    return found
+def unsure(conn: Connection, tenant: str, model: str | None = None) -> list[Waiting]:
+    """Answers that a reward model is too unsure of and of which nobody has said anything that settles them, the most unsure first."""
+    same = (table.c.tenant == tenant) & (table.c.record_id == doubts.c.record_id) & (table.c.choice == doubts.c.choice)
+    known = sa.exists(sa.select(table.c.feedback_id).where(same & table.c.counts & _settles()))
+    query = sa.select(doubts.c.record_id, doubts.c.choice, doubts.c.created_at).join(rows, rows.c.record_id == doubts.c.record_id)
+    query = query.where((doubts.c.tenant == tenant) & (rows.c.tenant == tenant) & ~known)
+    if model is not None:
+        query = query.where(_of(model))
+    query = query.order_by(doubts.c.chance_sd.desc(), doubts.c.record_id.desc(), doubts.c.choice).limit(MOST)
+    return [Waiting(row.record_id, row.choice, "unsure", row.created_at) for row in conn.execute(query)]
+
+
+def _of(model: str) -> sa.ColumnElement[bool]:
+    return (rows.c.model == model) | rows.c.model.startswith(f"{model}@", autoescape=True)
 
 
 def _settles() -> sa.ColumnElement[bool]:

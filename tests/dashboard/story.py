@@ -24,12 +24,12 @@ class Users:
         body = {"name": name, "description": {"base": server.model, "gate": gate, **description}}
         self.http.post("/v1/deployments", json=body).raise_for_status()
 
-    def ask(self, question: str) -> tuple[str, str, str]:
-        """The record of the answer, its episode, and what was answered."""
+    def ask(self, question: str, **more: Any) -> tuple[str, str, str]:
+        """The record of the answer, its episode, and what was answered (at first, if there are several)."""
         self.count += 1
         while split_of("default", self.episode(), 0.2) != "train":
             self.count += 1
-        body = {"model": self.name, "messages": [{"role": "user", "content": question}], "max_tokens": 8, "temperature": 0}
+        body = {"model": self.name, "messages": [{"role": "user", "content": question}], "max_tokens": 8, "temperature": 0, **more}
         reply = self.http.post("/v1/chat/completions", json=body, headers={"x-everlearn-episode": self.episode()}).raise_for_status()
         return reply.headers["x-everlearn-record"], self.episode(), reply.json()["choices"][0]["message"]["content"]
 

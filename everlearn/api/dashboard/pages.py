@@ -23,6 +23,7 @@ PAGES = (
     Page("", "Overview", "o", "overview"),
     Page("episodes", "Episodes", "e", "episodes"),
     Page("review", "Review", "v", "review"),
+    Page("reward-model", "Reward model", "m", "reward_model"),
     Page("deploys", "Deploys", "d", "deploys"),
     Page("system", "System", "s", "system"),
 )

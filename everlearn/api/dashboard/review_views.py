@@ -24,12 +24,9 @@ TOLD = {
 SAID = 50  # words about an answer that are shown
 
 
-def queue(
-    conn: Connection, tenant: str, model: str | None = None, unsure: Sequence[Waiting] = (), after: str | None = None, limit: int = 20
-) -> dict[str, Any]:
-    """A page of the queue behind the answer `after`. `unsure`: those of which the reward model is too unsure, most unsure first; one that
-    waits for another reason keeps that place, unless it is the last one."""
-    waiting = merged(review.waiting(conn, tenant, model), unsure)
+def queue(conn: Connection, tenant: str, model: str | None = None, after: str | None = None, limit: int = 20) -> dict[str, Any]:
+    """A page of the queue, behind the answer `after`; one that waits for several reasons has the place of the first of them."""
+    waiting = merged([*review.waiting(conn, tenant, model), *review.unsure(conn, tenant, model)])
     keys = [one.key for one in waiting]
     start = keys.index(after) + 1 if after in keys else 0
     page = waiting[start : start + limit]
@@ -47,14 +44,13 @@ def queue(
     }
 
 
-def merged(waiting: Sequence[Waiting], unsure: Sequence[Waiting]) -> list[Waiting]:
-    """Both, each answer once, in the order of the reasons."""
+def merged(waiting: Sequence[Waiting]) -> list[Waiting]:
+    """Each answer once, in the order of the reasons."""
     rank = {why: number for number, why in enumerate(ORDER)}
     found: dict[str, Waiting] = {}
-    for one in [*waiting, *unsure]:
-        if one.key not in found or rank[one.why] < rank[found[one.key].why]:
-            found[one.key] = one
-    return sorted(found.values(), key=lambda one: rank[one.why])
+    for one in sorted(waiting, key=lambda one: rank[one.why]):
+        found.setdefault(one.key, one)
+    return list(found.values())
 
 
 def card(conn: Connection, tenant: str, one: Waiting) -> dict[str, Any]:
