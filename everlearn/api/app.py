@@ -31,6 +31,7 @@ from everlearn.api import (
     ops,
     records,
     reward_models,
+    runs,
     signals,
     tokens,
     usage,
@@ -86,7 +87,8 @@ def create_app(settings: Settings) -> FastAPI:
         for router in openai.ROUTERS:
             app.include_router(router, prefix=prefix)
     app.include_router(anthropic.router, prefix=anthropic.PREFIX)
-    for own in (ops, adapters, capabilities, memories, records, usage, episodes, feedback, datasets, deployments, reward_models, tokens):
+    loop = (episodes, feedback, datasets, deployments, reward_models)
+    for own in (ops, adapters, capabilities, memories, records, usage, runs, *loop, tokens):
         app.include_router(own.router)
 
     pages.install(app)

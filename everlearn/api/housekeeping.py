@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from everlearn.engine import protocol
-from everlearn.store import garbage, records, runs, sessions
+from everlearn.store import garbage, records, runs, sessions, steps
 from everlearn.store import log as request_log
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class Housekeeping:
         svc, settings, now = self.svc, self.svc.settings.store, time.time()
         await svc.write(lambda conn: request_log.expire(conn, now, settings.result_retention_seconds))
         await self._forget_records(now - settings.record_retention_seconds)
+        await svc.write(partial(steps.forget_rollouts, before=now - settings.record_retention_seconds))
         for run in await svc.read(lambda conn: runs.idle_runs(conn, now - SESSION_SILENCE)):
             await svc.write(partial(runs.unload_run, tenant=run.tenant, run_id=run.run_id))
             await svc.dispatcher.forget(run.run_id)

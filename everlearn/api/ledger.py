@@ -22,7 +22,7 @@ from everlearn.errors import EverlearnError, Expired, Unavailable
 from everlearn.store import log as request_log
 from everlearn.store.db import Database
 from everlearn.store.log import Entry
-from everlearn.types import Result, SampleResult
+from everlearn.types import ForwardBackwardResult, OptimStepResult, Result, SampleResult
 
 if TYPE_CHECKING:
     from everlearn.api.ops import Metrics
@@ -143,8 +143,9 @@ class Ledger:
         while True:
             body = encode_result(result) if error is None else None
             drawn = sum(sequence.tokens.shape[0] for sequence in result.sequences) if isinstance(result, SampleResult) else 0
+            told = result.metrics if error is None and isinstance(result, ForwardBackwardResult | OptimStepResult) else None
             try:
-                answer = partial(request_log.finish, request_id=request_id, result=body, error=error, tokens_out=drawn)
+                answer = partial(request_log.finish, request_id=request_id, result=body, error=error, tokens_out=drawn, metrics=told)
                 finished = await self.write(answer, flush=entry.kind != "sample")
                 break
             except Unavailable as problem:  # a full disk, a database that restarts: the answer is kept until it can be written

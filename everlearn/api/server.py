@@ -125,7 +125,7 @@ async def announce(svc: Services, url: str) -> None:
     parameters = f"{model.num_parameters / 1e6:.0f} M parameters, " if model.num_parameters else ""
     say(f"model {model.name} ({parameters}{size / 2**20:.0f} MiB) on {ready.device} in {ready.dtype}")
     say(f"KV cache {ready.kv_tokens:,} tokens of {ready.kv_token_bytes:,} bytes; context {model.max_context:,}")
-    say(f"endpoints {url}/v1 (OpenAI), {url}/api/v1 (Tinker), {url}/health, {url}/metrics")
+    say(f"endpoints {url}/v1 (OpenAI), {url}/api/v1 (Tinker), {url}/dashboard, {url}/health, {url}/metrics")
     say(f"ready in {time.time() - svc.started_at:.1f} s")
 
 

@@ -1,5 +1,6 @@
 """The folder of a run: `metrics.jsonl` has a line for each step, `rollouts.jsonl` shows some of what was played, `state.json` says where
-the run can be continued. What was not saved is made again, so lines of later steps are removed when a run goes on."""
+the run can be continued, `run.json` which training run it is on the server. What was not saved is made again, so lines of later steps are
+removed when a run goes on."""
 
 from __future__ import annotations
 
@@ -34,6 +35,11 @@ def write_state(folder: Path, state: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     new.replace(folder / "state.json")
+
+
+def note_run(folder: Path, run_id: str, settings: Any) -> None:
+    """Which training run the folder's steps are of, and what it was told to do; another each time that it goes on."""
+    (folder / "run.json").write_bytes(msgspec.json.format(msgspec.json.encode({"run_id": run_id, "settings": settings}), indent=1))
 
 
 def cut_back(folder: Path, step: int) -> list[dict[str, float]]:

@@ -1,4 +1,5 @@
-"""Where a run's metrics go besides its own file: the terminal, TensorBoard, Weights & Biases. None of them can stop a run.
+"""Where a run's metrics go besides its own file: the terminal, TensorBoard, Weights & Biases, and (everlearn/rl/server_sink.py) the
+server's pages. None of them can stop a run.
 
 `train` writes `metrics.jsonl` itself, which is what counts. `Sinks` is its `on_step`: each sink gets every step's metrics, and one that
 raises is switched off with one warning, because a full disk or a service that is down is no reason to lose a night of training.

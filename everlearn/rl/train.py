@@ -28,7 +28,7 @@ from everlearn.rl.ptx import Ptx
 from everlearn.rl.records import Decode, write_records
 from everlearn.rl.reference import Reference
 from everlearn.rl.rollouts import Limits, count, play_now
-from everlearn.rl.runfolder import append, cut_back, read_state, write_state
+from everlearn.rl.runfolder import append, cut_back, note_run, read_state, write_state
 from everlearn.rl.trajectory import TrajectoryGroup
 from everlearn.rl.values import GAE, ValueFunction, valued
 
@@ -219,6 +219,7 @@ class Learner:
             self.client = service.create_lora_training_client(settings.base_model, rank=settings.rank, seed=settings.seed).result()
         else:
             self.client = service.create_training_client_from_state_with_optimizer(self.state.path).result()
+        note_run(folder, self.client.model_id, settings)
 
     @property
     def first(self) -> int:

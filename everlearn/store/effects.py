@@ -6,7 +6,9 @@ Keys of `meta` that are read here and in log.py, by kind (others are the API's o
     any               key_id, subject (the model that is used, where it isn't the run), tokens: for the usage
     create            session_id, model_seq_id, base_model, lora (a LoraSpec as a dict), user_metadata
     load              folder (what it reads; kept until a snapshot covers the load), create; those of `create` when it is set
-    forward_backward  forward_only; refused (the error of a request of any kind that was refused at the door: it only takes its place)
+    forward_backward  forward_only; loss (its name, for the run's curves); refused (the error of a request of any kind that was
+                      refused at the door: it only takes its place)
+    optim_step        learning_rate (for the run's curves)
     save              checkpoint_kind, name, folder, overwrite, ttl_seconds, user_metadata, optimizer
     publish           version, folder, kind (snapshot, inflight), ttl_seconds, user_metadata, and either name and overwrite (a
                       sampler_weights checkpoint) or sampling_session_seq_id (a sampler of the run's session)
@@ -17,7 +19,7 @@ Keys of `meta` that are read here and in log.py, by kind (others are the API's o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -26,7 +28,7 @@ from sqlalchemy.engine import Connection
 
 from everlearn.errors import Conflict, InternalError, NotFound
 from everlearn.faultpoints import around
-from everlearn.store import checkpoints, runs, tables
+from everlearn.store import checkpoints, runs, steps, tables
 from everlearn.store.checkpoints import TinkerPath
 from everlearn.types import LoraSpec, Result, SavedResult
 
@@ -43,6 +45,14 @@ def replays(entry: Entry) -> bool:
     if entry.kind == "forward_backward":
         return not entry.meta.get("forward_only", False)
     return entry.kind in ("create", "load", "optim_step")
+
+
+def note_step(conn: Connection, entry: Entry, metrics: Mapping[str, float]) -> None:
+    """What a finished request tells of its run's progress; one without a gradient is no part of it."""
+    meta = entry.meta
+    if not meta.get("forward_only"):
+        extra = {"learning_rate": meta["learning_rate"]} if "learning_rate" in meta else {}
+        steps.note(conn, entry.tenant, entry.model_id, entry.seq, entry.kind, meta.get("loss", ""), {**metrics, **extra})
 
 
 def nothing(conn: Connection, entry: Entry, body: bytes) -> None:

@@ -50,6 +50,7 @@ episode_events = sa.Table(
     text("source"),
     time("created_at"),
     sa.Index("episode_events_episode", "tenant", "episode_id", "event_id"),
+    sa.Index("episode_events_newest", "tenant", "event_id"),
 )
 
 # `slot`: one source's words of one kind about one thing, of which the last counts (`counts`). `fingerprint` is of the request's body.

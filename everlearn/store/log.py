@@ -119,9 +119,17 @@ def append(conn: Connection, entry: Entry, payload: bytes) -> Entry:
     return entry
 
 
-def finish(conn: Connection, request_id: str, result: bytes | None, error: dict[str, Any] | None, tokens_out: int = 0) -> Entry | None:
+def finish(
+    conn: Connection,
+    request_id: str,
+    result: bytes | None,
+    error: dict[str, Any] | None,
+    tokens_out: int = 0,
+    metrics: dict[str, float] | None = None,
+) -> Entry | None:
     """Stores the answer (`result`: an encoded types.Result, with `tokens_out` sampled tokens; or `error`: code, message, param) and
-    what follows from it. The first answer stays: None means that there was one already (a replay answers again), or no such request."""
+    what follows from it; `metrics`, of a training step, go to its run's curves. The first answer stays: None means that there was one
+    already (a replay answers again), or no such request."""
     row = conn.execute(BY_ID, {"id": request_id}).first()
     if row is None or row.status != "pending":
         return None
@@ -141,6 +149,8 @@ def finish(conn: Connection, request_id: str, result: bytes | None, error: dict[
             conn.execute(ADVANCE_RUN, {"id": row.model_id, "seq": row.seq, "now": now})
         follow = effects.COMPLETIONS if error is None else effects.FAILURES
         follow.get(entry.kind, effects.nothing)(conn, entry, body)
+        if metrics is not None:
+            effects.note_step(conn, entry, metrics)
     return entry
 
 

@@ -25,6 +25,7 @@ from everlearn.store.feedback_tables import (
 )
 from everlearn.store.memory_tables import memories, memory_rewrites, memory_turns
 from everlearn.store.reward_tables import doubts, reward_labels, reward_models, reward_streams
+from everlearn.store.run_tables import run_rollouts, run_settings, run_steps
 
 __all__ = [
     "dataset_items",
@@ -43,6 +44,9 @@ __all__ = [
     "reward_labels",
     "reward_models",
     "reward_streams",
+    "run_rollouts",
+    "run_settings",
+    "run_steps",
     "trails",
     "version_datasets",
 ]

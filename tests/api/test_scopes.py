@@ -65,6 +65,8 @@ WANTED = {
     "/v1/records": "read",
     "DELETE /v1/records": "sample",
     "/v1/usage": "read",
+    "/v1/runs": "read train",
+    "POST /v1/runs": "train",
     "/v1/memories": "read",
     "POST /v1/memories": "sample",
     "DELETE /v1/memories": "sample",

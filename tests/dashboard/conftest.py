@@ -8,8 +8,9 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import pytest
@@ -18,6 +19,16 @@ from tests.live import LiveServer, start_server
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
+
+
+T = TypeVar("T")
+
+
+def aside(act: Callable[[], T]) -> T:
+    """Runs `act` in a thread that has no event loop: playwright's runs in this one, and what calls asyncio.run, as the SDK and the loops of
+    everlearn.rl do, can't work beside it."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(act).result()
 
 
 class Complaints:

@@ -21,6 +21,8 @@ from everlearn.errors import NotFound, Unsupported
 
 PAGES = (
     Page("", "Overview", "o", "overview"),
+    Page("runs", "Runs", "r", "runs"),
+    Page("rollouts", "Rollouts", "l", "rollouts"),
     Page("episodes", "Episodes", "e", "episodes"),
     Page("review", "Review", "v", "review"),
     Page("reward-model", "Reward model", "m", "reward_model"),

@@ -151,7 +151,7 @@ async def submit_batch(
             forward_only=call.forward_only,
         )
         tokens = sum(datum.tokens.shape[0] for datum in call.data)
-        return command, {"forward_only": call.forward_only, "tokens": tokens}
+        return command, {"forward_only": call.forward_only, "tokens": tokens, "loss": call.loss_fn}
 
     return await ticket.answer(prepare)
 
@@ -169,7 +169,7 @@ async def optim_step(request: Request) -> dict[str, Any]:
     async def prepare() -> Prepared:
         adam = checks.adam(form)
         await ticket.run()
-        return protocol.OptimStep(ticket.request_id, ticket.model_id, ticket.seq, adam), {}
+        return protocol.OptimStep(ticket.request_id, ticket.model_id, ticket.seq, adam), {"learning_rate": adam.learning_rate}
 
     return await ticket.answer(prepare)
 
