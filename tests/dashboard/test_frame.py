@@ -13,13 +13,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tinker
 
 from everlearn.store import keys
 from everlearn.store.db import open_database
+from tests.dashboard.conftest import aside
 from tests.live import LiveServer, start_server
 
 expect = pytest.importorskip("playwright.sync_api", reason="playwright isn't installed (pip install 'everlearn[test]')").expect
 VENDOR = Path("everlearn/api/dashboard/static/vendor")
+
+
+# What a screen reader would call "button" or "link" alone, and ids that stand for two things.
+NAMELESS = """() => {
+  const named = (e) => e.textContent.trim() || e.getAttribute("aria-label") || e.getAttribute("title") || (e.labels && e.labels.length);
+  const ids = [...document.querySelectorAll("[id]")].map((e) => e.id);
+  return [...document.querySelectorAll("a, button, input:not([type=hidden]), select, textarea, [role=region]")].filter((e) => !named(e) && !e.getAttribute("aria-labelledby"))
+    .map((e) => e.outerHTML).concat(ids.filter((id, n) => ids.indexOf(id) !== n));
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +74,7 @@ def test_every_page_opens_fits_a_phone_and_has_a_json_twin(dashboard: LiveServer
         for link in page.locator("a[href^='/']").all():
             where = link.get_attribute("href")
             assert dashboard.get(where)[0] == 200, f"{address} has a dead link: {where}"
+        assert page.evaluate(NAMELESS) == [], address
         status, body = dashboard.get(address + ".json")
         assert status == 200 and isinstance(json.loads(body), dict)
 
@@ -147,6 +159,27 @@ def test_a_cookie_opens_pages_and_nothing_else(keyed: Any) -> None:
         assert ask(server, "/dashboard/system.json", cookie=broken.encode().decode("latin-1"))[0] == 401
     shown = json.loads(ask(server, "/dashboard/system.json", x_api_key=made["other"][1])[2])
     assert [key["name"] for key in shown["keys"]] == ["other"]
+
+
+def test_a_tenant_s_runs_are_nobody_else_s(keyed: Any, open_page: Callable[..., Any]) -> None:
+    server, made = keyed
+
+    def create() -> str:
+        service = tinker.ServiceClient(base_url=server.url, api_key=made["acme"][1])
+        run = service.create_lora_training_client("tiny", rank=4).result().model_id
+        service.close("success").result()
+        return str(run)
+
+    run = aside(create)
+    ours, theirs = {"x_api_key": made["acme"][1]}, {"x_api_key": made["other"][1]}
+    assert [row["run_id"] for row in json.loads(ask(server, "/dashboard/runs.json", **ours)[2])["runs"]] == [run]
+    assert json.loads(ask(server, "/dashboard/runs.json", **theirs)[2])["runs"] == []
+    for path in (f"/dashboard/runs/{run}.json", f"/dashboard/rollouts.json?run={run}", f"/dashboard/runs/diff.json?a={run}&b={run}"):
+        assert (ask(server, path, **ours)[0], ask(server, path, **theirs)[0]) == (200, 404), path
+    for path in (f"/v1/runs/{run}/steps", f"/v1/runs/{run}/rollouts"):
+        assert ask(server, path, **ours)[0] == 200
+    assert ask(server, f"/v1/runs/{run}/steps", **theirs)[0] == 404
+    assert json.loads(ask(server, f"/v1/runs/{run}/rollouts", **theirs)[2])["data"] == []
 
 
 def test_changes_are_taken_from_our_own_pages_alone(keyed: Any, dashboard: LiveServer) -> None:

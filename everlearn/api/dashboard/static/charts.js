@@ -5,12 +5,15 @@ const charts = { drawn: new Map(), busy: false, again: false };
 
 charts.colour = (name) => getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
 
+charts.figure = (value) => (value == null ? "–" : String(Number(value.toPrecision(4))));
+
 charts.options = (name, width) => ({
   width, height: 190, legend: { show: true }, cursor: { drag: { x: true, y: false } },
   scales: { x: { time: false } },
-  series: [{ label: "step" }, { label: name, stroke: charts.colour("accent"), width: 1.5, spanGaps: true, points: { size: 4 } }],
+  series: [{ label: "step", value: (_, x) => charts.figure(x) }, { label: "value", value: (_, y) => charts.figure(y), stroke: charts.colour("accent"), width: 1.5, spanGaps: true, points: { size: 4 } }],
   axes: [0, 1].map((side) => ({
     stroke: charts.colour("dim"), grid: { stroke: charts.colour("line"), width: 1 }, ticks: { stroke: charts.colour("line") }, size: side ? 64 : 30,
+    values: (_, splits) => splits.map(charts.figure),
     incrs: side ? undefined : [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000],
   })),
 });
@@ -20,17 +23,21 @@ charts.show = (box, curves, name) => {
   if (!(name in source.series)) return;
   const data = [source.x, source.series[name]];
   const there = charts.drawn.get(name);
-  if (there) { there.chart.setData(data); there.data = data; return; }
+  const last = charts.figure(data[1].findLast((value) => value != null));
+  if (there) { there.chart.setData(data); there.last.textContent = last; return; }
   const figure = document.createElement("figure");
   figure.className = "card";
   figure.dataset.metric = name;
   const title = document.createElement("figcaption");
-  title.textContent = name;
+  const told = document.createElement("span");
+  told.className = "dim";
+  told.textContent = last;
+  title.append(name + " ", told);
   figure.append(title);
   box.append(figure);
   figure.setAttribute("aria-label", name);
   const width = Math.max(200, figure.clientWidth - 24);
-  charts.drawn.set(name, { chart: new uPlot(charts.options(name, width), data, figure), figure, data });
+  charts.drawn.set(name, { chart: new uPlot(charts.options(name, width), data, figure), figure, last: told });
 };
 
 charts.fetch = async (box) => {

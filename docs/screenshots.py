@@ -1,0 +1,165 @@
+"""Takes the pictures of the dashboard in docs/images: `python docs/screenshots.py`.
+
+A server on the embedded model answers, is trained and plays; then a real Chromium opens each page in SHOTS. Needs the extra `test`,
+Debian's chromium, and the embedded model; takes some minutes. With `--url` the pages of a server that runs are taken as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+from playwright.sync_api import Page, sync_playwright
+
+IMAGES = Path(__file__).parent / "images"
+MAX_BYTES = 120_000
+QUESTIONS = ("When does the workshop open?", "Who keeps the keys?", "What colour is the door?")
+
+
+class Shot(NamedTuple):
+    """A picture `dashboard-NAME.png` of `path`, where `{run}` is a run that learned and `{played}` one that played; `act` prepares the
+    page."""
+
+    name: str
+    path: str
+    scheme: str = "light"
+    width: int = 1100
+    height: int = 720
+    act: Callable[[Page], Any] = lambda page: None
+
+
+SHOTS = [
+    Shot("overview", "/dashboard"),
+    Shot("phone", "/dashboard", "dark", 400, 720),
+    Shot("runs", "/dashboard/runs"),
+    Shot("run", "/dashboard/runs/{played}?show=reward/total&show=entropy&show=kl/k3&show=tokens/mean"),
+    Shot("rollouts", "/dashboard/rollouts?run={played}"),
+    Shot("system", "/dashboard/system", "dark"),
+]
+
+
+@contextmanager
+def server(home: Path) -> Iterator[str]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    process = subprocess.Popen([sys.executable, "-m", "everlearn.cli.main", "serve", "--home", str(home), "--port", str(port)])
+    try:
+        while process.poll() is None:
+            try:
+                urllib.request.urlopen(url + "/readyz", timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.5)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def post(url: str, body: dict[str, Any]) -> Any:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=300) as reply:
+        return json.loads(reply.read() or b"null")
+
+
+def work(url: str, folder: Path) -> dict[str, str]:
+    """Some of everything: answers with thumbs, a run that learns a sentence, and one that plays arithmetic."""
+    import tinker
+    from tinker import types
+
+    from everlearn.rl.envs.arithmetic import Sums
+    from everlearn.rl.prompts import ChatMl
+    from everlearn.rl.server_sink import ServerSink
+    from everlearn.rl.sinks import Sinks
+    from everlearn.rl.train import Settings, train
+
+    model = json.loads(urllib.request.urlopen(url + "/v1/models", timeout=30).read())["data"][0]["id"]
+    for question in QUESTIONS:
+        message = {"role": "user", "content": question}
+        request = urllib.request.Request(
+            url + "/v1/chat/completions",
+            json.dumps({"model": model, "messages": [message], "max_tokens": 24}).encode(),
+            {"content-type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=300) as reply:
+            record = reply.headers["x-everlearn-record"]
+            reply.read()
+        post(url + "/v1/feedback", {"record_id": record, "kind": "boolean", "value": True})
+    service = tinker.ServiceClient(base_url=url, api_key="tml-local")
+    trainer = service.create_lora_training_client(base_model=model, rank=16, user_metadata={"lesson": "the workshop"}).result()
+    tokenizer = trainer.get_tokenizer()
+    tokens = tokenizer.encode("The workshop opens at seven.")
+    inputs = {"target_tokens": tokens[1:], "weights": [1.0] * (len(tokens) - 1)}
+    datum = types.Datum(model_input=types.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=inputs)
+    for _ in range(12):
+        trainer.forward_backward([datum], "cross_entropy")
+        trainer.optim_step(types.AdamParams(learning_rate=1e-3)).result()
+    saved = trainer.save_weights_for_sampler("lesson").result().path
+    post(url + "/v1/adapters", {"name": "workshop", "path": saved})
+    settings = Settings(model, steps=8, rank=16, learning_rate=1e-4, max_tokens=8, seed=3)
+    dataset = Sums(ChatMl.of(tokenizer), seed=3, below=20, groups_per_batch=4, group_size=4)
+    with Sinks([ServerSink(folder, url)]) as sinks:
+        train(service, settings, dataset, folder, decode=tokenizer.decode, on_step=sinks)
+    run = {"run": trainer.model_id, "played": json.loads((folder / "run.json").read_text())["run_id"]}
+    service.close("success").result()
+    return run
+
+
+def take(page: Page, url: str, shot: Shot, runs: dict[str, str]) -> None:
+    page.set_viewport_size({"width": shot.width, "height": shot.height})
+    page.emulate_media(color_scheme=shot.scheme)  # type: ignore[arg-type]
+    page.goto(url + shot.path.format(**runs))
+    page.wait_for_timeout(1500)  # curves are drawn
+    shot.act(page)
+    image = Image.open(BytesIO(page.screenshot())).convert("P", palette=Image.Palette.ADAPTIVE, colors=128)
+    path = IMAGES / f"dashboard-{shot.name}.png"
+    image.save(path, optimize=True)
+    size = path.stat().st_size
+    print(f"{path.name}: {size:,} bytes")
+    if size > MAX_BYTES:
+        raise SystemExit(f"{path} is larger than {MAX_BYTES:,} bytes; show less")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--url", help="of a server that runs; without it one is started and put to work")
+    parser.add_argument("--run", default="", help="with --url: a run that learned")
+    parser.add_argument("--played", default="", help="with --url: a run that played")
+    parser.add_argument("--only", nargs="*", default=[], help="names of pictures")
+    parser.add_argument("--home", type=Path, help="a home folder whose embedded model is converted already")
+    given = parser.parse_args()
+    IMAGES.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        if given.url:
+            return shoot(given.url, {"run": given.run, "played": given.played}, given.only)
+        with server(given.home or Path(scratch) / "home") as url:
+            shoot(url, work(url, Path(scratch) / "played"), given.only)
+
+
+def shoot(url: str, runs: dict[str, str], only: list[str]) -> None:
+    with sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page()
+        for shot in SHOTS:
+            if not only or shot.name in only:
+                take(page, url, shot, runs)
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()
