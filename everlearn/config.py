@@ -104,7 +104,9 @@ class StoreSettings(Section):
     session_retention_seconds: float = Field(
         7 * 86_400, gt=0, description="how long a session without training runs is kept after its client, and all its samplers, fell silent"
     )
-    record_retention_seconds: float = Field(30 * 86_400, gt=0, description="how long the record of an answer is kept")
+    record_retention_seconds: float = Field(
+        30 * 86_400, gt=0, description="how long the record of an answer is kept, and what a training run told of its rollouts"
+    )
     record_max_bytes: int = Field(4 * 2**30, gt=0, description="upper bound of the records' content; beyond it the oldest records go")
     checkpoint_max_bytes: int = Field(0, ge=0, description="upper bound of checkpoints on disk; 0: none. Over it a save is refused by name")
 
