@@ -155,7 +155,8 @@ def use(url: str, model: str, rounds: int = 8) -> str:
     from everlearn.cli.client import Client
     from everlearn.loop.runner import Runner
 
-    post(url + "/v1/deployments", {"name": "support", "description": {"base": model, "gate": RULE, "settle": 0.0}})
+    update = {"paraphrases": 0, "rehearsed": 0, "epochs": 10, "batch": 6}  # the very questions come again: no other wordings are needed
+    post(url + "/v1/deployments", {"name": "support", "description": {"base": model, "update": update, "gate": RULE, "settle": 0.0}})
 
     def ask(question: str, episode: str) -> tuple[str, bool]:
         body = {"model": "support", "messages": [{"role": "user", "content": question}], "max_tokens": 16, "temperature": 0}

@@ -227,6 +227,9 @@ def test_episodes_are_found_and_everything_fits_a_phone_in_the_dark(dashboard: L
         "superseded" in page.locator("li.feedback").first.inner_text()
         and "a later word counts" in page.locator("li.feedback").first.inner_text()
     )
+    users.say(made[0][0], kind="comment", text="and one word more")
+    until(page.locator("li.feedback", has_text="and one word more"), count=1)
+    assert page.locator("li.feedback details").first.evaluate("one => one.open"), "what was opened stays open"
     assert users.http.delete(f"/v1/episodes/{made[1][1]}").status_code == 204
     page.complaints.expect("404")
     page.goto(f"/dashboard/episodes/{made[1][1]}")
