@@ -174,7 +174,7 @@ def _heartbeat(engine: Engine) -> Heartbeat:
     for served in list(engine.served.values()):
         for name, value in served.sampler.stats().items():
             totals[name] = totals.get(name, 0) + value
-    free, device_total = _device_memory(engine)
+    device_bytes, device_total = _device_memory(engine)
     return Heartbeat(
         unix_time=time.time(),
         training_queued=sum(len(run.queue) + (run.job is not None) for run in list(engine.runs.values())),
@@ -195,19 +195,20 @@ def _heartbeat(engine: Engine) -> Heartbeat:
         deadlines_passed=totals.get("deadlines_passed", 0),
         step_tokens=totals.get("step_tokens", 0),
         step_sizes=[sum(sizes) for sizes in zip(*(served.sampler.step_sizes for served in list(engine.served.values())), strict=True)],
-        device_bytes=device_total - free,
+        device_bytes=device_bytes,
         device_total_bytes=device_total,
         rss_bytes=int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"),
     )
 
 
 def _device_memory(engine: Engine) -> tuple[int, int]:
-    """Free bytes and all bytes of the GPU; nothing of a CPU."""
+    """What torch's allocator holds of the GPU's memory, and how much that has; nothing of a CPU. The driver isn't asked what is free: this
+    thread runs beside captures of graphs, which calls of other threads can spoil."""
     if engine.device.type != "cuda":
         return 0, 0
     import torch
 
-    return torch.cuda.mem_get_info(engine.device)
+    return torch.cuda.memory_reserved(engine.device), torch.cuda.get_device_properties(engine.device).total_memory
 
 
 if __name__ == "__main__":

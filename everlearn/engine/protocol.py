@@ -226,7 +226,7 @@ class RestoreFailed(Event, tag="restore_failed"):
 class Heartbeat(Event, tag="heartbeat"):
     """Sent at least once a second, also while a batch runs (from a thread that owns nothing). `step_sizes` counts the sampling steps by
     their tokens: those of at most STEP_TOKENS[0], ..., and those of more than the last. `step_tokens` is the tokens of all of them.
-    `device_bytes` of `device_total_bytes` of a GPU's memory are in use, by whomever; both are 0 on a CPU."""
+    The engine holds `device_bytes` of the `device_total_bytes` of a GPU's memory; both are 0 on a CPU."""
 
     unix_time: float
     training_queued: int

@@ -65,6 +65,8 @@ def test_every_page_opens_fits_a_phone_and_has_a_json_twin(dashboard: LiveServer
     assert page.url == dashboard.url + "/dashboard"
     found = addresses(page)
     assert found[0] == "/dashboard" and "/dashboard/system" in found
+    keys = [link.get_attribute("data-key") for link in page.locator("nav a").all()]
+    assert len(set(keys)) == len(keys) and all(keys), f"each page has a key of its own: {keys}"
     for address in found:
         page.goto(address)
         assert page.locator("nav a[aria-current=page]").get_attribute("href") == address
@@ -114,7 +116,10 @@ def test_parts_fetch_themselves_when_something_changed(dashboard: LiveServer, pa
     before = int(station.inner_text().replace(",", ""))
     body = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}).encode()
     assert ask(dashboard, "/v1/chat/completions", "POST", body, content_type="application/json")[0] == 200
+    link = page.locator("#to-runs")
+    link.focus()
     expect(station).to_have_text(str(before + 1))
+    expect(link).to_be_focused()  # what is fetched again takes the focus from nobody
 
 
 def test_a_key_signs_in_and_out_and_never_stands_in_the_cookie(keyed: Any, open_page: Callable[..., Any]) -> None:

@@ -22,11 +22,15 @@ router = frame.page_router()
 BEAT_SECONDS = 2  # how often the page is fetched again while nothing but time goes by
 
 
-def look(svc: Services, conn: Connection, tenant: str) -> Any:
-    return svc.dispatcher.readiness(), svc.engine.generation, int(time.time() / BEAT_SECONDS)
+def readiness(svc: Services, conn: Connection, tenant: str) -> Any:
+    return svc.dispatcher.readiness()[0], svc.engine.state, svc.engine.generation
 
 
-LIVE: dict[str, Look] = {"system": look}
+def pulse(svc: Services, conn: Connection, tenant: str) -> Any:
+    return int(time.time() / BEAT_SECONDS)
+
+
+LIVE: dict[str, Look] = {"ready": readiness, "system": pulse}
 
 
 @frame.twin(router, "/system", "system.html")

@@ -31,6 +31,15 @@ const everlearn = {
 
 everlearn.theme();
 
+/* Ages go on while nothing changes; as everlearn/api/dashboard/frame.py writes them. */
+everlearn.ages = () => {
+  for (const item of document.querySelectorAll("time[datetime]")) {
+    const past = Math.max(0, (Date.now() - Date.parse(item.dateTime)) / 1000);
+    const [unit, size] = [["d", 86400], ["h", 3600], ["min", 60], ["s", 1]].find(([, size]) => past >= size) || ["s", 1];
+    item.textContent = `${(past / size).toFixed(0)} ${unit} ago`;
+  }
+};
+
 /* One stream says by a digest for each part what has changed; elements with hx-trigger="live-PART from:body" then fetch themselves. */
 everlearn.listen = () => {
   const seen = JSON.parse(document.body.dataset.seen || "{}");
@@ -89,6 +98,7 @@ document.addEventListener("DOMContentLoaded", () => {
   if (form) everlearn.signIn(form);
   everlearn.keys();
   everlearn.listen();
+  setInterval(everlearn.ages, 5000);
   document.body.addEventListener("htmx:responseError", (event) => {
     const page = new DOMParser().parseFromString(event.detail.xhr.responseText, "text/html");
     everlearn.notice(page.querySelector("[role=alert]")?.textContent || "error " + event.detail.xhr.status);
