@@ -117,7 +117,7 @@ def make(
         plan = _of_preferences(api, service, now, described, tokens, items, recipe)
     saved = now.cycle.get("saved", {"step": 0, "path": "", "tokens": 0})
     if saved["step"] < plan.steps:
-        saved = _train(_trainer(api, service, now, described, recipe, saved), now, described, plan, saved, note, say, clock)
+        saved = _train(open_trainer(api, service, now, described, recipe, saved["path"]), now, described, plan, saved, note, say, clock)
     return Made(saved["path"], plan.examples, plan.steps, saved["tokens"], *saved.get("losses", [None, None]))
 
 
@@ -172,7 +172,7 @@ def _of_rewards(
 ) -> Plan:
     """The reference is the version that serves. Older corrections ride along, as many as a batch has and `replay` lets."""
     score = reward_of(api, now.name)
-    pull = msgspec.convert(msgspec.to_builtins(described.update.pull), grpo.Pull)
+    pull = pull_of(described)
     newest = sorted(items, key=lambda item: max(item["feedback_ids"], default=""), reverse=True)
     corrected = [one for one in newest if one["corrected"] is not None][: described.update.replay]
     replay = [Example(one["prompt_token_ids"], tokens.answer(str(one["corrected"]))) for one in corrected]
@@ -188,6 +188,10 @@ def _of_rewards(
         len(states),
         pull.steps,
     )
+
+
+def pull_of(described: Description) -> grpo.Pull:
+    return msgspec.convert(msgspec.structs.asdict(described.update.pull), grpo.Pull)
 
 
 def reward_of(api: Api, name: str) -> grpo.Score:
@@ -252,10 +256,10 @@ def _begins(api: Api, now: Deployed, described: Description) -> str | None:
     return champion if champion is not None and "/weights/" in champion else None
 
 
-def _trainer(api: Api, service: Any, now: Deployed, described: Description, recipe: Recipe, saved: dict[str, Any]) -> Any:
-    """The adapter where the lesson stands: as it was saved, as the champion has it, or new."""
-    if saved["path"]:
-        return service.create_training_client_from_state_with_optimizer(saved["path"]).result()
+def open_trainer(api: Api, service: Any, now: Deployed, described: Description, recipe: Recipe, path: str) -> Any:
+    """The adapter where the lesson stands: as it was saved under `path`, as the champion has it, or new."""
+    if path:
+        return service.create_training_client_from_state_with_optimizer(path).result()
     if (begins := _begins(api, now, described)) is not None:
         return service.create_training_client_from_state(begins).result()
     return service.create_lora_training_client(base_model=now.base_model, rank=recipe.rank, seed=recipe.seed, train_unembed=False).result()
