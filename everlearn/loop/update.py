@@ -73,7 +73,9 @@ def wordings(sampler: Any, tokens: Tokens, questions: Sequence[str], number: int
         return [[] for _ in questions]
     asks = [ask for question in questions for ask in paraphrase.requests(question, number)]
     prompts = [tokens.prompt(ask) for ask in asks]
-    answers = lesson.ask(sampler, prompts, [tokens.end], paraphrase.MAX_TOKENS, temperature=0.8, seed=seed)
+    # Of a sampled text only what stands before its first question mark is looked at.
+    stop = [tokens.end, *tokens.answer("?")[:-1][-1:]]
+    answers = lesson.ask(sampler, prompts, stop, paraphrase.MAX_TOKENS, temperature=0.8, seed=seed)
     texts = [tokens.text(answer.tokens) for answer in answers]
     each = 2 * number
     return [
@@ -128,6 +130,9 @@ def _of_corrections(
     update, cycle = described.update, now.cycle
     untaught = service.create_sampling_client(base_model=now.base_model).result()
     learned = corrections(items, int(cycle.get("labels", 0)), update.replay)
+    # Sent first and fetched last: the server answers general questions beside other wordings.
+    general_prompts = _general(tokens) if update.rehearsed else []
+    sent = lesson.send(untaught, general_prompts, [tokens.end], REHEARSED_TOKENS, lesson.ALTERNATIVES)
     others = cycle.get("wordings")
     if others is None:
         say(f"asking the model for other wordings of {len(learned)} questions")
@@ -135,7 +140,7 @@ def _of_corrections(
         others = {one.record_id: texts for one, texts in zip(learned, found, strict=True)}
         note({"wordings": others})
     examples = examples_of(tokens, learned, others)
-    rehearsal = rehearsed(service, now, tokens) if update.rehearsed else []
+    rehearsal = lesson.rehearsal_of(general_prompts, lesson.answers_of(sent))
     return Plan(
         lambda trainer, *progress: lesson.teach(trainer, examples, rehearsal, recipe, *progress),
         len(examples),
@@ -218,8 +223,11 @@ def reward_of(api: Api, name: str) -> grpo.Score:
 def rehearsed(service: Any, now: Deployed, tokens: Tokens) -> list[Example]:
     """General questions with what the base model itself would say."""
     untaught = service.create_sampling_client(base_model=now.base_model).result()
-    prompts = [tokens.prompt([{"role": "user", "content": text}]) for text in general.load().rehearsed]
-    return lesson.rehearse(untaught, prompts, [tokens.end], REHEARSED_TOKENS)
+    return lesson.rehearse(untaught, _general(tokens), [tokens.end], REHEARSED_TOKENS)
+
+
+def _general(tokens: Tokens) -> list[list[int]]:
+    return [tokens.prompt([{"role": "user", "content": text}]) for text in general.load().rehearsed]
 
 
 def _train(
