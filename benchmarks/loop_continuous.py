@@ -14,7 +14,8 @@ measured beside. Arms:
     nightly-champion   the same, from the version that serves
     continuous         weights move with every episode; the gate is asked every so many steps
 
-All have the same gate: what was corrected has to be right again. `delay`: virtual hours from the first correction of a changed fact to the
+All learn what was corrected, and with it what was called good, so that it stays. All have the same gate: what was corrected has to be right
+again. `delay`: virtual hours from the first correction of a changed fact to the
 first version that answers it right. `gold`: share of all questions that the serving version answers right by what is true now; `kept`: of
 those whose answer never changed. Each is asked whenever another version serves.
 """
@@ -51,7 +52,7 @@ KINDS = {"city": ("where does {} work?", "tell me where {} works."), "room": ("w
 ARMS = ("nightly", "nightly-champion", "continuous")
 NIGHT = 3.0  # o'clock
 GATE = {"owner": "study", "promote": "automatic", "corrections": {"min_right": 0.9, "max_broken": 0.1}}
-UPDATE = {"rank": 16, "learning_rate": 4e-3, "epochs": 12, "batch": 12, "paraphrases": 1, "rehearsed": 4}
+UPDATE = {"rank": 16, "learning_rate": 4e-3, "epochs": 8, "batch": 16, "paraphrases": 1, "rehearsed": 4}
 
 
 class World:
@@ -142,7 +143,8 @@ class Study:
         self.arm, self.hour, self.count = args.only, 0.0, 0
         self.rng = random.Random(f"users:{args.seed}")
         update = {**UPDATE, "learning_rate": args.learning_rate, "start": "champion" if self.arm == "nightly-champion" else "base"}
-        described: dict[str, Any] = {"base": live.model, "settle": 0.0, "update": update, "gate": GATE, "reward": {"learn": False}}
+        described: dict[str, Any] = {"base": live.model, "settle": 0.0, "update": update, "gate": GATE}
+        described |= {"reward": {"learn": False}, "filters": {"good": True}}
         if self.arm == "continuous":
             moves = {"steps": args.steps, "gate_every": args.gate_every, "staleness": 10 * args.gate_every, "quiet": 0.0, "rewards": False}
             update |= {"learning_rate": args.moving_rate, "start": "champion"}
@@ -312,7 +314,7 @@ def main() -> None:
     parser.add_argument("--people", type=int, default=len(NAMES))
     parser.add_argument("--pretraining", type=int, default=500, help="steps that make the model")
     parser.add_argument("--learning-rate", type=float, default=4e-3, help="of a night")
-    parser.add_argument("--moving-rate", type=float, default=1.5e-3, help="of a move")
+    parser.add_argument("--moving-rate", type=float, default=1e-3, help="of a move")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--gate-every", type=int, default=24)
     parser.add_argument("--collect", nargs="+", type=Path, metavar="FILE", help="makes the result file of runs, and measures nothing")

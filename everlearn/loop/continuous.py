@@ -178,7 +178,7 @@ class Mover:
         runner, asked = self.runner, described.continuous
         tokens = Tokens(runner.api, now.base_model)
         self._remember(now, described, moving)
-        new = self._corrections(now, said)
+        new = self._corrections(now, described, said)
         fresh = self._worded(tokens, now, described, new)
         if last is not None:
             moving = msgspec.structs.replace(moving, behind=last["id"], since=float(last["created_at"]))
@@ -256,25 +256,37 @@ class Mover:
             known = [item for item in items if max(item["feedback_ids"], default="") <= moving.behind]
             self.reservoir = update.corrections(known, len(known), described.update.replay)
 
-    def _corrections(self, now: Deployed, said: Sequence[dict[str, Any]]) -> list[Correction]:
-        """The corrections among what was said of this deployment's answers. The reservoir has them afterwards, for what they replace."""
-        found = []
+    def _corrections(self, now: Deployed, described: Description, said: Sequence[dict[str, Any]]) -> list[Correction]:
+        """The corrections among what was said of this deployment's answers. The reservoir has them afterwards, in the place of what was
+        known of the same prompts; where `filters` has `good`, also answers that were called good, so that they stay as they are."""
+        found: dict[tuple[int, ...], tuple[Correction, bool]] = {}
         for one in said:
-            if one["kind"] != "demonstration" or one["answer"] is None or one["target"]["record_id"] is None:
-                continue
-            try:
-                record = self.runner.api.get(f"/v1/records/{one['target']['record_id']}")
-            except NotFound:
-                continue
-            content = record["content"]
-            if content is None or not content.get("messages") or record["model"].partition("@")[0] != now.name:
-                continue
-            found.append(Correction(record["id"], content["messages"], str(one["answer"]), content["prompt_token_ids"], one["id"]))
-        same = {tuple(one.prompt) for one in found}
-        kept = [one for one in self.reservoir or [] if tuple(one.prompt) not in same]
-        newest = {tuple(one.prompt): one for one in found}
-        self.reservoir = [*kept, *newest.values()]
-        return list(newest.values())
+            corrects = one["kind"] == "demonstration" and one["answer"] is not None
+            good = bool(described.filters.get("good")) and one["kind"] in ("boolean", "float")
+            good = good and float(one["value"] or 0.0) >= float(described.filters.get("threshold", 0.5))
+            if (corrects or good) and (answer := self._answer(now, one)) is not None:
+                found[tuple(answer.prompt)] = (answer, corrects)
+        kept = [one for one in self.reservoir or [] if tuple(one.prompt) not in found]
+        self.reservoir = [*kept, *(one for one, _ in found.values())]
+        return [one for one, corrects in found.values() if corrects]
+
+    def _answer(self, now: Deployed, said: dict[str, Any]) -> Correction | None:
+        """What a piece of feedback teaches: the corrected answer, or the one that it is about. None where its content isn't kept, where it
+        has no text, and where another model gave it."""
+        target = said["target"]
+        if target["record_id"] is None or (target["span"] is not None and said["kind"] != "demonstration"):
+            return None
+        try:
+            record = self.runner.api.get(f"/v1/records/{target['record_id']}")
+        except NotFound:
+            return None
+        content = record["content"]
+        if content is None or not content.get("messages") or record["model"].partition("@")[0] != now.name:
+            return None
+        given = content["answer"][target["choice"]].get("content") if said["answer"] is None else said["answer"]
+        if not isinstance(given, str):
+            return None
+        return Correction(record["id"], content["messages"], given, content["prompt_token_ids"], said["id"])
 
     def _worded(self, tokens: Tokens, now: Deployed, described: Description, new: Sequence[Correction]) -> list[Example]:
         """New corrections as examples, with other wordings that the base model gives."""

@@ -278,7 +278,9 @@ class Runner:
 
     def _dataset(self, now: Deployed, described: Description, form: str, name: str = "") -> dict[str, Any] | None:
         """None: nothing was said that counts."""
-        body = {"name": name or str(now.cycle["id"]), "form": form, "filters": {"model": now.name, **described.filters}}
+        body: dict[str, Any] = {"name": name or str(now.cycle["id"]), "form": form, "filters": {"model": now.name, **described.filters}}
+        if form == "prompts":
+            body["reward_version"] = update.reward_version(self.api, now.name)
         try:
             made: dict[str, Any] = self.api.post("/v1/datasets", body)
         except InvalidRequest as error:

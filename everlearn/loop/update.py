@@ -199,6 +199,14 @@ def pull_of(described: Description) -> grpo.Pull:
     return msgspec.convert(msgspec.structs.asdict(described.update.pull), grpo.Pull)
 
 
+def reward_version(api: Api, name: str) -> str | None:
+    """The newest version of the deployment's reward model, if there is one: it is kept with the dataset that learns from it."""
+    try:
+        return str(api.get(f"/v1/reward-models/{quote(name, safe='')}")["id"])
+    except NotFound:
+        return None
+
+
 def reward_of(api: Api, name: str) -> grpo.Score:
     """What the newest version of the deployment's reward model, as it is now, says of prompts with answers. Raises Conflict (code
     UNEARNED) where there is none, or where it hasn't earned to be a reward."""

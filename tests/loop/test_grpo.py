@@ -16,6 +16,7 @@ from everlearn.loop import grpo
 from everlearn.loop.grpo import Pull
 from everlearn.loop.lesson import Recipe
 from everlearn.loop.runner import Runner
+from tests.api.test_reward_models import Product
 from tests.live import KEY, LiveServer
 from tests.loop.test_cycle import events
 
@@ -75,3 +76,24 @@ def test_an_update_is_refused_until_the_reward_model_has_earned_it(server: LiveS
         assert runner.run().state == "collect"
     last = events(http, "unearned")[-1]
     assert last["kind"] == "ended" and "reward model" in last["reason"], last
+
+
+@pytest.mark.slow
+def test_a_reward_model_that_has_earned_it_makes_a_version(server: LiveServer, http: httpx.Client) -> None:
+    """From thumbs alone: the model learns them, an update pulls towards what they say, and its version is gated and knows what it learned
+    from."""
+    gate = {"owner": "maria", "promote": "automatic", "kl": {"most": 50.0}}
+    pull = {"group": 4, "batch": 2, "steps": 3, "answer_tokens": 6}
+    update = {"method": "grpo", "start": "champion", "rank": 8, "learning_rate": 1e-3, "rehearsed": 2, "batch": 2, "pull": pull}
+    product = Product(server, "pulled", gate=gate, update=update)
+    product.thumbs(24, n=8)
+    product.newest(lambda one: one["earned"])
+    with tinker.ServiceClient(base_url=server.url, api_key=KEY) as service:
+        runner = Runner(Client(server.url, KEY), service, "pulled")
+        runner.begin("by hand")
+        now = runner.run()
+    told = events(http, "pulled")
+    assert (now.champion, told[-1]["kind"]) == ("pulled@1", "promoted"), told[-1]["reason"]
+    made = next(event["evidence"]["dataset"] for event in told if event["state"] == "update")
+    found = http.get(f"/v1/datasets/{made['id']}").json()
+    assert found["form"] == "prompts" and found["reward_version"].startswith("rm_") and len(found["versions"]) == 1
