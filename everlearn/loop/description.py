@@ -47,10 +47,12 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
 
 
 class Triggers(Section, frozen=True):
-    """Any of them begins a cycle. `at`: "HH:MM"; `labels`: new labels since the last cycle. Neither: only by hand."""
+    """Any of them begins a cycle. `at`: "HH:MM"; `labels`: new labels since the last cycle. Neither: only by hand. `continuous`, alone:
+    weights move with every finished episode (everlearn/loop/continuous.py)."""
 
     at: str = ""
     labels: int = 0
+    continuous: bool = False
 
 
 class Pull(Section, frozen=True):
@@ -104,6 +106,18 @@ class Reward(Section, frozen=True):
     asked: float = 0.25
 
 
+class Continuous(Section, frozen=True):
+    """Of triggers.continuous. `steps`: optimizer steps of one move; `gate_every`: of them, until the gate is asked; `staleness`: of them,
+    that the moving weights may be ahead of the version that serves. `quiet`: seconds without a word after which an episode is finished.
+    `rewards`: the reward model pulls too, once it has earned that."""
+
+    steps: int = 4
+    gate_every: int = 24
+    staleness: int = 240
+    quiet: float = 30.0
+    rewards: bool = True
+
+
 class Budget(Section, frozen=True):
     """Of one cycle: seconds from its begin to the gate's verdict, and training tokens. 0: no bound."""
 
@@ -120,6 +134,7 @@ class Description(Section, frozen=True):
     update: Update = Update()
     shadow: Shadow = Shadow()
     reward: Reward = Reward()
+    continuous: Continuous = Continuous()
     budget: Budget = Budget()
     settle: float = 3600.0
     filters: dict[str, Any] = {}
@@ -147,6 +162,10 @@ BOUNDS = {
     "reward.refit_every": (1, 1_000_000),
     "reward.review_sd": (0.0, 0.5),
     "reward.asked": (0.0, 1.0),
+    "continuous.steps": (1, 1000),
+    "continuous.gate_every": (1, 100_000),
+    "continuous.staleness": (1, 1_000_000),
+    "continuous.quiet": (0.0, 1e7),
     "settle": (0.0, 1e7),
     "budget.seconds": (0.0, 1e7),
     "budget.tokens": (0, 10**12),
@@ -177,10 +196,23 @@ def of(table: Any) -> Description:
         value = functools.reduce(getattr, key.split("."), found)
         if not least <= value <= most:  # type: ignore[operator]
             raise InvalidRequest(f"{key} = {value} must be from {least} to {most}", param=key)
+    _check_continuous(found)
     asked = rule.rule_of(found.gate)
     _check_measured(asked)
     _check_shadow(found.shadow, asked)
     return found
+
+
+def _check_continuous(found: Description) -> None:
+    if found.triggers.continuous and (found.triggers.at or found.triggers.labels):
+        raise InvalidRequest("triggers.continuous moves by itself; remove at and labels, or continuous", param="triggers.continuous")
+    if found.triggers.continuous and found.update.method != "sft":
+        told = 'learns from corrections, and from the reward model where it may; set update.method = "sft"'
+        raise InvalidRequest(f"triggers.continuous {told}", param="update.method")
+    moves = found.continuous
+    if moves.staleness < moves.gate_every + moves.steps:
+        told = f"continuous.staleness = {moves.staleness} must be at least gate_every + steps = {moves.gate_every + moves.steps}"
+        raise InvalidRequest(f"{told}: no candidate would come to the gate", param="continuous.staleness")
 
 
 def _check_measured(asked: rule.Rule) -> None:

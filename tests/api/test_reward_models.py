@@ -26,11 +26,10 @@ SAID = ("paris", "hello, world!", "the lazy dog", "what is it?")
 class Product:
     """A deployment `desk` whose users like some questions' answers and not others'."""
 
-    def __init__(self, server: LiveServer, name: str = "desk", **reward: Any):
+    def __init__(self, server: LiveServer, name: str = "desk", reward: dict[str, Any] | None = None, **more: Any):
         self.server, self.name = server, name
         self.http = httpx.Client(base_url=server.url, headers={"X-API-Key": KEY}, timeout=60)
-        described = {"base": "tiny", "reward": reward} if reward else {"base": "tiny"}
-        self.post("/v1/deployments", {"name": name, "description": described})
+        self.post("/v1/deployments", {"name": name, "description": {"base": "tiny", "reward": reward or {}, **more}})
 
     def post(self, path: str, body: Any = None) -> Any:
         return self.http.post(path, json=body).raise_for_status().json()
@@ -83,7 +82,7 @@ class Product:
 
 
 def test_it_learns_from_each_label_and_says_what_it_is_worth(server: LiveServer) -> None:
-    product = Product(server, "learns", asked=1.0)
+    product = Product(server, "learns", reward={"asked": 1.0})
     product.thumbs(24, n=8)
     found = product.newest(lambda one: one["labels"] >= 50)
     before = found["report"]["prequential"]
@@ -113,7 +112,7 @@ def test_it_is_no_reward_before_it_has_earned_that(server: LiveServer) -> None:
 
 
 def test_what_it_is_unsure_of_becomes_a_doubt_until_somebody_says(server: LiveServer) -> None:
-    product = Product(server, "unsure", asked=1.0, review_sd=0.01)
+    product = Product(server, "unsure", reward={"asked": 1.0, "review_sd": 0.01})
     product.thumbs(2)
     product.newest(lambda one: one["number"] >= 1)
     record = product.ask("0123456789", "unsure-new")
