@@ -31,7 +31,11 @@ def listed(conn: Connection, tenant: str, after: str | None = None, limit: int =
 def row(found: Deployment) -> dict[str, Any]:
     """A deployment without the notes of its cycle, which may hold users' words."""
     told = deployment_json(found)
-    cycle = {name: found.cycle[name] for name in ("id", "began", "why", "labels", "dataset", "step", "asks") if name in found.cycle}
+    cycle: dict[str, Any] = {
+        name: found.cycle[name] for name in ("id", "began", "why", "labels", "dataset", "step", "asks") if name in found.cycle
+    }
+    if isinstance(moving := found.cycle.get("moving"), Mapping):  # weights that move with every episode (everlearn/loop/continuous.py)
+        cycle["moving"] = {name: moving.get(name) for name in ("step", "owed", "tried", "total")}
     return told | {"cycle": cycle, "states": STATES}
 
 
