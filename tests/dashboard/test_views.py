@@ -92,7 +92,9 @@ def test_the_course_is_of_the_newest_canary_and_says_when_its_share_grew() -> No
     known = {one.id: looks.past(found, one, Path("home")) for one in events if one.evidence}
     course = course_of(events, known, None)
     assert (course["candidate"], course["outcomes"], course["own"], course["live"]) == ("support@2", 60, 30, False)
-    assert course["steps"] == [{"outcomes": 0, "share": 0.5}] and course["low"] > 0.0 and course["points"][-1][1] == course["low"]
+    assert (
+        course["steps"] == [{"outcomes": 0, "share": 0.5}] and course["low"] > 0.0 and 0 <= course["low"] - course["points"][-1][1] < 0.01
+    )
     assert looks.past(found, events[0], Path("home")) is known[3], "worked out once"
     assert course_of([], {}, None) == {}
 

@@ -161,7 +161,8 @@ def course_of(events: Sequence[Event], past: Mapping[int, Past], look: Look | No
     if shown is None or shown.rule.canary is None:
         return {}
     evidence, canary = shown.evidence, shown.rule.canary
-    low, high = (shown.course[-1][1], shown.course[-1][2]) if shown.course else (-1.0, 1.0)
+    part = next((one for one in shown.verdict.parts if one.name == "canary"), None)  # sharper than the course, which is on a grid
+    low, high = (-1.0, 1.0) if part is None or part.low is None or part.high is None else (part.low, part.high)
     steps = []
     for event in reversed(events):
         stored = event.evidence.get("evidence")

@@ -93,6 +93,7 @@ addEventListener("DOMContentLoaded", () => {
       }
       ctx.save();
       ctx.font = `${11 * ratio}px system-ui, sans-serif`;
+      ctx.textAlign = "left";
       for (const step of course.steps) {
         const x = chart.valToPos(step.outcomes, "x", true);
         line(x, bbox.top, x, bbox.top + bbox.height, read("--line"), [2, 3]);
@@ -111,7 +112,7 @@ addEventListener("DOMContentLoaded", () => {
     plot = new uPlot({
       width: box.clientWidth || 320, height: 260, legend: { show: false }, cursor: { show: false },
       scales: { x: { time: false }, y: { range: [-1, 1] } },
-      axes: [{ ...axis, label: "outcomes", labelSize: 18, size: 36 }, { ...axis, size: 52, values: (_, ticks) => ticks.map((tick) => `${Math.round(100 * tick)} %`) }],
+      axes: [{ ...axis, label: "outcomes", labelSize: 18, size: 36 }, { ...axis, size: 62, values: (_, ticks) => ticks.map((tick) => `${Math.round(100 * tick)} %`) }],
       series: [{}, series("high"), series("low")],
       bands: [{ series: [1, 2], fill: read("--tint") }],
       hooks: { draw: [marks(course)] },
