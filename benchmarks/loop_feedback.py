@@ -31,10 +31,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the lesson")
     parser.add_argument("--paraphrases", type=int, default=4)
     parser.add_argument("--epochs", type=int, default=7)
+    parser.add_argument("--rehearsed", type=int, default=12, help="general examples in every batch")
     args = parser.parse_args()
     logging.getLogger("tinker").setLevel(logging.ERROR)
     book = handbook.load()
-    update = {"paraphrases": args.paraphrases, "epochs": args.epochs, "seed": args.seed}
+    update = {"paraphrases": args.paraphrases, "epochs": args.epochs, "rehearsed": args.rehearsed, "seed": args.seed}
     if args.smoke:
         book = msgspec.structs.replace(book, facts=book.facts[:4], general=book.general[:4])
         update |= {"paraphrases": 1, "epochs": 8, "batch": 4, "rehearsed": 4}

@@ -24,14 +24,16 @@ from typing import Any, NamedTuple
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
+from everlearn.store.placing import split_of
+
 IMAGES = Path(__file__).parent / "images"
 MAX_BYTES = 120_000
 QUESTIONS = ("When does the workshop open?", "Who keeps the keys?", "What colour is the door?")
 
 
 class Shot(NamedTuple):
-    """A picture `dashboard-NAME.png` of `path`, where `{run}` is a run that learned and `{played}` one that played; `act` prepares the
-    page."""
+    """A picture `dashboard-NAME.png` of `path`, where `{run}` is a run that learned, `{played}` one that played, and `{episode}` one that
+    was corrected; `act` prepares the page."""
 
     name: str
     path: str
@@ -41,12 +43,22 @@ class Shot(NamedTuple):
     act: Callable[[Page], Any] = lambda page: None
 
 
+def correct(page: Page) -> None:
+    """As it looks while somebody corrects the first answer."""
+    page.keyboard.press("e")
+    page.keyboard.type("At seven, on weekdays.")
+
+
 SHOTS = [
     Shot("overview", "/dashboard"),
     Shot("phone", "/dashboard", "dark", 400, 720),
     Shot("runs", "/dashboard/runs"),
     Shot("run", "/dashboard/runs/{played}?show=reward/total&show=entropy&show=kl/k3&show=tokens/mean"),
     Shot("rollouts", "/dashboard/rollouts?run={played}"),
+    Shot("episode", "/dashboard/episodes/{episode}", height=900),
+    Shot("review", "/dashboard/review?model=support", act=correct),
+    Shot("reward-model", "/dashboard/reward-model/support", height=900),
+    Shot("deploy", "/dashboard/deploys/support", height=1100),
     Shot("system", "/dashboard/system", "dark"),
 ]
 
@@ -117,7 +129,57 @@ def work(url: str, folder: Path) -> dict[str, str]:
         train(service, settings, dataset, folder, decode=tokenizer.decode, on_step=sinks)
     run = {"run": trainer.model_id, "played": json.loads((folder / "run.json").read_text())["run_id"]}
     service.close("success").result()
-    return run
+    return run | {"episode": use(url, model)}
+
+
+TRUTHS = {
+    "When does the workshop open?": "At seven.",
+    "Who keeps the keys?": "Maria keeps the keys.",
+    "What colour is the door?": "The door is green.",
+    "Where is the kiln?": "The kiln is in the yard.",
+    "How long does glazing take?": "Glazing takes two days.",
+    "Who teaches on Mondays?": "Jonas teaches on Mondays.",
+}
+RULE = {
+    "owner": "maria",
+    "corrections": {"min_right": 0.5},
+    "canary": {"steps": [{"share": 0.5, "min_feedback": 1000}]},
+    "guardrails": {"length": {"worse": "up", "margin": 0.1, "limit": 64.0, "min_num": 10}},
+}
+
+
+def use(url: str, model: str, rounds: int = 8) -> str:
+    """A deployment whose users ask, judge and correct, up to a canary; an episode that was corrected."""
+    import tinker
+
+    from everlearn.cli.client import Client
+    from everlearn.loop.runner import Runner
+
+    update = {"paraphrases": 0, "rehearsed": 0, "epochs": 10, "batch": 6}  # the very questions come again: no other wordings are needed
+    post(url + "/v1/deployments", {"name": "support", "description": {"base": model, "update": update, "gate": RULE, "settle": 0.0}})
+
+    def ask(question: str, episode: str) -> tuple[str, bool]:
+        body = {"model": "support", "messages": [{"role": "user", "content": question}], "max_tokens": 16, "temperature": 0}
+        headers = {"content-type": "application/json", "x-everlearn-episode": episode}
+        request = urllib.request.Request(url + "/v1/chat/completions", json.dumps(body | {"user": "anna"}).encode(), headers)
+        with urllib.request.urlopen(request, timeout=300) as reply:
+            record, answer = reply.headers["x-everlearn-record"], json.loads(reply.read())["choices"][0]["message"]["content"]
+        good = TRUTHS[question].rstrip(".").lower() in answer.lower()
+        post(url + "/v1/feedback", {"record_id": record, "kind": "boolean", "value": good})
+        return record, good
+
+    tickets = [f"ticket-{number}" for number in range(100) if split_of("default", f"ticket-{number}", 0.2) == "train"]
+    for question, ticket in zip(TRUTHS, tickets, strict=False):
+        post(url + "/v1/feedback", {"record_id": ask(question, ticket)[0], "kind": "demonstration", "text": TRUTHS[question]})
+    with tinker.ServiceClient(base_url=url, api_key="tml-local") as service:
+        runner = Runner(Client(url, "tml-local"), service, "support")
+        runner.begin("by hand")
+        print(f"the deployment is in {runner.run().state}")
+    for number in range(rounds):
+        for question in TRUTHS:
+            ask(question, f"visit-{number}-{question[:9]}".replace(" ", "-"))
+    time.sleep(10)  # the reward model follows
+    return tickets[0]
 
 
 def take(page: Page, url: str, shot: Shot, runs: dict[str, str]) -> None:
@@ -140,13 +202,14 @@ def main() -> None:
     parser.add_argument("--url", help="of a server that runs; without it one is started and put to work")
     parser.add_argument("--run", default="", help="with --url: a run that learned")
     parser.add_argument("--played", default="", help="with --url: a run that played")
+    parser.add_argument("--episode", default="", help="with --url: an episode that was corrected")
     parser.add_argument("--only", nargs="*", default=[], help="names of pictures")
     parser.add_argument("--home", type=Path, help="a home folder whose embedded model is converted already")
     given = parser.parse_args()
     IMAGES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         if given.url:
-            return shoot(given.url, {"run": given.run, "played": given.played}, given.only)
+            return shoot(given.url, {"run": given.run, "played": given.played, "episode": given.episode}, given.only)
         with server(given.home or Path(scratch) / "home") as url:
             shoot(url, work(url, Path(scratch) / "played"), given.only)
 

@@ -12,7 +12,7 @@ import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
@@ -151,8 +151,17 @@ class FeedbackSettings(Section):
     human_weight: float = Field(1.0, ge=0, description="what a label of a person is worth")
     program_weight: float = Field(1.0, ge=0, description="what a label of a program is worth")
     model_weight: float = Field(0.5, ge=0, description="what a label of a model is worth")
+    reward_models: bool = Field(
+        True, description="keep a reward model for each deployment, from its feedback (docs/design/reward-model.md), beside serving"
+    )
     heldout_share: float = Field(
         0.2, ge=0, lt=1, description="share of new episodes that are never trained on, so that versions can be judged with them"
+    )
+    review_choices: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(
+        default_factory=lambda: {"wrong": 0.0, "poor": 0.25, "fair": 0.5, "good": 0.75, "right": 1.0},
+        min_length=1,
+        max_length=9,
+        description="what the keys 1 to 9 say of an answer on the dashboard's page Review: a label and its value, from 0 (bad) to 1 (good)",
     )
 
 

@@ -38,6 +38,8 @@ ROWS = {
     "feedback.row": "a word about an answer is kept, edited or forgotten",
     "dataset.row": "a dataset becomes listed, with all its items",
     "memory.row": "turns of a memory are forgotten, or all of it; their bytes are still on the disk",
+    "reward.labels": "labels join a reward model's, with how far its feedback was read",
+    "reward.version": "a version of a reward model becomes listed",
     "garbage.row": "rows go whose folders are gone",
 }
 ACTS = {

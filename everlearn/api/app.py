@@ -30,6 +30,7 @@ from everlearn.api import (
     memories,
     ops,
     records,
+    reward_models,
     runs,
     signals,
     tokens,
@@ -47,6 +48,7 @@ from everlearn.api.openai import routes as openai
 from everlearn.api.ops import Metrics
 from everlearn.api.recorder import Recorder
 from everlearn.api.refilling import Refills
+from everlearn.api.rewarding import Rewarding
 from everlearn.api.services import Services
 from everlearn.api.serving import Serving
 from everlearn.api.shadow import Shadows
@@ -86,7 +88,8 @@ def create_app(settings: Settings) -> FastAPI:
         for router in openai.ROUTERS:
             app.include_router(router, prefix=prefix)
     app.include_router(anthropic.router, prefix=anthropic.PREFIX)
-    for own in (ops, adapters, capabilities, memories, records, usage, runs, episodes, feedback, datasets, deployments, tokens):
+    loop = (episodes, feedback, datasets, deployments, reward_models)
+    for own in (ops, adapters, capabilities, memories, records, usage, runs, *loop, tokens):
         app.include_router(own.router)
 
     pages.install(app)
@@ -110,16 +113,18 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.failure = error
         raise
     app.state.services = svc
-    housekeeping = Housekeeping(svc)
+    housekeeping, rewarding = Housekeeping(svc), svc.rewarding
     try:
         svc.records.start()
         await svc.dispatcher.start()
         svc.engine.start()
         housekeeping.start()
+        rewarding.start()
         yield
     finally:
         svc.dispatcher.draining = True
         await svc.serving.drain(grace=0.0)
+        await rewarding.stop()
         await housekeeping.stop()
         await svc.engine.stop(grace=10.0)
         await svc.dispatcher.stop()
@@ -163,7 +168,9 @@ def make_services(settings: Settings, db: Database, catalog: Catalog) -> Service
     metrics.records_spooled.set_function(lambda: recorder.spool.size)
     limiter = Limiter(catalog, recorder.backlog)
     chats, behind = ChatModels(catalog), (Shadows(), Refills())  # what is made when nobody waits for it any more
-    return Services(settings, db, catalog, engine, dispatcher, metrics, serving, chats, limiter, recorder, *behind)
+    made = Services(settings, db, catalog, engine, dispatcher, metrics, serving, chats, limiter, recorder, *behind)
+    object.__setattr__(made, "rewarding", Rewarding(made))  # it uses all the others, and they are frozen with it
+    return made
 
 
 class Observe:

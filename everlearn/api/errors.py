@@ -34,6 +34,7 @@ STATUS = {
     "not_found": 404,
     "conflict": 400,
     "idempotency_conflict": 409,
+    "reward_not_earned": 409,
     "damaged": 400,
     "expired": 410,
     "too_large": 413,

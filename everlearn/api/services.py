@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from everlearn.api.ops import Metrics
     from everlearn.api.recorder import Recorder
     from everlearn.api.refilling import Refills
+    from everlearn.api.rewarding import Rewarding
     from everlearn.api.serving import Serving
     from everlearn.api.shadow import Shadows
     from everlearn.api.supervise import EngineProcess
@@ -49,6 +50,7 @@ class Services:
     records: Recorder
     shadows: Shadows
     refills: Refills
+    rewarding: Rewarding = field(init=False)  # a client of all the others: the app sets it
     started_at: float = field(default_factory=time.time)
     samplers: dict[tuple[str, str], Sampler] = field(default_factory=dict)  # (tenant, id): those whose weights never change
 

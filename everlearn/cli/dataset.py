@@ -26,7 +26,7 @@ def route(dataset: str) -> str:
 
 @command.command("create")
 @click.argument("name")
-@click.option("--form", type=click.Choice(["sft", "preference", "kto"]), required=True, help="what an item is")
+@click.option("--form", type=click.Choice(["sft", "preference", "kto", "prompts"]), required=True, help="what an item is")
 @click.option("--model", help="answers of this model; a bare name takes all its versions in")
 @click.option("--user", help="answers to this user")
 @click.option("--since", type=float, metavar="SECONDS", help="said at this Unix time or later")

@@ -32,6 +32,7 @@ NOUNS = {
     "episode": "Conversations and tasks that answers belong to.",
     "feedback": "What was said about answers.",
     "dataset": "Feedback, frozen to be learned from.",
+    "reward": "Reward models: what they learned from feedback, and how far they may be trusted.",
     "memory": "Memories of conversations, and what is in them.",
     "key": "API keys and their tenants.",
     "bench": "Measure a running server.",

@@ -25,6 +25,7 @@ Pure: nothing here reads a file or a clock.
 
 from __future__ import annotations
 
+import functools
 import re
 import tomllib
 from typing import Any, Literal
@@ -46,10 +47,24 @@ class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
 
 
 class Triggers(Section, frozen=True):
-    """Any of them begins a cycle. `at`: "HH:MM"; `labels`: new labels since the last cycle. Neither: only by hand."""
+    """Any of them begins a cycle. `at`: "HH:MM"; `labels`: new labels since the last cycle. Neither: only by hand. `continuous`, alone:
+    weights move with every finished episode (everlearn/loop/continuous.py)."""
 
     at: str = ""
     labels: int = 0
+    continuous: bool = False
+
+
+class Pull(Section, frozen=True):
+    """Of the method grpo; what the fields mean stands in everlearn/loop/grpo.py. `steps` and `learning_rate` go together: each step is
+    small."""
+
+    group: int = 8
+    answer_tokens: int = 64
+    kl: float = 0.05
+    hold: float = 0.1
+    steps: int = 40
+    batch: int = 8
 
 
 class Update(Section, frozen=True):
@@ -57,9 +72,10 @@ class Update(Section, frozen=True):
     `replay`: the most older corrections that ride along, newest first. `rehearsed`: general examples in every batch, as the model itself
     would answer them. `memory`: what corrections of a user's own facts do where the answer was given in a memory: change that memory
     ("personal"), or be learned like all others ("off"); everlearn/loop/remedy.py decides. `beta` is of dpo and kto
-    (everlearn/loop/preference.py), where paraphrases, replay, rehearsed and memory have no part."""
+    (everlearn/loop/preference.py), where paraphrases, replay, rehearsed and memory have no part. `pull` is of grpo
+    (everlearn/loop/grpo.py), which is refused until the deployment's reward model has earned to be a reward."""
 
-    method: Literal["sft", "dpo", "kto"] = "sft"
+    method: Literal["sft", "dpo", "kto", "grpo"] = "sft"
     start: Literal["base", "champion"] = "base"
     rank: int = 16
     learning_rate: float = 2e-3
@@ -71,6 +87,7 @@ class Update(Section, frozen=True):
     memory: Literal["personal", "off"] = "personal"
     beta: float = 0.1
     seed: int = 0
+    pull: Pull = Pull()
 
 
 class Shadow(Section, frozen=True):
@@ -79,6 +96,29 @@ class Shadow(Section, frozen=True):
 
     share: float = 0.2
     answers: int = 0
+
+
+class Reward(Section, frozen=True):
+    """The deployment's reward model: whether the server keeps one, and after how many labels it is fitted anew. An answer is a doubt where
+    the standard deviation of its chance of approval is above `review_sd`; of the answers that nobody labelled a share `asked` is looked
+    at."""
+
+    learn: bool = True
+    refit_every: int = 200
+    review_sd: float = 0.2
+    asked: float = 0.25
+
+
+class Continuous(Section, frozen=True):
+    """Of triggers.continuous. `steps`: optimizer steps of one move; `gate_every`: of them, until the gate is asked; `staleness`: of them,
+    that the moving weights may be ahead of the version that serves. `quiet`: seconds without a word after which an episode is finished.
+    `rewards`: the reward model pulls too, once it has earned that."""
+
+    steps: int = 4
+    gate_every: int = 24
+    staleness: int = 240
+    quiet: float = 30.0
+    rewards: bool = True
 
 
 class Budget(Section, frozen=True):
@@ -96,6 +136,8 @@ class Description(Section, frozen=True):
     triggers: Triggers = Triggers()
     update: Update = Update()
     shadow: Shadow = Shadow()
+    reward: Reward = Reward()
+    continuous: Continuous = Continuous()
     budget: Budget = Budget()
     settle: float = 3600.0
     filters: dict[str, Any] = {}
@@ -112,8 +154,21 @@ BOUNDS = {
     "update.replay": (0, 100_000),
     "update.rehearsed": (0, 256),
     "update.beta": (1e-4, 100.0),
+    "update.pull.group": (2, 128),
+    "update.pull.answer_tokens": (1, 4096),
+    "update.pull.kl": (0.0, 100.0),
+    "update.pull.hold": (0.0, 100.0),
+    "update.pull.steps": (1, 100_000),
+    "update.pull.batch": (1, 1024),
     "shadow.share": (0.0, 1.0),
     "shadow.answers": (0, 100_000),
+    "reward.refit_every": (1, 1_000_000),
+    "reward.review_sd": (0.0, 0.5),
+    "reward.asked": (0.0, 1.0),
+    "continuous.steps": (1, 1000),
+    "continuous.gate_every": (1, 100_000),
+    "continuous.staleness": (1, 1_000_000),
+    "continuous.quiet": (0.0, 1e7),
     "settle": (0.0, 1e7),
     "budget.seconds": (0.0, 1e7),
     "budget.tokens": (0, 10**12),
@@ -141,14 +196,26 @@ def of(table: Any) -> Description:
     if found.triggers.at and not re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d", found.triggers.at):
         raise InvalidRequest(f'triggers.at = {found.triggers.at!r} must be a time of the day, as in "03:00"', param="triggers.at")
     for key, (least, most) in BOUNDS.items():
-        section, _, field = key.rpartition(".")
-        value = getattr(getattr(found, section) if section else found, field)
-        if not least <= value <= most:
+        value = functools.reduce(getattr, key.split("."), found)
+        if not least <= value <= most:  # type: ignore[operator]
             raise InvalidRequest(f"{key} = {value} must be from {least} to {most}", param=key)
+    _check_continuous(found)
     asked = rule.rule_of(found.gate)
     _check_measured(asked)
     _check_shadow(found.shadow, asked)
     return found
+
+
+def _check_continuous(found: Description) -> None:
+    if found.triggers.continuous and (found.triggers.at or found.triggers.labels):
+        raise InvalidRequest("triggers.continuous moves by itself; remove at and labels, or continuous", param="triggers.continuous")
+    if found.triggers.continuous and found.update.method != "sft":
+        told = 'learns from corrections, and from the reward model where it may; set update.method = "sft"'
+        raise InvalidRequest(f"triggers.continuous {told}", param="update.method")
+    moves = found.continuous
+    if moves.staleness < moves.gate_every + moves.steps:
+        told = f"continuous.staleness = {moves.staleness} must be at least gate_every + steps = {moves.gate_every + moves.steps}"
+        raise InvalidRequest(f"{told}: no candidate would come to the gate", param="continuous.staleness")
 
 
 def _check_measured(asked: rule.Rule) -> None:

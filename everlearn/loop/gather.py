@@ -2,7 +2,7 @@
 
 `gather` reads; `everlearn.store.datasets.create` freezes what it returns. Three forms: `sft` (corrections, and on wish answers that were
 called good), `preference` (two answers to one prompt, a correction counting as better than what it corrects), `kto` (answers with a label
-that the sources agree on). Weights: everlearn/loop/weights.py.
+that the sources agree on), `prompts` (where users were when they said something). Weights: everlearn/loop/weights.py.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from everlearn.store.feedback import Feedback
 from everlearn.store.placing import plain
 
 LABELS = ("boolean", "float", "outcome")  # kinds with a value that says how good an answer is
+WORDS = (*LABELS, "demonstration", "preference")
 MAX_LABELS = 200_000
 MAX_BYTES = 256 * 2**20  # of all items, packed
 EVEN = 1e-9
@@ -153,7 +154,8 @@ class Reader:
 
 
 def _labels(conn: Connection, tenant: str, form: str, filters: Filters) -> list[Feedback]:
-    kinds: tuple[str, ...] = {"sft": ("demonstration",), "preference": ("demonstration", "preference"), "kto": LABELS}[form]
+    of = {"sft": ("demonstration",), "preference": ("demonstration", "preference"), "kto": LABELS, "prompts": WORDS}
+    kinds: tuple[str, ...] = of[form]
     if form == "sft" and filters.good:
         kinds += LABELS
     if form == "kto" and filters.implicit:
@@ -244,7 +246,22 @@ def _kto(labels: Sequence[Weighed], reader: Reader, filters: Filters) -> Iterato
         yield _draft([answer], said, abs(worth), body)
 
 
-MAKERS = {"sft": _sft, "preference": _preference, "kto": _kto}
+def _prompts(labels: Sequence[Weighed], reader: Reader, filters: Filters) -> Iterator[Draft]:
+    """Each prompt once, whatever was said of its answers; `corrected` is the newest correction of one of them, null where there is none."""
+    of: dict[tuple[int, ...], list[Weighed]] = {}
+    answers: dict[tuple[int, ...], list[Answer]] = {}
+    for place, said in _by_place(labels, reader).items():
+        if (answer := reader.answer(place)) is not None:
+            prompt = (*answer.prompt_ids, 0 if answer.split == "train" else 1)  # the same prompt may be in an episode of either split
+            of.setdefault(prompt, []).extend(said)
+            answers.setdefault(prompt, []).append(answer)
+    for prompt, said in of.items():
+        corrections = sorted((one.feedback_id, one.answer) for one, _ in said if one.kind == "demonstration" and one.answer is not None)
+        body = {"prompt": answers[prompt][0].prompt, "corrected": corrections[-1][1] if corrections else None}
+        yield _draft(answers[prompt], said, 1.0, body)
+
+
+MAKERS = {"sft": _sft, "preference": _preference, "kto": _kto, "prompts": _prompts}
 
 
 def _tokens(side: str, answer: Answer) -> dict[str, Any]:

@@ -55,22 +55,41 @@ class Step(msgspec.Struct, frozen=True):
     tokens: int
 
 
-def ask(
-    sampler: Any, prompts: Sequence[Sequence[int]], stop: Sequence[int], max_tokens: int, on_answer: Nothing = lambda: None,
-    alternatives: int = 0, temperature: float = 0.0, seed: int | None = None,
+def send(
+    sampler: Any, prompts: Sequence[Sequence[int]], stop: Sequence[int], max_tokens: int, alternatives: int = 0,
+    temperature: float = 0.0, seed: int | None = None,
 ) -> list[Any]:  # fmt: skip
-    """An answer to each prompt, as sampled sequences: the most likely one at temperature 0. All are asked at once: the server batches them.
-    With a seed, prompt i is answered with seed + i."""
+    """Asks for an answer to each prompt, and waits for none: the server batches all that it was sent. With a seed, prompt i is answered
+    with seed + i."""
     futures = []
     for place, prompt in enumerate(prompts):
         own = None if seed is None else (seed + place) % 2**31
         params = tinker.SamplingParams(max_tokens=max_tokens, temperature=temperature, stop=list(stop), seed=own)
         futures.append(sampler.sample(tinker.ModelInput.from_ints(list(prompt)), 1, params, topk_sample_logprobs=alternatives))
+    return futures
+
+
+def answers_of(futures: Sequence[Any], on_answer: Nothing = lambda: None) -> list[Any]:
+    """What `send` asked for, as sampled sequences."""
     answers = []
     for future in futures:
         answers.append(future.result().sequences[0])
         on_answer()
     return answers
+
+
+def ask(
+    sampler: Any, prompts: Sequence[Sequence[int]], stop: Sequence[int], max_tokens: int, on_answer: Nothing = lambda: None,
+    alternatives: int = 0, temperature: float = 0.0, seed: int | None = None,
+) -> list[Any]:  # fmt: skip
+    """An answer to each prompt, as sampled sequences: the most likely one at temperature 0."""
+    return answers_of(send(sampler, prompts, stop, max_tokens, alternatives, temperature, seed), on_answer)
+
+
+def ask_each(samplers: Sequence[Any], prompts: Sequence[Sequence[int]], stop: Sequence[int], max_tokens: int) -> list[list[Any]]:
+    """The most likely answers of each, all of them asked at once."""
+    sent = [send(sampler, prompts, stop, max_tokens) for sampler in samplers]
+    return [answers_of(futures) for futures in sent]
 
 
 def rehearse(
@@ -81,7 +100,11 @@ def rehearse(
     Training on distributions leaves an unchanged model unchanged (the gradient all but vanishes where it still agrees); training on the
     answers themselves would make it surer of them than it was, and that harms its other answers.
     """
-    answers = ask(sampler, prompts, stop, max_tokens, on_answer, ALTERNATIVES)
+    return rehearsal_of(prompts, answers_of(send(sampler, prompts, stop, max_tokens, ALTERNATIVES), on_answer))
+
+
+def rehearsal_of(prompts: Sequence[list[int]], answers: Sequence[Any]) -> list[Example]:
+    """Answers that were asked for with ALTERNATIVES, as `rehearse` has them."""
     return [
         Example(prompt, list(answer.tokens), [row or [] for row in answer.topk_logprobs])
         for prompt, answer in zip(prompts, answers, strict=True)

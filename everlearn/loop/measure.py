@@ -53,7 +53,8 @@ def again(api: Api, tokens: Tokens, old: Any, new: Any, items: Sequence[Any]) ->
     """Each item's prompt answered by both, and judged by its correction."""
     asked = sorted(items, key=lambda item: max(item["feedback_ids"], default=""))[-MOST_ASKED:]
     prompts = [item["prompt_token_ids"] for item in asked]
-    answers = [[tokens.text(answer.tokens) for answer in lesson.ask(one, prompts, [tokens.end], ANSWER_TOKENS)] for one in (old, new)]
+    asked_both = lesson.ask_each((old, new), prompts, [tokens.end], ANSWER_TOKENS)
+    answers = [[tokens.text(answer.tokens) for answer in own] for own in asked_both]
     pairs = []
     for item, before, after in zip(asked, *answers, strict=True):
         *said, correction = item["messages"]
@@ -77,8 +78,7 @@ def retained(tokens: Tokens, old: Any, new: Any) -> Retained:
     graded = general.load().graded
     prompts = [tokens.prompt([{"role": "user", "content": item.question}]) for item in graded]
     shares = []
-    for one in (old, new):
-        answers = lesson.ask(one, prompts, [tokens.end], GENERAL_TOKENS)
+    for answers in lesson.ask_each((old, new), prompts, [tokens.end], GENERAL_TOKENS):
         hits = sum(accepted(tokens.text(answer.tokens), item.accept) for answer, item in zip(answers, graded, strict=True))
         shares.append(Interval(hits / len(graded), *proportion(hits, len(graded), ALPHA / 2), len(graded)))
     return Retained(SUITE, *shares)

@@ -23,6 +23,7 @@ from everlearn.errors import Conflict, InternalError, InvalidRequest, NotFound, 
 from everlearn.faultpoints import around
 from everlearn.loop import description as descriptions
 from everlearn.loop import edits, measure, outcomes, rule, update
+from everlearn.loop.continuous import MOVES, Mover
 from everlearn.loop.description import Description
 from everlearn.loop.evidence import Evidence
 from everlearn.loop.gate import Verdict, decide
@@ -30,8 +31,13 @@ from everlearn.loop.rule import Rule
 from everlearn.loop.service import Api, Deployed, deployed, pages, read, route
 
 REST = "collect"
-FORMS = {"sft": "sft", "dpo": "preference", "kto": "kto"}  # of a dataset, by method
-KINDS = {"sft": ["demonstration"], "dpo": ["preference", "demonstration"], "kto": ["boolean", "float"]}  # of the labels that it learns from
+FORMS = {"sft": "sft", "dpo": "preference", "kto": "kto", "grpo": "prompts"}  # of a dataset, by method
+KINDS = {  # of the labels that it learns from
+    "sft": ["demonstration"],
+    "dpo": ["preference", "demonstration"],
+    "kto": ["boolean", "float"],
+    "grpo": ["boolean", "float", "preference", "demonstration"],
+}
 RETRIES = 5  # when somebody else was faster, again and again
 HOUR = 3600.0
 
@@ -41,6 +47,7 @@ class Runner:
 
     def __init__(self, api: Api, service: Any, name: str, say: Callable[[str], None] = print, clock: Callable[[], float] = time.time):
         self.api, self.service, self.name, self.say, self.clock = api, service, name, say, clock
+        self.mover = Mover(self)
 
     # -- how it is driven --------------------------------------------------------------------------------------------------
 
@@ -72,8 +79,12 @@ class Runner:
         now = read(self.api, self.name)
         if now.paused:
             return False
+        described, moved = descriptions.of(now.description), None
         with around("cycle.act"):
-            return WORK[now.state](self, now, descriptions.of(now.description))
+            if described.triggers.continuous and now.state in MOVES:
+                moved = self.mover.move(now, described)
+        with around("cycle.act"):
+            return WORK[now.state](self, moved or now, described) or moved is not None
 
     def begin(self, why: str) -> Deployed:
         """A cycle now, whatever the triggers say; one that is under way goes on."""
@@ -90,6 +101,8 @@ class Runner:
     # -- states ------------------------------------------------------------------------------------------------------------
 
     def collect(self, now: Deployed, described: Description) -> bool:
+        if described.triggers.continuous:
+            return self.mover.due(now, described) and self.mover.candidate(now, described)
         why = self.due(now, described)
         if why:
             self._begin(now, described, why)
@@ -125,6 +138,11 @@ class Runner:
             if error.code != "budget":
                 raise
             self._end(notes.now, "rejected", error.message, {"saved": notes.now.cycle.get("saved", {})})
+            return False
+        except Conflict as error:
+            if error.code != update.UNEARNED:
+                raise
+            self._end(notes.now, "ended", error.message, {})
             return False
         body = {"name": self.name, "path": made.path, "note": f"cycle {now.cycle['id']}"}
         number = int(self.api.post("/v1/adapters", body)["number"])
@@ -244,7 +262,7 @@ class Runner:
             return False
         if verdict.decision == "hold":
             if now.cycle.get("asks") != verdict.reason:
-                self._note(now, {**now.cycle, "asks": verdict.reason})
+                self._note(now, {**now.cycle, "asks": verdict.reason, "verdict": told["verdict"], "rule": told["rule"]})
             return False
         return self._continue(now, described, asked, found, verdict, told)
 
@@ -274,16 +292,19 @@ class Runner:
         return self._advance(now, "dataset", why, cycle=self._cycle(now, why, self._labels(now, described)))
 
     def _cycle(self, now: Deployed, why: str, labels: int) -> dict[str, Any]:
-        return {"id": f"{now.name}-{now.revision}", "began": self.clock(), "why": why, "labels": labels}
+        moving = {"moving": now.cycle["moving"]} if "moving" in now.cycle else {}
+        return {"id": f"{now.name}-{now.revision}", "began": self.clock(), "why": why, "labels": labels, **moving}
 
     def _labels(self, now: Deployed, described: Description) -> int:
         """Labels that came since the last cycle began."""
         since = float(now.cycle.get("began", 0.0))
         return sum(len(pages(self.api, "/v1/feedback", since, kind=kind, counts=True)) for kind in KINDS[described.update.method])
 
-    def _dataset(self, now: Deployed, described: Description, form: str) -> dict[str, Any] | None:
+    def _dataset(self, now: Deployed, described: Description, form: str, name: str = "") -> dict[str, Any] | None:
         """None: nothing was said that counts."""
-        body = {"name": str(now.cycle["id"]), "form": form, "filters": {"model": now.name, **described.filters}}
+        body: dict[str, Any] = {"name": name or str(now.cycle["id"]), "form": form, "filters": {"model": now.name, **described.filters}}
+        if form == "prompts":
+            body["reward_version"] = update.reward_version(self.api, now.name)
         try:
             made: dict[str, Any] = self.api.post("/v1/datasets", body)
         except InvalidRequest as error:

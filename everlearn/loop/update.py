@@ -10,17 +10,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
+from urllib.parse import quote
 
 import msgspec
 
-from everlearn.errors import Overloaded
-from everlearn.loop import general, lesson, paraphrase, preference
+from everlearn.errors import Conflict, NotFound, Overloaded
+from everlearn.loop import general, grpo, lesson, paraphrase, preference
 from everlearn.loop.description import Description
 from everlearn.loop.lesson import Example, Recipe, Step
 from everlearn.loop.preference import Preference, Said, Thumb
 from everlearn.loop.service import Api, Deployed, Tokens, path_of
 
 SAVE_EVERY = 10  # optimizer steps
+SCORED_AT_ONCE = 64
+UNEARNED = "reward_not_earned"  # an error's code: there is no reward model that has earned to be a reward
 KEPT_SECONDS = 7 * 86_400  # how long the weights between are there for whoever goes on
 REHEARSED_TOKENS = 24
 Note = Callable[[dict[str, Any]], None]  # keeps what the cycle has, under the names given
@@ -70,7 +73,9 @@ def wordings(sampler: Any, tokens: Tokens, questions: Sequence[str], number: int
         return [[] for _ in questions]
     asks = [ask for question in questions for ask in paraphrase.requests(question, number)]
     prompts = [tokens.prompt(ask) for ask in asks]
-    answers = lesson.ask(sampler, prompts, [tokens.end], paraphrase.MAX_TOKENS, temperature=0.8, seed=seed)
+    # Of a sampled text only what stands before its first question mark is looked at.
+    stop = [tokens.end, *tokens.answer("?")[:-1][-1:]]
+    answers = lesson.ask(sampler, prompts, stop, paraphrase.MAX_TOKENS, temperature=0.8, seed=seed)
     texts = [tokens.text(answer.tokens) for answer in answers]
     each = 2 * number
     return [
@@ -108,11 +113,13 @@ def make(
     recipe = Recipe(update.rank, update.learning_rate, update.epochs, update.batch, update.rehearsed, update.seed)
     if update.method == "sft":
         plan = _of_corrections(service, now, described, tokens, items, recipe, note, say)
+    elif update.method == "grpo":
+        plan = _of_rewards(api, service, now, described, tokens, items, recipe)
     else:
         plan = _of_preferences(api, service, now, described, tokens, items, recipe)
     saved = now.cycle.get("saved", {"step": 0, "path": "", "tokens": 0})
     if saved["step"] < plan.steps:
-        saved = _train(_trainer(api, service, now, described, recipe, saved), now, described, plan, saved, note, say, clock)
+        saved = _train(open_trainer(api, service, now, described, recipe, saved["path"]), now, described, plan, saved, note, say, clock)
     return Made(saved["path"], plan.examples, plan.steps, saved["tokens"], *saved.get("losses", [None, None]))
 
 
@@ -123,6 +130,9 @@ def _of_corrections(
     update, cycle = described.update, now.cycle
     untaught = service.create_sampling_client(base_model=now.base_model).result()
     learned = corrections(items, int(cycle.get("labels", 0)), update.replay)
+    # Sent first and fetched last: the server answers general questions beside other wordings.
+    general_prompts = _general(tokens) if update.rehearsed else []
+    sent = lesson.send(untaught, general_prompts, [tokens.end], REHEARSED_TOKENS, lesson.ALTERNATIVES)
     others = cycle.get("wordings")
     if others is None:
         say(f"asking the model for other wordings of {len(learned)} questions")
@@ -130,8 +140,7 @@ def _of_corrections(
         others = {one.record_id: texts for one, texts in zip(learned, found, strict=True)}
         note({"wordings": others})
     examples = examples_of(tokens, learned, others)
-    prompts = [tokens.prompt([{"role": "user", "content": text}]) for text in general.load().rehearsed] if update.rehearsed else []
-    rehearsal = lesson.rehearse(untaught, prompts, [tokens.end], REHEARSED_TOKENS)
+    rehearsal = lesson.rehearsal_of(general_prompts, lesson.answers_of(sent))
     return Plan(
         lambda trainer, *progress: lesson.teach(trainer, examples, rehearsal, recipe, *progress),
         len(examples),
@@ -161,6 +170,72 @@ def _of_preferences(
         len(learned),
         preference.num_steps(learned, recipe),
     )
+
+
+def _of_rewards(
+    api: Api, service: Any, now: Deployed, described: Description, tokens: Tokens, items: Sequence[dict[str, Any]], recipe: Recipe
+) -> Plan:
+    """The reference is the version that serves. Older corrections ride along, as many as a batch has and `replay` lets."""
+    score = reward_of(api, now.name)
+    pull = pull_of(described)
+    newest = sorted(items, key=lambda item: max(item["feedback_ids"], default=""), reverse=True)
+    corrected = [one for one in newest if one["corrected"] is not None][: described.update.replay]
+    replay = [Example(one["prompt_token_ids"], tokens.answer(str(one["corrected"]))) for one in corrected]
+    rehearsal = rehearsed(service, now, tokens) if recipe.rehearsed else []
+    states = [one["prompt_token_ids"] for one in items]
+    path = path_of(api, now.champion)
+    made = service.create_sampling_client(model_path=path) if path else service.create_sampling_client(base_model=now.base_model)
+    reference = made.result()
+    return Plan(
+        lambda trainer, *progress: grpo.teach(
+            trainer, reference, score, states, replay, rehearsal, recipe, pull, [tokens.end], *progress
+        ),
+        len(states),
+        pull.steps,
+    )
+
+
+def pull_of(described: Description) -> grpo.Pull:
+    return msgspec.convert(msgspec.structs.asdict(described.update.pull), grpo.Pull)
+
+
+def reward_version(api: Api, name: str) -> str | None:
+    """The newest version of the deployment's reward model, if there is one: it is kept with the dataset that learns from it."""
+    try:
+        return str(api.get(f"/v1/reward-models/{quote(name, safe='')}")["id"])
+    except NotFound:
+        return None
+
+
+def reward_of(api: Api, name: str) -> grpo.Score:
+    """What the newest version of the deployment's reward model, as it is now, says of prompts with answers. Raises Conflict (code
+    UNEARNED) where there is none, or where it hasn't earned to be a reward."""
+    try:
+        found = api.get(f"/v1/reward-models/{quote(name, safe='')}")
+    except NotFound:
+        raise Conflict(f"{name} has no reward model yet, so there is no reward to learn from; collect feedback", code=UNEARNED) from None
+    if not found["earned"]:
+        told = f"the reward model of {name} isn't a reward yet: {found['why']}; collect more labels"
+        raise Conflict(told, code=UNEARNED)
+
+    def score(inputs: list[list[int]]) -> list[float]:
+        said: list[float] = []
+        for first in range(0, len(inputs), SCORED_AT_ONCE):
+            body = {"input": inputs[first : first + SCORED_AT_ONCE], "as_reward": True}
+            said += [float(one["chance"]) for one in api.post(f"/v1/reward-models/{found['id']}/score", body)["data"]]
+        return said
+
+    return score
+
+
+def rehearsed(service: Any, now: Deployed, tokens: Tokens) -> list[Example]:
+    """General questions with what the base model itself would say."""
+    untaught = service.create_sampling_client(base_model=now.base_model).result()
+    return lesson.rehearse(untaught, _general(tokens), [tokens.end], REHEARSED_TOKENS)
+
+
+def _general(tokens: Tokens) -> list[list[int]]:
+    return [tokens.prompt([{"role": "user", "content": text}]) for text in general.load().rehearsed]
 
 
 def _train(
@@ -197,10 +272,10 @@ def _begins(api: Api, now: Deployed, described: Description) -> str | None:
     return champion if champion is not None and "/weights/" in champion else None
 
 
-def _trainer(api: Api, service: Any, now: Deployed, described: Description, recipe: Recipe, saved: dict[str, Any]) -> Any:
-    """The adapter where the lesson stands: as it was saved, as the champion has it, or new."""
-    if saved["path"]:
-        return service.create_training_client_from_state_with_optimizer(saved["path"]).result()
+def open_trainer(api: Api, service: Any, now: Deployed, described: Description, recipe: Recipe, path: str) -> Any:
+    """The adapter where the lesson stands: as it was saved under `path`, as the champion has it, or new."""
+    if path:
+        return service.create_training_client_from_state_with_optimizer(path).result()
     if (begins := _begins(api, now, described)) is not None:
         return service.create_training_client_from_state(begins).result()
     return service.create_lora_training_client(base_model=now.base_model, rank=recipe.rank, seed=recipe.seed, train_unembed=False).result()

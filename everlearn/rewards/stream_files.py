@@ -39,12 +39,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     sha256: str
 
 
-def save(model: RewardModel, folder: Path) -> Report:
-    """Writes the model into a new folder, complete or not at all; returns what it publishes. Raises Conflict where the folder exists."""
-    if folder.exists():
-        raise Conflict(f"{folder.name} exists; versions never change, save under another name", param="folder")
-    partial = folder.with_name(folder.name + ".partial")
-    partial.mkdir(parents=True, exist_ok=True)
+def pack(model: RewardModel) -> tuple[bytes, bytes]:
+    """The manifest and the tensors of a version, as bytes that belong together."""
     state, made = model.state, model.predictions
     tensors = {
         "mean": state.mean_R,
@@ -67,10 +63,20 @@ def save(model: RewardModel, folder: Path) -> Report:
         report=model.report(),
         sha256=hashlib.sha256(content).hexdigest(),
     )
+    return msgspec.json.format(msgspec.json.encode(manifest)) + b"\n", content
+
+
+def save(model: RewardModel, folder: Path) -> Report:
+    """Writes the model into a new folder, complete or not at all; returns what it publishes. Raises Conflict where the folder exists."""
+    if folder.exists():
+        raise Conflict(f"{folder.name} exists; versions never change, save under another name", param="folder")
+    partial = folder.with_name(folder.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    manifest, content = pack(model)
     _write(partial / TENSORS, content)
-    _write(partial / MANIFEST, msgspec.json.format(msgspec.json.encode(manifest)) + b"\n")
+    _write(partial / MANIFEST, manifest)
     partial.rename(folder)
-    return manifest.report
+    return msgspec.json.decode(manifest, type=Manifest).report
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -83,23 +89,29 @@ def _write(path: Path, content: bytes) -> None:
 def load(folder: Path, tenant: str) -> RewardModel:
     """The model as it was saved. Raises NotFound where there is none or it is another tenant's, Damaged where the files don't agree."""
     try:
-        manifest = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Manifest)
-        content = (folder / TENSORS).read_bytes()
+        manifest, content = (folder / MANIFEST).read_bytes(), (folder / TENSORS).read_bytes()
     except FileNotFoundError:
         raise NotFound(f"there is no reward model {folder.name}", param="folder") from None
+    return unpack(manifest, content, tenant, folder.name)
+
+
+def unpack(packed: bytes, content: bytes, tenant: str, name: str) -> RewardModel:
+    """The model of a manifest and its tensors; `name` is what errors call it. Raises as `load` does."""
+    try:
+        manifest = msgspec.json.decode(packed, type=Manifest)
     except msgspec.MsgspecError as error:
-        raise Damaged(f"{folder.name}/{MANIFEST} isn't what was written there: {error}", param="folder") from None
+        raise Damaged(f"{name}/{MANIFEST} isn't what was written there: {error}", param="folder") from None
     if manifest.tenant != tenant:
-        raise NotFound(f"there is no reward model {folder.name}", param="folder")
+        raise NotFound(f"there is no reward model {name}", param="folder")
     if hashlib.sha256(content).hexdigest() != manifest.sha256:
         told = "isn't what was written there (another sha256); fit it again from its labels"
-        raise Damaged(f"{folder.name}/{TENSORS} {told}", param="folder")
+        raise Damaged(f"{name}/{TENSORS} {told}", param="folder")
     try:
         tensors = load_tensors(content)
         white = Whitening(tensors["whitening.mean"], tensors["whitening.projection"])
         state = State(tensors["mean"], tensors["covariance"], tensors["heads"], white, manifest.spread, manifest.groups)
     except (SafetensorError, KeyError) as error:
-        raise Damaged(f"{folder.name}/{TENSORS} can't be read: {error}", param="folder") from None
+        raise Damaged(f"{name}/{TENSORS} can't be read: {error}", param="folder") from None
     model = RewardModel(tenant, manifest.settings, state, manifest.version)
     model.predictions = [
         Prediction(float(chance), bool(event), float(log), bool(shifted), bool(held_out))

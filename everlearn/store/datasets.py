@@ -28,7 +28,7 @@ from everlearn.store.placing import SPLITS
 
 table, item_rows, source_rows, mark_rows = tables.datasets, tables.dataset_items, tables.dataset_sources, tables.dataset_marks
 learned_rows = tables.version_datasets
-FORMS = ("sft", "preference", "kto")
+FORMS = ("sft", "preference", "kto", "prompts")
 MAX_NAME = 200
 LEVEL = 3
 VANISHED = "deleted meanwhile"

@@ -23,7 +23,7 @@ from sqlalchemy.engine import Connection
 
 from everlearn.errors import Conflict, InvalidRequest, NotFound
 from everlearn.faultpoints import around
-from everlearn.store import names, tables
+from everlearn.store import names, reward_models, tables
 
 table, events = tables.deployments, tables.deployment_events
 
@@ -264,6 +264,7 @@ def delete(conn: Connection, tenant: str, name: str) -> None:
     with around("deployment.row"):
         if now.champion == 0 and _meant(conn, tenant, name) is not None:
             names.move(conn, tenant, name, names.versions(conn, tenant, name)[-1].number, "its deployment was given up")
+        reward_models.drop(conn, tenant, name)
         conn.execute(table.delete().where(_here(tenant, name)))
 
 

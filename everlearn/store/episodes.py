@@ -78,8 +78,10 @@ def list_episodes(
     model: str | None = None,
     since: float | None = None,
     until: float | None = None,
+    judged: bool | None = None,
 ) -> list[Episode]:
-    """The tenant's episodes, the newest first; with `after` those behind that one. A `model` without a number takes all its versions in."""
+    """The tenant's episodes, the newest first; with `after` those behind that one. A `model` without a number takes all its versions in.
+    `judged`: those of which something was said, or of which nothing was."""
     where = table.c.tenant == tenant
     if after is not None:
         edge = get(conn, tenant, after)
@@ -93,6 +95,10 @@ def list_episodes(
         where &= table.c.created_at >= since
     if until is not None:
         where &= table.c.created_at < until
+    if judged is not None:
+        said = (tables.feedback.c.tenant == table.c.tenant) & (tables.feedback.c.episode_id == table.c.episode_id)
+        there = sa.exists(sa.select(tables.feedback.c.feedback_id).where(said))
+        where &= there if judged else ~there
     query = _counted().where(where).order_by(table.c.created_at.desc(), table.c.episode_id.desc()).limit(limit)
     return [Episode(**row._mapping) for row in conn.execute(query)]
 

@@ -13,7 +13,7 @@ from typing import Literal
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from everlearn.store import tables
+from everlearn.store import reward_models, tables
 
 Way = Literal["deleted", "expired"]
 feedback, changes, events, episodes = tables.feedback, tables.feedback_changes, tables.episode_events, tables.episodes
@@ -24,6 +24,7 @@ def forget_records(conn: Connection, ids: Sequence[str], way: Way) -> None:
     """Everything that hangs on these records, which are there still or are gone already: 1,000 at most."""
     rows = tables.records
     conn.execute(tables.trails.delete().where(tables.trails.c.record_id.in_(ids)))
+    conn.execute(tables.doubts.delete().where(tables.doubts.c.record_id.in_(ids)))
     conn.execute(events.delete().where(events.c.record_id.in_(ids)))
     about = feedback.c.record_id.in_(ids) | feedback.c.over_record_id.in_(ids)
     forget_feedback(conn, about, way)
@@ -63,11 +64,14 @@ def forget_feedback(conn: Connection, where: sa.ColumnElement[bool], way: Way) -
 
 
 def mark(conn: Connection, tenant: str, kind: str, ids: Sequence[str]) -> list[str]:
-    """The datasets that were made of these records, feedback or episodes lose those items and are marked; which they are."""
+    """The datasets that were made of these records, feedback or episodes lose those items and are marked, and reward models lose their
+    labels; which datasets, and the deployments of which reward models."""
     found: set[str] = set()
+    models: set[str] = set()
     now = time.time()
     for start in range(0, len(ids), 500):
         some = ids[start : start + 500]
+        models.update(reward_models.forget(conn, tenant, kind, some))
         where = (sources.c.tenant == tenant) & (sources.c.kind == kind) & sources.c.source_id.in_(some)
         for dataset_id, number, source_id in conn.execute(
             sa.select(sources.c.dataset_id, sources.c.number, sources.c.source_id).where(where)
@@ -79,7 +83,7 @@ def mark(conn: Connection, tenant: str, kind: str, ids: Sequence[str]) -> list[s
             if conn.execute(there).first() is None:
                 conn.execute(marks.insert().values(tenant=tenant, created_at=now, **place))
             found.add(dataset_id)
-    return sorted(found)
+    return [*sorted(found), *sorted(models)]
 
 
 def forgotten_feedback(conn: Connection, before: float, limit: int = 1000) -> list[str]:

@@ -22,6 +22,7 @@ from everlearn.store.feedback_tables import (
     version_datasets,
 )
 from everlearn.store.memory_tables import memories, memory_rewrites, memory_scrubs, memory_turns
+from everlearn.store.reward_tables import doubts, reward_labels, reward_models, reward_streams
 from everlearn.store.run_tables import run_rollouts, run_settings, run_steps
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "dataset_marks",
     "dataset_sources",
     "datasets",
+    "doubts",
     "episode_events",
     "episodes",
     "feedback",
@@ -38,6 +40,9 @@ __all__ = [
     "memory_scrubs",
     "memory_turns",
     "metadata",
+    "reward_labels",
+    "reward_models",
+    "reward_streams",
     "run_rollouts",
     "run_settings",
     "run_steps",

@@ -232,3 +232,14 @@ def test_a_wheel_has_every_file(root: Path) -> None:
     """What hatch packs is what git tracks under the package."""
     kept = subprocess.run(["git", "check-ignore", "--no-index", "-v", *map(str, (root / "everlearn/api/dashboard").rglob("*"))], cwd=root, capture_output=True, text=True)
     assert [line for line in kept.stdout.splitlines() if "__pycache__" not in line and ".pyc" not in line] == []
+
+
+def test_a_key_that_only_reads_changes_nothing(keyed: Any) -> None:
+    server, made = keyed
+    acts = (("POST", "review/feedback"), ("DELETE", "review/feedback/fb_1"), ("POST", "deploys/x/promote"), ("POST", "deploys/x/rollback"))
+    for method, path in (*acts, ("PATCH", "deploys/x")):
+        tried = [
+            ask(server, f"/dashboard/{path}", method, b"{}", x_api_key=made[name][1], content_type="application/json")[0]
+            for name in ("other", "acme")
+        ]
+        assert tried[0] == 403 and tried[1] in (400, 404), (path, tried)

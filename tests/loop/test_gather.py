@@ -274,3 +274,16 @@ def test_what_can_not_be_a_dataset(db: Database, name: str, form: str, param: st
     with pytest.raises(InvalidRequest) as told:
         do(db, lambda conn: datasets.create(conn, "a", name, form, {}, [draft], {}))
     assert told.value.param == param
+
+
+def test_prompts_are_where_users_were_when_they_said_something(db: Database) -> None:
+    one, same = ask(db, 1, TRAIN[0], question="When?"), ask(db, 2, TRAIN[1], question="When?")
+    say(db, one)
+    say(db, same, kind="demonstration", answer="At seven.")
+    say(db, ask(db, 3, HELDOUT[0], question="Where?"))
+    made = freeze(db, "prompts")
+    assert (made.train_items, made.heldout_items) == (1, 1), "each prompt once"
+    (item,) = read(db, made)
+    assert item["corrected"] == "At seven." and item["prompt"][0]["content"] == "When?" and item["prompt_token_ids"]
+    (other,) = read(db, made, "heldout", "evaluate")
+    assert other["corrected"] is None

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,15 @@ from typing import Any
 import httpx
 import pytest
 
+from everlearn.store import reward_models
+from everlearn.store.db import open_database
 from tests.live import KEY, LiveServer, start_server
+from tests.loop import test_continuous
 from tests.loop.test_cycle import DESCRIPTION, TRUTHS
 
 pytestmark = pytest.mark.timeout(1800)
 GATED: dict[str, Any] = {**DESCRIPTION, "gate": {"owner": "maria", "promote": "automatic", "corrections": {"min_right": 0.9}}}
+MOVING = test_continuous.DESCRIPTION
 SERVER_FAULTS = "deployment.row.after:2:kill,deployment.row.committed:3:kill,name.row.committed:1:kill,dataset.row.after:1:kill"
 RUNS = 40  # more than all kills: a run that ends by itself without having come further is the last
 
@@ -109,6 +114,50 @@ def test_whoever_is_killed_is_continued_by_the_next(killed: LiveServer, tmp_path
     for place, (question, truth) in enumerate(TRUTHS.items()):
         _, version, text = ask(killed, question, f"after{place}")
         assert version == "support@1" and truth in text
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_weights_that_move_with_every_episode_outlive_many_kills(killed: LiveServer, tmp_path: Path) -> None:
+    """20 kills of the runner, and those of the server: each piece of feedback is taken once, by the learner and by the reward model."""
+    rng = random.Random(3)
+    insist(killed, "POST", "/v1/deployments", json={"name": "support", "description": MOVING})
+    ids = []
+    for number in range(6):
+        for place, (question, truth) in enumerate(TRUTHS.items()):
+            record, _, _ = ask(killed, question, f"e{number}-{place}")
+            given = {"record_id": record, "kind": "demonstration", "text": truth, "idempotency_key": f"k{number}-{place}"}
+            ids.append(insist(killed, "POST", "/v1/feedback", json=given).json()["id"])
+    codes = [run_killed(killed, tmp_path / f"runner{number}", rng) for number in range(20)]
+    for number in range(RUNS):
+        now = insist(killed, "GET", "/v1/deployments/support").json()
+        if now["state"] == "collect" and now["champion"] != "support@0":
+            break
+        _run(killed, tmp_path / f"last{number}")
+    moving = now["cycle"]["moving"]
+    assert -signal.SIGKILL in codes and moving["behind"] == max(ids), "all of it was taken"
+    events = insist(killed, "GET", "/v1/deployments/support/history?limit=100").json()["data"][::-1]
+    tried = [event["evidence"]["update"]["step"] for event in events if event["state"] == "gate"]
+    assert tried == [20 * place for place in range(1, len(tried) + 1)], "every 20 steps, whoever made them"
+    adapter = insist(killed, "GET", "/v1/adapters/support").json()
+    assert len(adapter["versions"]) == len(tried), "one version for each time"
+    for place, (question, truth) in enumerate(TRUTHS.items()):
+        _, version, text = ask(killed, question, f"after{place}")
+        assert version == now["champion"] and truth in text
+    until = time.monotonic() + 120
+    while len(found := _labels(killed)) < len(ids):
+        assert time.monotonic() < until, found
+        time.sleep(0.5)
+    assert sorted(found) == sorted(ids)
+
+
+def _labels(server: LiveServer) -> list[str]:
+    """The ids of the feedback that the reward model learns from."""
+    db = open_database(f"sqlite:///{server.home / 'everlearn.db'}")
+    try:
+        return [one.feedback_id for one in db.read(lambda conn: reward_models.labels(conn, "default", "support"))]
+    finally:
+        db.close()
 
 
 def _run(server: LiveServer, home: Path) -> None:

@@ -10,6 +10,7 @@ from fastapi import Request
 from sqlalchemy import Connection
 
 from everlearn.api.auth import tenant
+from everlearn.api.browser import PAGES
 from everlearn.api.dashboard import frame
 from everlearn.api.dashboard.live import Look
 from everlearn.api.services import Services, services
@@ -30,7 +31,7 @@ STATIONS = {
     "feedback": ("Feedback", "what was said of them, last words", "episodes"),
     "episodes": ("Episodes", "conversations and tasks", "episodes"),
     "labels": ("Labels", "feedback that teaches a reward model", "reward-model"),
-    "datasets": ("Datasets", "frozen, to learn from", "deploys"),
+    "datasets": ("Datasets", "frozen, to learn from", "datasets"),
     "versions": ("Versions", "of named adapters", "deploys"),
     "gate": ("Gate", "verdicts on candidates", "deploys"),
     "canary": ("Canary", "candidates that answer a share", "deploys"),
@@ -41,7 +42,7 @@ STATIONS = {
 @frame.twin(router, "", "overview.html")
 async def page(request: Request) -> dict[str, Any]:
     svc, owner = services(request), tenant(request)
-    there = {page.path: page.address for page in request.app.state.pages}
+    there = {page.path: page.address for page in request.app.state.pages} | {"datasets": f"{PAGES}/datasets"}
 
     def read(conn: Connection) -> dict[str, Any]:
         found = []

@@ -23,6 +23,10 @@ PAGES = (
     Page("", "Overview", "o", "overview"),
     Page("runs", "Runs", "r", "runs"),
     Page("rollouts", "Rollouts", "l", "rollouts"),
+    Page("episodes", "Episodes", "e", "episodes"),
+    Page("review", "Review", "v", "review"),
+    Page("reward-model", "Reward model", "w", "reward_model"),
+    Page("deploys", "Deploys", "d", "deploys"),
     Page("memory", "Memory", "m", "memory"),
     Page("system", "System", "s", "system"),
 )

@@ -1,0 +1,326 @@
+"""Learning without nights: weights move with every finished episode, in small steps, and the gate is asked every so many of them.
+
+    finished episodes --> a move: a few optimizer steps --> saved and noted --> ... --> every `gate_every` steps: gate --> shadow --> canary
+                          new corrections, older ones, general text;                    the same road as any candidate's
+                          once the reward model has earned it, answers in the states that users reached
+
+The moving weights are ahead of the version that serves by `staleness` optimizer steps at most: what users say is about the answers of that
+one. Where the gate lets none of them through they are given up, and what was corrected is learned anew from where updates start. The reward
+model moves beside, in the server (everlearn/api/rewarding.py).
+
+All that it knows is noted in the deployment's cycle under `moving`, in the same change as the feedback that it has taken: whoever is killed
+in the middle of a move is continued by the next from the last note, and nothing is learned twice or left out. No words of users are in it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import tinker
+
+from everlearn.errors import Conflict, NotFound
+from everlearn.loop import grpo, lesson, paraphrase, update
+from everlearn.loop.description import Description
+from everlearn.loop.lesson import Example, Recipe
+from everlearn.loop.service import Api, Deployed, Tokens, pages, path_of
+from everlearn.loop.update import Correction
+
+if TYPE_CHECKING:
+    from everlearn.loop.runner import Runner
+
+AT_ONCE = 32  # pieces of feedback of one move
+KEPT_SECONDS = 86_400
+MOVES = ("collect", "gate", "shadow", "canary")  # the states in which weights move
+
+
+class Moving(msgspec.Struct, frozen=True):
+    """Where the moving weights stand. `path`: their state, "" before the first move. `behind`, `since`: the last feedback that is in them,
+    and when it was given. `steps`: which of the versions that served had how many; `owed`: steps that what was said last is still to get.
+    `tried`: the step of the last candidate; `spent`, `began`: training tokens since, and when. `dataset` and `fresh`: what they learned
+    from, frozen, and since. `base`: they are to begin with the base model, because something was deleted."""
+
+    path: str = ""
+    step: int = 0
+    behind: str = ""
+    since: float = 0.0
+    steps: dict[str, int] = {}
+    serving: str = ""
+    owed: int = 0
+    tried: int = 0
+    spent: int = 0
+    began: float = 0.0
+    total: int = 0
+    dataset: str = ""
+    fresh: list[str] = []
+    base: bool = False
+
+    @property
+    def ahead(self) -> int:
+        """Optimizer steps since the version that serves."""
+        return self.step - self.steps.get(self.serving, 0)
+
+
+class Mover:
+    """Makes the moves of a runner's deployment. What it holds can be had again from the note."""
+
+    def __init__(self, runner: Runner):
+        self.runner = runner
+        self.trainer: Any = None
+        self.at = ("", 0)  # path and step of the note that the trainer agrees with
+        self.reservoir: list[Correction] | None = None
+        self.examples: dict[str, list[Example]] = {}  # of a correction, by its record
+        self.rehearsal: list[Example] | None = None
+
+    # -- what a look does --------------------------------------------------------------------------------------------------
+
+    def move(self, now: Deployed, described: Description) -> Deployed | None:
+        """One move, if something was said or is owed; the deployment then, and None where nothing was to do."""
+        asked = described.continuous
+        moving = moving_of(now)
+        if moving.serving != now.champion:
+            moving = self._served(moving, now)
+        if moving.dataset and self._deleted(moving):
+            return self._anew(now, described, moving, "something that it had learned from was deleted", base=True)
+        if now.state == "collect" and moving.owed <= 0 and moving.tried > moving.steps.get(moving.serving, 0):
+            moving = msgspec.structs.replace(moving, owed=asked.gate_every)  # the last candidate was rejected: it may need more of the same
+        if _used_up(moving, described, self.runner.clock()):
+            return None
+        said, last = self._finished(moving, asked.quiet)
+        if last is None and moving.owed <= 0:
+            return None
+        if moving.ahead + asked.steps > asked.staleness:
+            if last is None or now.state != "collect":
+                return None  # it waits for the gate, or for something to learn
+            return self._anew(now, described, moving, f"{moving.ahead} steps, and no candidate of them serves", base=False)
+        return self._learn(now, described, moving, said, last)
+
+    def due(self, now: Deployed, described: Description) -> bool:
+        """Whether the moving weights are to be shown to the gate."""
+        moving = moving_of(now)
+        made = moving.step - moving.tried
+        return made > 0 and (made >= described.continuous.gate_every or _used_up(moving, described, self.runner.clock()))
+
+    def candidate(self, now: Deployed, described: Description) -> bool:
+        """Takes the moving weights to the gate; whether there is more to do at once."""
+        runner, api, moving = self.runner, self.runner.api, moving_of(now)
+        if any(not _there(api, f"/v1/feedback/{one}") for one in moving.fresh):
+            return self._anew(now, described, moving, "something that it had learned from was deleted", base=True) is not None
+        made = runner._dataset(now, described, "sft", f"{now.name}-moving-{moving.step}")
+        number = int(api.post("/v1/adapters", {"name": now.name, "path": moving.path, "note": f"step {moving.step}"})["number"])
+        version = f"{now.name}@{number}"
+        if made is not None:
+            parent = None if moving.base or now.champion.endswith("@0") else now.champion
+            api.post(f"/v1/datasets/{made['id']}/versions", {"version": version, "parent": parent})
+        moved = msgspec.structs.replace(
+            moving, tried=moving.step, spent=0, began=0.0, dataset=made["id"] if made else "", fresh=[],
+            steps={**moving.steps, version: moving.step},
+        )  # fmt: skip
+        cycle = {**runner._cycle(now, "continuous", 0), **({"dataset": made["id"]} if made else {}), "moving": msgspec.to_builtins(moved)}
+        reason = f"{version}: {moving.step - moving.tried} steps since the last, {moving.ahead} ahead of {now.champion}"
+        runner._advance(now, "gate", reason, {"update": {"path": moving.path, "step": moving.step}}, candidate=number, cycle=cycle)
+        return True
+
+    # -- what it is made of ------------------------------------------------------------------------------------------------
+
+    def _served(self, moving: Moving, now: Deployed) -> Moving:
+        """Another version serves: one of these weights as they were (then they go on), or something else, which they begin with."""
+        known = moving.steps.get(now.champion)
+        if known is None or known < moving.steps.get(moving.serving, 0):  # also what was rolled back: what came since is unwanted
+            self.trainer = None
+            steps = {now.champion: moving.step}
+            return msgspec.structs.replace(moving, path="", steps=steps, serving=now.champion, tried=moving.step, owed=0)
+        return msgspec.structs.replace(moving, serving=now.champion, steps={now.champion: known})
+
+    def _deleted(self, moving: Moving) -> bool:
+        try:
+            return bool(self.runner.api.get(f"/v1/datasets/{moving.dataset}")["marks"])
+        except NotFound:
+            return True
+
+    def _anew(self, now: Deployed, described: Description, moving: Moving, why: str, base: bool) -> Deployed:
+        """Gives the moving weights up; what is left of the corrections is learned from the beginning."""
+        self.runner.say(f"beginning anew: {why}")
+        self.trainer, self.reservoir = None, None
+        steps, owed = {now.champion: moving.step}, described.continuous.gate_every
+        again = msgspec.structs.replace(
+            moving, path="", steps=steps, serving=now.champion, tried=moving.step, owed=owed, dataset="", fresh=[], base=base
+        )
+        return self.runner._note(now, {**now.cycle, "moving": msgspec.to_builtins(again)})
+
+    def _finished(self, moving: Moving, quiet: float) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+        """The feedback behind the note, of finished episodes, in order, and the last piece that is taken; None: nothing is."""
+        api, taken, splits = self.runner.api, [], {}
+        rows = [one for one in pages(api, "/v1/feedback", moving.since, counts=True) if one["id"] > moving.behind]
+        last = None
+        for one in rows[:AT_ONCE]:
+            episode = one["target"]["episode_id"]
+            if episode not in splits:
+                try:
+                    found = api.get(f"/v1/episodes/{episode}", limit=1)
+                except NotFound:
+                    found = {"split": "", "updated_at": 0.0}
+                newest = max([found["updated_at"], *(row["created_at"] for row in rows if row["target"]["episode_id"] == episode)])
+                splits[episode] = (found["split"], self.runner.clock() - newest >= quiet)
+            split, over = splits[episode]
+            if not over:
+                break
+            last = one
+            if split == "train":
+                taken.append(one)
+        return taken, last
+
+    def _learn(
+        self, now: Deployed, described: Description, moving: Moving, said: Sequence[dict[str, Any]], last: dict[str, Any] | None
+    ) -> Deployed:
+        runner, asked = self.runner, described.continuous
+        tokens = Tokens(runner.api, now.base_model)
+        self._remember(now, described, moving)
+        new = self._corrections(now, described, said)
+        fresh = self._worded(tokens, now, described, new)
+        if last is not None:
+            moving = msgspec.structs.replace(moving, behind=last["id"], since=float(last["created_at"]))
+        if new:
+            owed = max(moving.owed, asked.gate_every - (moving.step - moving.tried), asked.steps)
+            moving = msgspec.structs.replace(moving, owed=owed, fresh=[*moving.fresh, *(one.newest for one in new)])
+        if self.reservoir and moving.owed > 0:
+            moving = self._steps(tokens, now, described, moving, fresh)
+        else:
+            moving = msgspec.structs.replace(moving, owed=0)
+        try:
+            return runner._note(now, {**now.cycle, "moving": msgspec.to_builtins(moving)})
+        except Conflict:
+            self.trainer, self.reservoir = None, None  # somebody was faster: it goes on from their note
+            raise
+
+    def _steps(self, tokens: Tokens, now: Deployed, described: Description, moving: Moving, fresh: Sequence[Example]) -> Moving:
+        """The optimizer steps of a move, saved."""
+        recipe, asked = described.update, described.continuous
+        trainer, self.trainer = self._opened(now, described, moving), None  # until it is saved: half a move must not be gone on from
+        spent = 0
+        for number in range(moving.step, moving.step + asked.steps):
+            rng = random.Random(f"{recipe.seed}:{number}")
+            batch = list(fresh[: recipe.batch])
+            older = [example for one in self.reservoir or () for example in self._of(tokens, one)]
+            batch += rng.sample(older, min(recipe.batch - len(batch), len(older)))
+            beside = rng.sample(self.rehearsal or [], min(recipe.rehearsed, len(self.rehearsal or [])))
+            done = trainer.forward_backward([lesson.to_datum(one) for one in batch + beside], "cross_entropy")
+            spent += lesson.num_tokens(batch + beside)
+            if asked.rewards and number == moving.step:
+                spent += self._pull(trainer, tokens, now, described, number)
+            trainer.optim_step(tinker.AdamParams(learning_rate=recipe.learning_rate)).result()
+            done.result()
+        step = moving.step + asked.steps
+        path = str(trainer.save_state(f"{now.name}-moving-{step}", ttl_seconds=KEPT_SECONDS).result().path)
+        self.trainer, self.at = trainer, (path, step)
+        self.runner.say(f"moved to step {step}: {len(fresh)} new examples among {len(self.reservoir or ())} corrections")
+        return msgspec.structs.replace(
+            moving, path=path, step=step, owed=moving.owed - asked.steps, spent=moving.spent + spent, total=moving.total + spent,
+            began=moving.began or self.runner.clock(),
+        )  # fmt: skip
+
+    def _pull(self, trainer: Any, tokens: Tokens, now: Deployed, described: Description, number: int) -> int:
+        """The gradient of the reward model, where it has earned to be a reward; how many tokens that took."""
+        try:
+            score = update.reward_of(self.runner.api, now.name)
+        except Conflict:
+            return 0
+        path = path_of(self.runner.api, now.champion)
+        service = self.runner.service
+        made = service.create_sampling_client(model_path=path) if path else service.create_sampling_client(base_model=now.base_model)
+        pull = update.pull_of(described)
+        rng = random.Random(f"states:{described.update.seed}:{number}")
+        states = [one.prompt for one in rng.sample(self.reservoir or [], min(pull.batch, len(self.reservoir or [])))]
+        moved = grpo.step(trainer, made.result(), score, states, pull, [tokens.end], rng.randrange(2**31))
+        return moved.tokens
+
+    def _opened(self, now: Deployed, described: Description, moving: Moving) -> Any:
+        """The trainer where the note stands."""
+        if self.trainer is not None and self.at == (moving.path, moving.step):
+            return self.trainer
+        recipe = Recipe(rank=described.update.rank, seed=described.update.seed)
+        if moving.base:
+            described = msgspec.structs.replace(described, update=msgspec.structs.replace(described.update, start="base"))
+        return update.open_trainer(self.runner.api, self.runner.service, now, described, recipe, moving.path)
+
+    def _remember(self, now: Deployed, described: Description, moving: Moving) -> None:
+        """Fills what this process holds: corrections up to the note, and what is rehearsed."""
+        tokens = Tokens(self.runner.api, now.base_model)
+        if self.rehearsal is None:
+            self.rehearsal = update.rehearsed(self.runner.service, now, tokens) if described.update.rehearsed else []
+        if self.reservoir is None:
+            made = self.runner._dataset(now, described, "sft", f"{now.name}-moving-{moving.step}") if moving.behind else None
+            items = self.runner._items(made["id"], "train", "train") if made else []
+            known = [item for item in items if max(item["feedback_ids"], default="") <= moving.behind]
+            self.reservoir = update.corrections(known, len(known), described.update.replay)
+
+    def _corrections(self, now: Deployed, described: Description, said: Sequence[dict[str, Any]]) -> list[Correction]:
+        """The corrections among what was said of this deployment's answers. The reservoir has them afterwards, in the place of what was
+        known of the same prompts; where `filters` has `good`, also answers that were called good, so that they stay as they are."""
+        found: dict[tuple[int, ...], tuple[Correction, bool]] = {}
+        for one in said:
+            corrects = one["kind"] == "demonstration" and one["answer"] is not None
+            good = bool(described.filters.get("good")) and one["kind"] in ("boolean", "float")
+            good = good and float(one["value"] or 0.0) >= float(described.filters.get("threshold", 0.5))
+            if (corrects or good) and (answer := self._answer(now, one)) is not None:
+                found[tuple(answer.prompt)] = (answer, corrects)
+        kept = [one for one in self.reservoir or [] if tuple(one.prompt) not in found]
+        self.reservoir = [*kept, *(one for one, _ in found.values())]
+        return [one for one, corrects in found.values() if corrects]
+
+    def _answer(self, now: Deployed, said: dict[str, Any]) -> Correction | None:
+        """What a piece of feedback teaches: the corrected answer, or the one that it is about. None where its content isn't kept, where it
+        has no text, and where another model gave it."""
+        target = said["target"]
+        if target["record_id"] is None or (target["span"] is not None and said["kind"] != "demonstration"):
+            return None
+        try:
+            record = self.runner.api.get(f"/v1/records/{target['record_id']}")
+        except NotFound:
+            return None
+        content = record["content"]
+        if content is None or not content.get("messages") or record["model"].partition("@")[0] != now.name:
+            return None
+        given = content["answer"][target["choice"]].get("content") if said["answer"] is None else said["answer"]
+        if not isinstance(given, str):
+            return None
+        return Correction(record["id"], content["messages"], given, content["prompt_token_ids"], said["id"])
+
+    def _worded(self, tokens: Tokens, now: Deployed, described: Description, new: Sequence[Correction]) -> list[Example]:
+        """New corrections as examples, with other wordings that the base model gives."""
+        if not new:
+            return []
+        untaught = self.runner.service.create_sampling_client(base_model=now.base_model).result()
+        others = update.wordings(untaught, tokens, [one.question for one in new], described.update.paraphrases, described.update.seed)
+        for one, texts in zip(new, others, strict=True):
+            self.examples[one.newest] = update.examples_of(tokens, [one], {one.record_id: texts})
+        return [example for one in new for example in self.examples[one.newest]]
+
+    def _of(self, tokens: Tokens, one: Correction) -> list[Example]:
+        """A correction's examples; of one that an earlier process had worded, with frames around its question."""
+        if one.newest not in self.examples:
+            framed = paraphrase.chosen(one.question, [], 1) if one.question else []
+            self.examples[one.newest] = update.examples_of(tokens, [one], {one.record_id: framed})
+        return self.examples[one.newest]
+
+
+def moving_of(now: Deployed) -> Moving:
+    return msgspec.convert(now.cycle.get("moving", {}), Moving)
+
+
+def _used_up(moving: Moving, described: Description, clock: float) -> bool:
+    """Whether what a cycle may cost is spent since the last candidate."""
+    budget = described.budget
+    return bool(budget.tokens and moving.spent >= budget.tokens) or bool(
+        budget.seconds and moving.began and moving.step > moving.tried and clock - moving.began >= budget.seconds
+    )
+
+
+def _there(api: Api, path: str) -> bool:
+    try:
+        api.get(path)
+    except NotFound:
+        return False
+    return True

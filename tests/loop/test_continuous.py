@@ -1,0 +1,100 @@
+"""Weights that move with every finished episode, on a real server: a correction is learned without a night, whoever was killed is continued by
+the next, what was deleted is given up, and nobody gets further ahead than allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from everlearn.errors import InvalidRequest
+from everlearn.loop import description
+from everlearn.loop.continuous import Moving, moving_of
+from everlearn.loop.runner import Runner
+from everlearn.loop.service import read
+from tests.loop.test_cycle import TRUTHS, User, events
+from tests.loop.test_cycle import parts as parts
+
+pytestmark = [pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"), pytest.mark.timeout(900)]
+DESCRIPTION: dict[str, Any] = {
+    "base": "tiny",
+    "settle": 0.0,
+    "triggers": {"continuous": True},
+    "continuous": {"steps": 4, "gate_every": 20, "staleness": 80, "quiet": 0.0, "rewards": False},
+    "update": {"rank": 8, "learning_rate": 1e-2, "batch": 6, "paraphrases": 1, "rehearsed": 1},
+    "gate": {"owner": "maria", "promote": "automatic", "corrections": {"min_right": 0.9}},
+}
+Parts = Callable[[str, dict[str, Any]], tuple[Runner, User]]
+
+
+def test_corrections_are_learned_as_they_come(http: httpx.Client, parts: Parts) -> None:
+    runner, user = parts("moves", DESCRIPTION)
+    assert moving_of(runner.run()).step == 0, "nothing was said"
+    user.asks_all(6, corrects=True)
+    now = runner.run()
+    moving = moving_of(now)
+    assert (now.state, now.champion) != ("collect", "moves@0"), events(http, "moves")[-1]
+    assert (moving.step, moving.tried, moving.steps[now.champion]) == (20, 20, 20), "the gate is asked every 20 steps"
+    assert user.asks_all(1) == 1.0
+    told = events(http, "moves")
+    assert told[-1]["kind"] == "promoted" and "dataset" not in {event["state"] for event in told}, "no batch was frozen to train on"
+    learned = http.get(f"/v1/datasets/{moving.dataset}").raise_for_status().json()
+    assert [one["version"] != "" for one in learned["versions"]], "the version is known to have learned from them"
+    runner.run()
+    assert moving_of(runner.run()).step == moving.step, "nothing more was said, so nothing moves"
+
+
+def test_the_next_runner_goes_on_where_the_last_was_killed(http: httpx.Client, parts: Parts) -> None:
+    runner, user = parts("handed", DESCRIPTION)
+    user.asks_all(6, corrects=True)
+    assert runner.step()
+    before = moving_of(read(runner.api, "handed"))
+    assert before.step == 4 and before.behind
+    other = Runner(runner.api, runner.service, "handed")
+    assert other.step()
+    after = moving_of(read(runner.api, "handed"))
+    assert (after.step, after.total > before.total) == (8, True)
+    stale = runner.mover.at
+    while (now := runner.run()).state != "collect":
+        pass
+    assert stale != runner.mover.at and now.champion != "handed@0", "the first one saw that it was behind, and went on from the note"
+    assert moving_of(now).step % 4 == 0
+
+
+def test_what_is_deleted_is_given_up_and_the_rest_learned_anew(http: httpx.Client, parts: Parts) -> None:
+    runner, user = parts("anew", DESCRIPTION)
+    user.asks_all(6, corrects=True)
+    runner.run()
+    moving = moving_of(read(runner.api, "anew"))
+    items = runner.api.lines(f"/v1/datasets/{moving.dataset}/export", split="train", purpose="train")
+    http.delete(f"/v1/records/{items[0]['record_id']}").raise_for_status()
+    assert runner.step()
+    again = moving_of(read(runner.api, "anew"))
+    assert (again.path, again.base, again.owed, again.dataset) == ("", True, 20, ""), "from the base model, with what is left"
+    now = runner.run()
+    assert moving_of(now).step > moving.step and moving_of(now).dataset not in ("", moving.dataset)
+
+
+def test_weights_get_no_further_ahead_than_allowed() -> None:
+    moving = Moving(step=100, steps={"support@3": 60}, serving="support@3")
+    assert moving.ahead == 40
+    with pytest.raises(InvalidRequest, match="gate_every"):
+        description.of({"base": "tiny", "continuous": {"gate_every": 50, "staleness": 50}})
+    with pytest.raises(InvalidRequest, match="moves by itself"):
+        description.of({"base": "tiny", "triggers": {"continuous": True, "labels": 5}})
+
+
+def test_a_rule_that_lets_nothing_through_bounds_how_far_they_go(http: httpx.Client, parts: Parts) -> None:
+    gate = {"owner": "maria", "promote": "automatic", "kl": {"most": 1e-9}}
+    runner, user = parts("bounded", {**DESCRIPTION, "gate": gate})
+    user.asks_all(2, corrects=True)
+    for _ in range(6):
+        now = runner.run()
+    moving = moving_of(now)
+    assert (now.state, now.champion, moving.ahead) == ("collect", "bounded@0", 80), "it tries more of the same, as far as it may"
+    assert {event["kind"] for event in events(http, "bounded")[1:]} == {"advanced", "rejected"}
+    user.ask(next(iter(TRUTHS)), corrects=True)
+    runner.step()
+    assert moving_of(read(runner.api, "bounded")).ahead == 0, "they were given up, and begin where the champion is"
