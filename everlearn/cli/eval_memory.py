@@ -142,10 +142,12 @@ def _method(name: str, encode: Encode, budget: int, seed: int, head: Path | None
     weights = importance.BY_HAND if head is None else importance.load(head)
     if asking is None:
         return method(name, encode, budget, seed=seed, head=weights)
+    from everlearn.memory.decide import Decided
     from everlearn.memory.generate import Generate
 
     refill = Generate(asking.sampler, asking.chat)
-    return method(name, encode, budget, seed=seed, head=weights, write=asking.write, refill=refill)
+    decided = Decided(asking.sampler, asking.chat, once=True)
+    return method(name, encode, budget, seed=seed, head=weights, write=asking.write, refill=refill, decided=decided)
 
 
 def _noted(console: Console, run: Run) -> Run:

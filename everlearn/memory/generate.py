@@ -39,30 +39,37 @@ class Generate:
 
     def fill(self, plan: Plan) -> list[str]:
         chunks, holes = plan.chunks, plan.holes
-        futures = [self.sampler.sample(self.prompt(chunks, hole), 1, self._params(chunks, hole)) for hole in holes]
+        futures = [self.sampler.sample(rewriting(self.chat, chunks, hole), 1, self._params(chunks, hole)) for hole in holes]
         return [
-            self.text(chunks[hole.place], hole, list(future.result().sequences[0].tokens))
+            filled(self.chat, chunks[hole.place], hole, list(future.result().sequences[0].tokens))
             for hole, future in zip(holes, futures, strict=True)
         ]
 
     def least(self, window: Window, chunk: Chunk) -> int:
         return FLOOR
 
-    def prompt(self, chunks: Sequence[Chunk], hole: Hole) -> tinker.ModelInput:
-        chunk, place = chunks[hole.place], hole.place
-        before = "".join(_short(other) for other in chunks[max(0, place - AROUND) : place] if other.role != SYSTEM)
-        after = "".join(_short(other) for other in chunks[place + 1 : place + 1 + AROUND])
-        order = ORDER.format(words=max(3, (2 * hole.cap) // 3), before=before, hole=line(chunk.role, chunk.text[:HOLE_CHARS]), after=after)
-        return self.chat.ask(order, begun=f"{chunk.role}:")
-
-    def text(self, chunk: Chunk, hole: Hole, tokens: list[int]) -> str:
-        """What a sampled answer says in the hole: its first paragraph, cut to the cap."""
-        said = self.chat.decode(tokens).strip().split("\n\n")[0].strip().removeprefix(f"{chunk.role}:")
-        return fitted(said, chunk.role, hole.cap, self.chat.encode)
-
     def _params(self, chunks: Sequence[Chunk], hole: Hole) -> tinker.SamplingParams:
         seed = seed_of(self.seed, chunks[hole.place].sources, chunks[hole.place].rewrites, hole.cap)
         return tinker.SamplingParams(max_tokens=hole.cap, temperature=self.temperature, stop=list(self.chat.stop), seed=seed)
+
+
+def rewriting(chat: ChatMl, chunks: Sequence[Chunk], hole: Hole) -> tinker.ModelInput:
+    """The order to write a hole anew, the answer begun with its role."""
+    chunk, place = chunks[hole.place], hole.place
+    before = "".join(_short(other) for other in chunks[max(0, place - AROUND) : place] if other.role != SYSTEM)
+    after = "".join(_short(other) for other in chunks[place + 1 : place + 1 + AROUND])
+    order = ORDER.format(words=max(3, (2 * hole.cap) // 3), before=before, hole=line(chunk.role, chunk.text[:HOLE_CHARS]), after=after)
+    return chat.ask(order, begun=f"{chunk.role}:")
+
+
+def written(chat: ChatMl, chunk: Chunk, tokens: list[int]) -> str:
+    """What a sampled answer says in the hole: its first paragraph, however long."""
+    return chat.decode(tokens).strip().split("\n\n")[0].strip().removeprefix(f"{chunk.role}:").strip()
+
+
+def filled(chat: ChatMl, chunk: Chunk, hole: Hole, tokens: list[int]) -> str:
+    """The same, cut to the cap."""
+    return fitted(written(chat, chunk, tokens), chunk.role, hole.cap, chat.encode)
 
 
 def _short(chunk: Chunk) -> str:

@@ -1,0 +1,283 @@
+#!/usr/bin/env python3
+"""What training does for a memory: rules, baselines, a policy before and after reinforcement learning, on histories that none was made on.
+
+    python benchmarks/listener.py RUNS/listener                        # the small model, once (a GPU makes it in minutes)
+    python benchmarks/memory_train.py --list                           # one line for each run; they may run side by side
+    python benchmarks/memory_train.py --only small/0/trained --into RUNS
+    python benchmarks/memory_train.py --collect RUNS                   # one result file and its plot
+
+A run is MODEL/SEED/PART. MODEL: `small` (listener.py) on histories of 2,000 turns, or `smollm2`, the embedded one, on 300. Every part is
+examined on the same histories at the same places: budgets at the full length, and lengths at 512 tokens. Who answers is the same in all:
+the model without an adapter. Training histories have seeds of their own (`TRAINED_ON`), as have those that the small model comes from.
+
+| part | what |
+|---|---|
+| `rules` | full, last, random, bm25, and the window with weights by hand: `extract`, `forget` |
+| `writers` | `summary` and `overwrite`, written by the model as it is |
+| `untrained` | the policy before training: it decides and writes (`untrained`) |
+| `head` | a head distilled from the model's counterfactuals on training histories, with extraction (`head`) |
+| `trained` | the policy after training: decides and writes (`trained`); decides, and sentences stay word for word (`trained+extract`) |
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import curves
+import numpy as np
+from common import ROOT, model_folder, origin, server, write_result
+
+sys.path.insert(0, str(ROOT))
+import msgspec
+import tinker
+
+from everlearn.memory import importance, study
+from everlearn.memory.asking import Asking
+from everlearn.memory.decide import Decided
+from everlearn.memory.distil import examples
+from everlearn.memory.environment import Judge, MemoryTasks, Pay
+from everlearn.memory.generate import Generate
+from everlearn.memory.methods import RULES, Method, method
+from everlearn.memory.synthetic import synthetic
+from everlearn.memory.train import Training, train
+from everlearn.render.tokenizer import load
+from everlearn.rl.prompts import ChatMl
+from everlearn.rl.train import Settings
+
+PARTS = ("trained", "head", "untrained", "rules", "writers")
+SEEDS = (0, 1, 2)
+HELD_OUT = 100  # the first history that is looked at; memory_study.py has the same
+TRAINED_ON = 1000  # and the first that is trained on
+BUDGET, BUDGETS = 512, (256, 1024)
+ARMS = ("trained", "untrained", "head", "extract", "bm25", "last")  # that are drawn; the table has all
+
+
+class Size(NamedTuple):
+    """`turns` of the histories, the shorter `lengths`, and how the policy is trained."""
+
+    turns: int
+    lengths: tuple[int, ...]
+    context: int
+    steps: int
+    warm: int
+    rate: float
+    groups: int = 8
+    members: int = 8
+    budget: int = 256
+    heads: int = 3  # histories that a head is distilled from
+
+
+SIZES = {
+    "small": Size(2000, (300, 1000), 2048, steps=60, warm=8, rate=3e-3),
+    "smollm2": Size(300, (100,), 8192, steps=40, warm=6, rate=2e-4),
+}
+
+
+class Asked:
+    """A server on the model, and what takes part: its tokenizer, its own weights, and whoever asks it."""
+
+    def __init__(self, service: tinker.ServiceClient, name: str, folder: Path):
+        tokenizer = load(folder)
+        self.service, self.name = service, name
+        self.chat = ChatMl(tokenizer.encode, lambda ids: tokenizer.decode(ids, skip_special=True))
+        self.encode = lambda text: tokenizer.encode(tokenizer.guard(text))
+        self.base = service.create_sampling_client(base_model=name).result()
+        self.asking = Asking(self.base, self.chat)
+
+
+def places(size: Size, smoke: bool) -> Iterator[tuple[int, int]]:
+    """(turns, budget), the most important first."""
+    if smoke:
+        yield 100, 128
+        return
+    yield size.turns, BUDGET
+    yield from ((size.turns, budget) for budget in BUDGETS)
+    yield from ((turns, BUDGET) for turns in size.lengths)
+
+
+def examined(args: argparse.Namespace, asked: Asked, made: dict[str, Any]) -> Iterator[study.Run]:
+    """All methods at all places. `made`: by label, how a method of a budget is made."""
+    size = SIZES[args.model]
+    for turns, budget in places(size, args.smoke):
+        for number in range(args.histories):
+            case = synthetic(turns, HELD_OUT + args.seed + len(SEEDS) * number, 8 if args.smoke else 20)
+            for label, make in made.items():
+                run = study.run(
+                    f"{args.model}-{turns}", case, make(budget), budget, asked.encode, args.seed, asked.asking.answers, size.context - 160
+                )
+                found = msgspec.structs.replace(run, method=label)
+                right = f"{np.mean(found.contains):.2f}" if found.contains else "-"
+                print(f"{label} {turns} turns {budget}: kept {np.mean(found.kept):.2f}, right {right}, "
+                      f"{found.seconds_per_turn * 1000:.0f} ms a turn", flush=True)  # fmt: skip
+                yield found
+
+
+def rules(args: argparse.Namespace, asked: Asked) -> dict[str, Any]:
+    return {name: lambda budget, name=name: method(name, asked.encode, budget, seed=args.seed) for name in RULES}
+
+
+def writers(args: argparse.Namespace, asked: Asked) -> dict[str, Any]:
+    return {
+        name: lambda budget, name=name: method(name, asked.encode, budget, write=asked.asking.write) for name in ("summary", "overwrite")
+    }
+
+
+def policy(asked: Asked, sampler: tinker.SamplingClient, writes: bool) -> Any:
+    def make(budget: int) -> Method:
+        decided, refill = Decided(sampler, asked.chat, once=True), Generate(sampler, asked.chat)
+        return method("policy" if writes else "decided", asked.encode, budget, decided=decided, refill=refill)
+
+    return make
+
+
+def distilled(args: argparse.Namespace, asked: Asked, told: dict[str, Any]) -> importance.Head:
+    size, found = SIZES[args.model], []
+    for number in range(1 if args.smoke else size.heads):
+        history = synthetic(300, TRAINED_ON + size.heads * args.seed + number, 4 if args.smoke else 20)
+        found.append(examples(asked.base, asked.encode, history, others=7 if args.smoke else 11, seed=args.seed))
+    inputs, targets = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    head = importance.distilled(inputs, targets, origin=f"counterfactuals of {len(targets)} chunks")
+    told["head"] = {"weights": dict(head.weights), "bias": head.bias, "chunks": len(targets), "needed": float((targets > 0.5).mean())}
+    return head
+
+
+def taught(args: argparse.Namespace, asked: Asked, told: dict[str, Any]) -> tinker.SamplingClient:
+    """The policy after training, by its sampler. The curves of training go to `told`."""
+    size, judge = SIZES[args.model], Judge(asked.base, asked.chat)
+    steps = 2 if args.smoke else args.steps or size.steps
+    first = TRAINED_ON * (1 + args.seed) * 10
+
+    def tasks(start: int, batches: int, members: int) -> MemoryTasks:
+        return MemoryTasks(
+            lambda number: synthetic(160, start + number, 30), asked.chat, judge, budgets=(size.budget,), pay=Pay(), batches=batches,
+            groups_per_batch=2 if args.smoke else size.groups, group_size=min(members, 3) if args.smoke else members, seed=args.seed,
+        )  # fmt: skip
+
+    run = Settings(
+        asked.name, steps=steps, rank=16, learning_rate=args.rate or size.rate, loss="ppo", estimator="group_mean_std", max_tokens=32,
+        seed=args.seed, evaluate_every=max(1, steps // 4), save_every=steps,
+    )  # fmt: skip
+    started = time.perf_counter()
+
+    def noted(row: dict[str, float]) -> None:
+        names = ("held_out/env/kept", "env/kept", "reward/total", "reward/undecided", "warm/nll", "memory/kl/k3", "entropy", "seconds/step")
+        print(f"step {row['step']:.0f} " + " ".join(f"{name} {row[name]:.3f}" for name in names if name in row), flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        done = train(
+            asked.service, Training(run, warm_steps=min(size.warm, steps // 2)), tasks(first, steps, size.members), Path(folder),
+            tasks(first + 5000, 2, 1), on_step=noted,
+        )  # fmt: skip
+    told["training"] = {"seconds": time.perf_counter() - started, "rows": [{k: round(v, 5) for k, v in row.items()} for row in done.rows]}
+    return asked.service.create_sampling_client(model_path=done.path).result()
+
+
+def one(args: argparse.Namespace, part: str) -> None:
+    folder = model_folder("smollm2") if args.model == "smollm2" else args.listener or args.into / "listener"
+    if not (folder / "config.json").exists():
+        raise SystemExit(f"{folder} holds no model; make it with benchmarks/listener.py, or name another with --listener")
+    started, load_before, told = time.perf_counter(), os.getloadavg(), {}
+    args.into.mkdir(parents=True, exist_ok=True)
+    path = args.into / f"{args.model}_{args.seed}_{part}.json"
+    runs: list[study.Run] = []
+    with server(argparse.Namespace(model=str(folder), base_url=None, base_model=None, threads=args.threads)) as live:
+        asked = Asked(tinker.ServiceClient(base_url=live.url), live.model, folder)
+        if part == "trained":
+            sampler = taught(args, asked, told)
+            made = {"trained": policy(asked, sampler, True), "trained+extract": policy(asked, sampler, False)}
+        elif part == "head":
+            head = distilled(args, asked, told)
+            made = {"head": lambda budget: method("extract", asked.encode, budget, head=head)}
+        elif part == "untrained":
+            made = {"untrained": policy(asked, asked.base, True)}
+        else:
+            made = (rules if part == "rules" else writers)(args, asked)
+        sys.argv[1:] = ["--only", f"{args.model}/{args.seed}/{part}", "--histories", str(args.histories)]  # without this machine's places
+        for run in examined(args, asked, made):
+            runs.append(run)  # written after each: a run that is cut short has not run in vain
+            facts = origin("memory-train") | {"load_before": load_before, "seconds": time.perf_counter() - started}
+            path.write_bytes(msgspec.json.encode(facts | {"told": told, "runs": runs}, enc_hook=str))
+
+
+def collect(args: argparse.Namespace) -> None:
+    files = [json.loads(path.read_text()) for path in sorted(args.collect.glob("*_*_*.json"))]
+    if not files:
+        raise SystemExit(f"{args.collect} holds no runs; make them with --only and --into")
+    runs = [msgspec.convert(row, study.Run) for file in files for row in file["runs"]]
+    rows = study.summed(runs)
+    for row in rows:
+        told = " ".join(f"{name} {100 * row[name]['mean']:.1f} ({100 * row[name]['low']:.0f}-{100 * row[name]['high']:.0f})"
+                        for name in ("kept", "contains", "f1") if name in row)  # fmt: skip
+        print(f"{row['suite']:13} {row['budget']:5} {row['method']:16} {told}")
+    out = args.out or ROOT / "benchmarks" / "results" / f"{time.strftime('%F')}-memory-train.json"
+    sys.argv[1:] = ["--collect", args.collect.name]
+    origins = [{key: file[key] for key in ("command", "when", "commit", "hardware", "load_before", "seconds", "told")} for file in files]
+    write_result(argparse.Namespace(out=out), "memory-train", {"rows": rows, "runs": msgspec.to_builtins(runs), "origins": origins})
+    out.with_suffix(".svg").write_text(plot(runs), encoding="utf-8")
+
+
+def plot(runs: list[study.Run]) -> str:
+    """Evidence kept and right answers, over the budget at the full length and over the length at the one budget: a curve for each seed."""
+    panels: dict[str, dict[str, list[list[tuple[float, float]]]]] = {}
+    for model, size in SIZES.items():
+        own = [run for run in runs if run.suite.startswith(f"{model}-") and run.method in ARMS]
+        for what, name in (("kept", "evidence kept"), ("contains", "answers right")):
+            over = {
+                f"{model}: {name}, {size.turns} turns, by budget": [(run.budget, run) for run in own if run.turns == size.turns],
+                f"{model}: {name}, {BUDGET} tokens, by turns": [(run.turns, run) for run in own if run.budget == BUDGET],
+            }
+            for title, pairs in over.items():
+                panel = {arm: seeds_of([(x, run) for x, run in pairs if run.method == arm], what) for arm in ARMS}
+                if any(panel.values()):
+                    panels[title] = {arm: found for arm, found in panel.items() if found}
+    return curves.svg(panels, "tokens or turns", "share")
+
+
+def seeds_of(pairs: list[tuple[int, study.Run]], what: str) -> list[list[tuple[float, float]]]:
+    """A curve for each seed that has all places: the mean over its histories and their questions."""
+    found: dict[int, dict[int, list[float]]] = {}
+    for x, run in pairs:
+        found.setdefault(run.seed, {}).setdefault(x, []).extend(getattr(run, what))
+    drawn = [[(float(x), float(np.mean(values))) for x, values in sorted(own.items()) if values] for own in found.values()]
+    longest = max(map(len, drawn), default=0)
+    return [curve for curve in drawn if len(curve) == longest > 0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--only", metavar="MODEL/SEED/PART")
+    parser.add_argument("--into", type=Path, default=Path("memory-train-runs"), metavar="FOLDER")
+    parser.add_argument("--listener", type=Path, metavar="FOLDER", help="the small model (default: listener in the folder of --into)")
+    parser.add_argument("--histories", type=int, default=2, metavar="N", help="examined in each run")
+    parser.add_argument("--steps", type=int, help="of training (default: the model's own number)")
+    parser.add_argument("--rate", type=float, help="learning rate (default: the model's own)")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--smoke", action="store_true", help="short histories and two steps, for a look at whether all of it works")
+    parser.add_argument("--collect", type=Path, metavar="FOLDER")
+    parser.add_argument("--out", type=Path, help="result file (default: benchmarks/results/DATE-memory-train.json)")
+    args = parser.parse_args()
+    if args.list:
+        print("\n".join(f"{model}/{seed}/{part}" for model in SIZES for part in PARTS for seed in SEEDS))
+    elif args.only:
+        args.model, seed, part = args.only.split("/")
+        args.seed = int(seed)
+        if args.model not in SIZES or part not in PARTS:
+            parser.error(f"--only {args.only} is none; --list names all")
+        one(args, part)
+    elif args.collect:
+        collect(args)
+    else:
+        parser.error("say --list, --only or --collect")
+
+
+if __name__ == "__main__":
+    main()
