@@ -57,6 +57,7 @@ SEEDS = (0, 1, 2)
 HELD_OUT = 100  # the first history that is looked at; memory_study.py has the same
 TRAINED_ON = 1000  # and the first that is trained on
 BUDGET, BUDGETS = 512, (256, 1024)
+KV_TOKENS = 131_072  # so that several runs fit one GPU
 ARMS = ("trained", "untrained", "head", "extract", "bm25", "last")  # that are drawn; the table has all
 
 
@@ -188,7 +189,8 @@ def one(args: argparse.Namespace, part: str) -> None:
     args.into.mkdir(parents=True, exist_ok=True)
     path = args.into / f"{args.model}_{args.seed}_{part}.json"
     runs: list[study.Run] = []
-    with server(argparse.Namespace(model=str(folder), base_url=None, base_model=None, threads=args.threads)) as live:
+    settings = {"engine.device": args.device or ("cpu" if args.model == "small" else "auto"), "engine.kv_tokens": KV_TOKENS}
+    with server(argparse.Namespace(model=str(folder), base_url=None, base_model=None, threads=args.threads), **settings) as live:
         asked = Asked(tinker.ServiceClient(base_url=live.url), live.model, folder)
         if part == "trained":
             sampler = taught(args, asked, told)
@@ -261,6 +263,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of training (default: the model's own number)")
     parser.add_argument("--rate", type=float, help="learning rate (default: the model's own)")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", help="of the server (default: cpu for the small model, auto for the embedded one)")
     parser.add_argument("--smoke", action="store_true", help="short histories and two steps, for a look at whether all of it works")
     parser.add_argument("--collect", type=Path, metavar="FOLDER")
     parser.add_argument("--out", type=Path, help="result file (default: benchmarks/results/DATE-memory-train.json)")
