@@ -31,6 +31,7 @@ from everlearn.memory.suites import Case, words_of
 from everlearn.memory.window import line
 
 BEGIN, END, UNKNOWN = "<|im_start|>", "<|im_end|>", "<|unknown|>"
+SPACE = "\u2581"  # as SentencePiece spells it: before each word, and before the first digit of a number
 FIRST_SEED = 1_000_000  # of histories that it is taught from
 RATE = 3e-3
 CASES, REUSED = 400, 0.8
@@ -52,11 +53,12 @@ def make_tokenizer() -> Tokenizer:
     texts += [" ".join([*synthetic.PEOPLE, *synthetic.CITIES, *synthetic.JOBS, *synthetic.KIN, *synthetic.DOORS, *synthetic.PETS])]
     texts += [" ".join([*synthetic.PET_NAMES, *synthetic.THINGS, *(value for values in synthetic.THINGS.values() for value in values)])]
     words = sorted({word for text in texts for word, _ in cut.pre_tokenize_str(text) if not word.isdigit()} - {"\n"})
-    digits = [f"{mark}{digit}" for mark in ("", "##") for digit in range(10)]
-    vocabulary = {word: place for place, word in enumerate([BEGIN, END, UNKNOWN, "\n", *digits, *words])}
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = cut
-    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    spelled = [f"{SPACE}{word}" for word in ("\n", *map(str, range(10)))] + [*map(str, range(10))] + [f"{SPACE}{word}" for word in words]
+    vocabulary = {word: place for place, word in enumerate([BEGIN, END, UNKNOWN, *spelled])}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=UNKNOWN, continuing_subword_prefix=""))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.Metaspace(prepend_scheme="always", split=False)])
+    marks = [decoders.Replace(f"{SPACE}{mark}", mark) for mark in ".,?!:"]
+    tokenizer.decoder = decoders.Sequence([*marks, decoders.Replace(SPACE, " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     tokenizer.add_special_tokens([AddedToken(BEGIN, special=True), AddedToken(END, special=True), AddedToken(UNKNOWN, special=True)])
     return tokenizer
 

@@ -16,7 +16,7 @@ the model without an adapter. Training histories have seeds of their own (`TRAIN
 | `writers` | `summary` and `overwrite`, written by the model as it is |
 | `untrained` | the policy before training: it decides and writes (`untrained`) |
 | `head` | a head distilled from the model's counterfactuals on training histories, with extraction (`head`) |
-| `trained` | the policy after training: decides and writes (`trained`); decides, and sentences stay word for word (`trained+extract`) |
+| `trained` | the policy after training: decides and writes (`trained`); decides, and the head's sentences stay (`trained+extract`) |
 """
 
 from __future__ import annotations
@@ -131,10 +131,14 @@ def writers(args: argparse.Namespace, asked: Asked) -> dict[str, Any]:
     }
 
 
-def policy(asked: Asked, sampler: tinker.SamplingClient, writes: bool) -> Any:
+def policy(asked: Asked, sampler: tinker.SamplingClient, head: importance.Head | None = None) -> Any:
+    """That decides and writes; with a head it decides, and the sentences that the head likes best stay."""
+
     def make(budget: int) -> Method:
-        decided, refill = Decided(sampler, asked.chat, once=True), Generate(sampler, asked.chat)
-        return method("policy" if writes else "decided", asked.encode, budget, decided=decided, refill=refill)
+        decided = Decided(sampler, asked.chat, once=True)
+        if head is not None:
+            return method("decided", asked.encode, budget, decided=decided, head=head)
+        return method("policy", asked.encode, budget, decided=decided, refill=Generate(sampler, asked.chat))
 
     return make
 
@@ -193,13 +197,13 @@ def one(args: argparse.Namespace, part: str) -> None:
     with server(argparse.Namespace(model=str(folder), base_url=None, base_model=None, threads=args.threads), **settings) as live:
         asked = Asked(tinker.ServiceClient(base_url=live.url), live.model, folder)
         if part == "trained":
-            sampler = taught(args, asked, told)
-            made = {"trained": policy(asked, sampler, True), "trained+extract": policy(asked, sampler, False)}
+            head, sampler = distilled(args, asked, told), taught(args, asked, told)
+            made = {"trained": policy(asked, sampler), "trained+extract": policy(asked, sampler, head)}
         elif part == "head":
             head = distilled(args, asked, told)
             made = {"head": lambda budget: method("extract", asked.encode, budget, head=head)}
         elif part == "untrained":
-            made = {"untrained": policy(asked, asked.base, True)}
+            made = {"untrained": policy(asked, asked.base)}
         else:
             made = (rules if part == "rules" else writers)(args, asked)
         sys.argv[1:] = ["--only", f"{args.model}/{args.seed}/{part}", "--histories", str(args.histories)]  # without this machine's places
