@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,7 +71,7 @@ class Size(NamedTuple):
     steps: int
     warm: int
     rate: float
-    groups: int = 8
+    groups: int = 6
     members: int = 8
     budget: int = 256
     heads: int = 3  # histories that a head is distilled from
@@ -105,20 +106,25 @@ def places(size: Size, smoke: bool) -> Iterator[tuple[int, int]]:
 
 
 def examined(args: argparse.Namespace, asked: Asked, made: dict[str, Any]) -> Iterator[study.Run]:
-    """All methods at all places. `made`: by label, how a method of a budget is made."""
+    """All methods at all places, as they are done. `made`: by label, how a method of a budget is made. Several histories are read at once,
+    so that the server answers their questions in batches; what a turn takes is therefore not measured here."""
     size = SIZES[args.model]
-    for turns, budget in places(size, args.smoke):
-        for number in range(args.histories):
-            case = synthetic(turns, HELD_OUT + args.seed + len(SEEDS) * number, 8 if args.smoke else 20)
-            for label, make in made.items():
-                run = study.run(
-                    f"{args.model}-{turns}", case, make(budget), budget, asked.encode, args.seed, asked.asking.answers, size.context - 160
-                )
-                found = msgspec.structs.replace(run, method=label)
-                right = f"{np.mean(found.contains):.2f}" if found.contains else "-"
-                print(f"{label} {turns} turns {budget}: kept {np.mean(found.kept):.2f}, right {right}, "
-                      f"{found.seconds_per_turn * 1000:.0f} ms a turn", flush=True)  # fmt: skip
-                yield found
+
+    def run(turns: int, budget: int, number: int, label: str) -> study.Run:
+        case = synthetic(turns, HELD_OUT + args.seed + len(SEEDS) * number, 8 if args.smoke else 20)
+        suite, room = f"{args.model}-{turns}", size.context - 160
+        found = study.run(suite, case, made[label](budget), budget, asked.encode, args.seed, asked.asking.answers, room)
+        return msgspec.structs.replace(found, method=label)
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(args.at_once) as pool:
+        wanted = [(*place, number, label) for place in places(size, args.smoke) for number in range(args.histories) for label in made]
+        for future in as_completed([pool.submit(run, *one) for one in wanted]):
+            found = future.result()
+            right = f"{np.mean(found.contains):.2f}" if found.contains else "-"
+            print(f"{found.method} {found.turns} turns {found.budget}: kept {np.mean(found.kept):.2f}, right {right}, "
+                  f"after {time.perf_counter() - started:.0f} s", flush=True)  # fmt: skip
+            yield found
 
 
 def rules(args: argparse.Namespace, asked: Asked) -> dict[str, Any]:
@@ -264,6 +270,7 @@ def main() -> None:
     parser.add_argument("--into", type=Path, default=Path("memory-train-runs"), metavar="FOLDER")
     parser.add_argument("--listener", type=Path, metavar="FOLDER", help="the small model (default: listener in the folder of --into)")
     parser.add_argument("--histories", type=int, default=2, metavar="N", help="examined in each run")
+    parser.add_argument("--at-once", type=int, default=6, metavar="N", help="histories that are read side by side")
     parser.add_argument("--steps", type=int, help="of training (default: the model's own number)")
     parser.add_argument("--rate", type=float, help="learning rate (default: the model's own)")
     parser.add_argument("--threads", type=int, default=1)

@@ -205,7 +205,7 @@ class MemoryTasks:
         batches: int = 100,
         groups_per_batch: int = 8,
         group_size: int = 8,
-        per_history: int = 4,
+        per_history: int = 2,
         most_questions: int = 8,
         seed: int = 0,
     ):
