@@ -44,8 +44,9 @@ from everlearn.memory import importance, study
 from everlearn.memory.asking import Asking
 from everlearn.memory.decide import Decided
 from everlearn.memory.distil import examples
-from everlearn.memory.environment import Judge, MemoryTasks, Pay
+from everlearn.memory.environment import Judge, MemoryTasks
 from everlearn.memory.generate import Generate
+from everlearn.memory.mask import Masking
 from everlearn.memory.methods import RULES, Method, method
 from everlearn.memory.synthetic import synthetic
 from everlearn.memory.train import Training, train
@@ -57,6 +58,7 @@ PARTS = ("trained", "head", "untrained", "rules", "writers")
 SEEDS = (0, 1, 2)
 HELD_OUT = 100  # the first history that is looked at; memory_study.py has the same
 TRAINED_ON = 1000  # and the first that is trained on
+PRESSED = Masking(most=6, keep=0.25, slack=0.33)  # in training: twelve decisions on a window, of which a third is cleared
 BUDGET, BUDGETS = 512, (256, 1024)
 KV_TOKENS = 131_072  # so that several runs fit one GPU
 ARMS = ("trained", "untrained", "head", "extract", "bm25", "last")  # that are drawn; the table has all
@@ -73,13 +75,13 @@ class Size(NamedTuple):
     rate: float
     groups: int = 6
     members: int = 8
-    budget: int = 256
+    budget: int = 160
     heads: int = 3  # histories that a head is distilled from
 
 
 SIZES = {
-    "small": Size(2000, (300, 1000), 2048, steps=60, warm=8, rate=3e-3),
-    "smollm2": Size(300, (100,), 8192, steps=40, warm=6, rate=2e-4),
+    "small": Size(2000, (300, 1000), 2048, steps=60, warm=2, rate=2e-3),
+    "smollm2": Size(300, (100,), 8192, steps=40, warm=2, rate=2e-4),
 }
 
 
@@ -168,13 +170,13 @@ def taught(args: argparse.Namespace, asked: Asked, told: dict[str, Any]) -> tink
 
     def tasks(start: int, batches: int, members: int) -> MemoryTasks:
         return MemoryTasks(
-            lambda number: synthetic(160, start + number, 30), asked.chat, judge, budgets=(size.budget,), pay=Pay(), batches=batches,
+            lambda number: synthetic(160, start + number, 30), asked.chat, judge, budgets=(size.budget,), masking=PRESSED, batches=batches,
             groups_per_batch=2 if args.smoke else size.groups, group_size=min(members, 3) if args.smoke else members, seed=args.seed,
         )  # fmt: skip
 
     run = Settings(
-        asked.name, steps=steps, rank=16, learning_rate=args.rate or size.rate, loss="ppo", estimator="group_mean_std", max_tokens=32,
-        seed=args.seed, evaluate_every=max(1, steps // 4), save_every=steps,
+        asked.name, steps=steps, rank=16, learning_rate=args.rate or size.rate, loss="ppo", loss_config={"kl_coeff": 0.02},
+        estimator="group_mean_std", max_tokens=32, seed=args.seed, evaluate_every=max(1, steps // 4), save_every=steps,
     )  # fmt: skip
     started = time.perf_counter()
 
@@ -187,7 +189,10 @@ def taught(args: argparse.Namespace, asked: Asked, told: dict[str, Any]) -> tink
             asked.service, Training(run, warm_steps=min(size.warm, steps // 2)), tasks(first, steps, size.members), Path(folder),
             tasks(first + 5000, 2, 1), on_step=noted,
         )  # fmt: skip
-    told["training"] = {"seconds": time.perf_counter() - started, "rows": [{k: round(v, 5) for k, v in row.items()} for row in done.rows]}
+    told["training"] = {
+        "seconds": time.perf_counter() - started,
+        "rows": [{name: round(value, 5) for name, value in row.items()} for row in done.rows],
+    }
     return asked.service.create_sampling_client(model_path=done.path).result()
 
 

@@ -4,17 +4,20 @@ A window that lost the evidence makes every answer wrong, and a good answer does
 answered as well. So there are two advantages for each member of a group, each 0 on the tokens of the other kind:
 
 - **memory** (decisions and refills): the member's whole reward against the group's, which all began at the same window;
+  Of a decision, what others of the same word earned on average is taken off (`levelled`);
 - **answer**: whether the answer to a question is right, against the members whose windows still held its evidence.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from everlearn.errors import InvalidRequest
-from everlearn.memory.environment import ANSWER
+from everlearn.memory.environment import ANSWER, DECISION
 from everlearn.rl.advantages import ESTIMATORS, is_collapsed
-from everlearn.rl.trajectory import TrajectoryGroup
+from everlearn.rl.trajectory import TrajectoryGroup, Transition
 
 Advantages = list[list[float]]  # for each member one for each of its turns; empty for one that failed
 
@@ -34,6 +37,37 @@ def separated(group: TrajectoryGroup, estimator: str = "group_mean_std") -> tupl
         memory[index] = [0.0 if turn.logs["kind"] == ANSWER else float(value) for turn in turns]
         answer[index] = [rights.get((index, number), 0.0) for number in range(len(turns))]
     return memory, answer
+
+
+def levelled(groups: Sequence[TrajectoryGroup], memory: Sequence[Advantages]) -> list[Advantages]:
+    """The same, where each decision's advantage is less the mean of all decisions of its word (keep, compress, drop) in the batch.
+
+    How much is kept in all is settled by the budget and not by the policy: a window in which all is kept loses as much as one in which
+    all is dropped. But where many chunks matter, "keep" is right more often than not, and a policy that is paid for that says nothing
+    else long before it has learned of which chunks. With the mean taken off, a shift that is the same for all chunks has no gradient:
+    the sum over the decisions of a word of (A - mean A) is 0. What is none of the words keeps its advantage, which tells it to go.
+    """
+    words: dict[str, list[float]] = {}
+    for group, own in zip(groups, memory, strict=True):
+        for trajectory, values in zip(group.trajectories_G, own, strict=True):
+            for turn, value in zip(trajectory.transitions, values, strict=False):
+                if (word := _word(turn)) is not None:
+                    words.setdefault(word, []).append(value)
+    means = {word: float(np.mean(values)) for word, values in words.items()}
+    return [
+        [
+            [value - means.get(_word(turn) or "", 0.0) for turn, value in zip(trajectory.transitions, values, strict=False)]
+            for trajectory, values in zip(group.trajectories_G, own, strict=True)
+        ]
+        for group, own in zip(groups, memory, strict=True)
+    ]
+
+
+def _word(turn: Transition) -> str | None:
+    if turn.logs["kind"] != DECISION or turn.logs["level"] is None:
+        return None
+    level = turn.logs["level"]
+    return "keep" if level == 1.0 else "drop" if level == 0.0 else "compress"
 
 
 def _answers(group: TrajectoryGroup) -> dict[tuple[int, int], float]:

@@ -111,7 +111,7 @@ class MemoryEnv:
         said = self.chat.decode(action)
         self.levels.append(level_of(said))
         place = self.places[len(self.levels) - 1]
-        logs = {"kind": DECISION, "chunk": self.chunks[place].text, "said": said}
+        logs = {"kind": DECISION, "chunk": self.chunks[place].text, "said": said, "level": self.levels[-1]}
         if len(self.levels) < len(self.places):
             return self._next(decision(self.chat, self.chunks, self.places[len(self.levels)]), logs)
         chunks = list(self.moment.window.chunks)

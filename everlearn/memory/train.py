@@ -21,7 +21,7 @@ import tinker
 from tinker import types
 
 from everlearn.errors import Conflict, InvalidRequest
-from everlearn.memory.credit import Advantages, best_of, separated
+from everlearn.memory.credit import Advantages, best_of, levelled, separated
 from everlearn.memory.environment import ANSWER, MemoryTasks
 from everlearn.rl import measures
 from everlearn.rl.datums import datums_of
@@ -126,9 +126,10 @@ class MemoryLearner(Learner):
         """One optimizer step from both kinds of tokens, each sent by itself."""
         row = self.distance(groups)
         pairs = [separated(group, self.settings.estimator) for group in groups]
+        memory = levelled(groups, [own for own, _ in pairs])
         sent: dict[str, Sent] = {}
         weights = (self.training.memory_weight, self.training.answer_weight)
-        for kind, weight, own in zip(KINDS, weights, zip(*pairs, strict=True), strict=True):
+        for kind, weight, own in zip(KINDS, weights, (memory, [own for _, own in pairs]), strict=True):
             data = [datum for group, advantages in zip(groups, own, strict=True) for datum in credited(group, advantages, weight)]
             if data:
                 self._complete([data])

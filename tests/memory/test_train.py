@@ -11,7 +11,7 @@ import pytest
 import tinker
 
 from everlearn.errors import Conflict, InvalidRequest
-from everlearn.memory.credit import best_of, separated
+from everlearn.memory.credit import best_of, levelled, separated
 from everlearn.memory.decide import Decided
 from everlearn.memory.environment import ANSWER, DECISION, REFILL, Judge, MemoryGroup, MemoryTasks, Pay
 from everlearn.memory.generate import Generate
@@ -162,7 +162,7 @@ def turn(kind: str, value: float = 0.0, **logs: object) -> Transition:
 def made(rows: list[tuple[float, float, float]]) -> TrajectoryGroup:
     """Members by (what their memory earned, what their answer earned, whether their window held the evidence)."""
     members = [
-        Trajectory([turn(DECISION), turn(REFILL, memory), turn(ANSWER, right, question=0, right=right, held=held)]) for memory, right, held in rows
+        Trajectory([turn(DECISION, level=None), turn(REFILL, memory), turn(ANSWER, right, question=0, right=right, held=held)]) for memory, right, held in rows
     ]
     return TrajectoryGroup(members, [Reward()] * len(members))
 
@@ -173,6 +173,17 @@ def test_answers_are_compared_where_the_window_held_the_evidence_and_never_move_
     assert answer == [[0.0, 0.0, 0.5], [0.0, 0.0, -0.5], [0.0, 0.0, 0.0]]
     with pytest.raises(InvalidRequest, match="estimator is 'gae'"):
         separated(made([]), "gae")
+
+
+def test_saying_one_word_more_often_earns_nothing_by_itself():
+    """A shift of a word that is the same for all chunks has no gradient; which chunks it is said of has."""
+    rows = [(1.0, 0.9), (1.0, 0.5), (0.0, 0.1), (0.5, 0.3), (None, 0.0)]
+    group = TrajectoryGroup([Trajectory([turn(DECISION, value, level=level)]) for level, value in rows], [Reward()] * len(rows))
+    memory, _ = separated(group, "group_mean")
+    assert memory[0][0] > memory[1][0] > 0 > memory[2][0]
+    (found,) = levelled([group], [memory])
+    assert found[0][0] == pytest.approx(0.2) and found[1][0] == pytest.approx(-0.2) and found[2] == found[3] == [0.0]
+    assert found[4] == memory[4]
 
 
 def test_the_best_member_is_that_of_the_best_memory_not_of_the_luckiest_answer():
