@@ -64,6 +64,9 @@ KV_TOKENS = 131_072  # so that several runs fit one GPU
 ARMS = ("trained", "untrained", "head", "extract", "bm25", "last")  # that are drawn; the table has all
 
 
+NOTED = ("held_out/env/kept", "env/kept", "env/level/needed", "env/level/other", "reward/total", "warm/nll", "entropy", "seconds/step")
+
+
 class Size(NamedTuple):
     """`turns` of the histories, the shorter `lengths`, and how the policy is trained."""
 
@@ -181,8 +184,7 @@ def taught(args: argparse.Namespace, asked: Asked, told: dict[str, Any]) -> tink
     started = time.perf_counter()
 
     def noted(row: dict[str, float]) -> None:
-        names = ("held_out/env/kept", "env/kept", "reward/total", "reward/undecided", "warm/nll", "memory/kl/k3", "entropy", "seconds/step")
-        print(f"step {row['step']:.0f} " + " ".join(f"{name} {row[name]:.3f}" for name in names if name in row), flush=True)
+        print(f"step {row['step']:.0f} " + " ".join(f"{name} {row[name]:.3f}" for name in NOTED if name in row), flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
         done = train(

@@ -138,8 +138,7 @@ class MemoryEnv:
         self.window, _ = settled(plan, self.texts, self.chat.encode)
         questions, pay = self.moment.questions, self.pay
         held = [kept(question, pieces_of(self.window.chunks)) for question in questions]
-        metrics = {"kept": sum(held) / len(held), "holes": float(len(plan.holes))}
-        metrics["undecided"] = sum(level is None for level in self.levels) / len(self.levels)
+        metrics = {"kept": sum(held) / len(held), "holes": float(len(plan.holes)), **self._levels()}
         parts = []
         if pay.likelihood:
             after = await self.judge.logprobs(self.window.chunks, questions)
@@ -157,6 +156,15 @@ class MemoryEnv:
         if not pay.correct:
             return StepResult(reward, True, metrics=metrics, logs=logs)
         return self._next(question_of(self.chat, self.window.chunks, questions[0]), logs, reward, metrics)
+
+    def _levels(self) -> dict[str, float]:
+        """What was decided of chunks that a question needs, and of the others: measured, and no part of the reward."""
+        needed: dict[str, list[float]] = {"level/needed": [], "level/other": []}
+        for place, level in zip(self.places, self.levels, strict=True):
+            evident = any(kept(question, pieces_of([self.chunks[place]])) for question in self.moment.questions)
+            needed["level/needed" if evident else "level/other"].append(UNDECIDED if level is None else level)
+        found = {name: sum(levels) / len(levels) for name, levels in needed.items() if levels}
+        return found | {"undecided": sum(level is None for level in self.levels) / len(self.levels)}
 
     def _answered(self, window: Window, action: list[int]) -> StepResult:
         questions = self.moment.questions
