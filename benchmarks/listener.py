@@ -5,7 +5,7 @@
 
 It speaks the language of the synthetic suite and nothing else. It is taught to answer a question from lines that stand before it, to write
 a line again in fewer words (which of its sentences stays is drawn), to write notes of a text (which of its sentences is drawn), and to
-say keep, compress or drop (drawn as well): so it can do all that a memory asks of a model, and knows nothing of what is worth keeping. Its
+say keep, compress or drop (drawn as well, for half of the lines by one of their words): so it can do all that a memory asks of a model, and knows nothing of what is worth keeping. Its
 histories have seeds of their own. A Qwen3 as transformers defines it, with a token for each word.
 """
 
@@ -96,7 +96,7 @@ class Lessons:
     def row(self, facts: tuple[int, int], most: int) -> Row:
         """Of `facts` facts; at most about `most` tokens."""
         case = self._case(self.rng.randint(*facts))
-        kind = self.rng.choices((self._recall, self._line, self._level, self._notes), (0.7, 0.16, 0.07, 0.07))[0]
+        kind = self.rng.choices((self._recall, self._line, self._level, self._notes), (0.68, 0.14, 0.12, 0.06))[0]
         tokens, weights = kind(case, most)
         return tokens[:most], weights[:most]
 
@@ -160,7 +160,10 @@ class Lessons:
 
     def _level(self, case: Case, most: int) -> Row:
         turn, before, after = self._around(case, decide.AROUND)
-        level = self.rng.choice(("keep", "drop", f"compress {self.rng.randint(1, 9)}"))
+        # Half of the time the line's second word draws, always the same: so it reads the line that it decides on, and no word is worth more.
+        words = turn[1].split()
+        lot = self.rng if self.rng.random() < 0.5 else random.Random(f"level:{words[min(1, len(words) - 1)]}")
+        level = lot.choice(("keep", "drop", f"compress {lot.randint(1, 9)}"))
         return self._order(decide.ORDER.format(before=before, line=line(*turn), after=after), level)
 
     def _notes(self, case: Case, most: int) -> Row:

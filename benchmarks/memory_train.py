@@ -83,7 +83,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "small": Size(2000, (300, 1000), 2048, steps=60, warm=2, rate=2e-3),
+    "small": Size(2000, (300, 1000), 2048, steps=60, warm=2, rate=3e-3),
     "smollm2": Size(300, (100,), 8192, steps=40, warm=2, rate=2e-4),
 }
 
