@@ -5,8 +5,9 @@
 
 It speaks the language of the synthetic suite and nothing else. It is taught to answer a question from lines that stand before it, to write
 a line again in fewer words (which of its sentences stays is drawn), to write notes of a text (which of its sentences is drawn), and to
-say keep, compress or drop (drawn as well, for half of the lines by one of their words): so it can do all that a memory asks of a model, and knows nothing of what is worth keeping. Its
-histories have seeds of their own. A Qwen3 as transformers defines it, with a token for each word.
+say keep, compress or drop (drawn as well, half of the time by one of the line's words): so it can do all that a memory asks of a model, and
+knows nothing of what is worth keeping. Its histories have seeds of their own. A Qwen3 as transformers defines it, with a token for each
+word.
 """
 
 from __future__ import annotations
@@ -160,7 +161,7 @@ class Lessons:
 
     def _level(self, case: Case, most: int) -> Row:
         turn, before, after = self._around(case, decide.AROUND)
-        # Half of the time the line's second word draws, always the same: so it reads the line that it decides on, and no word is worth more.
+        # Half of the time the line's second word draws, always the same: so it reads the line that it decides on, and knows no worth.
         words = turn[1].split()
         lot = self.rng if self.rng.random() < 0.5 else random.Random(f"level:{words[min(1, len(words) - 1)]}")
         level = lot.choice(("keep", "drop", f"compress {lot.randint(1, 9)}"))

@@ -58,7 +58,7 @@ PARTS = ("trained", "head", "untrained", "rules", "writers")
 SEEDS = (0, 1, 2)
 HELD_OUT = 100  # the first history that is looked at; memory_study.py has the same
 TRAINED_ON = 1000  # and the first that is trained on
-PRESSED = Masking(most=6, keep=0.25, slack=0.33)  # in training: twelve decisions on a window, of which a third is cleared
+PRESSED = Masking(most=4, keep=0.25, slack=0.33)  # in training: eight decisions on a window, of which a third is cleared
 BUDGET, BUDGETS = 512, (256, 1024)
 KV_TOKENS = 131_072  # so that several runs fit one GPU
 ARMS = ("trained", "untrained", "head", "extract", "bm25", "last")  # that are drawn; the table has all
@@ -78,12 +78,12 @@ class Size(NamedTuple):
     rate: float
     groups: int = 6
     members: int = 8
-    budget: int = 160
+    budget: int = 128
     heads: int = 3  # histories that a head is distilled from
 
 
 SIZES = {
-    "small": Size(2000, (300, 1000), 2048, steps=60, warm=2, rate=3e-3),
+    "small": Size(2000, (300, 1000), 2048, steps=40, warm=1, rate=5e-3, groups=4),
     "smollm2": Size(300, (100,), 8192, steps=40, warm=2, rate=2e-4),
 }
 
