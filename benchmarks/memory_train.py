@@ -83,7 +83,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "small": Size(2000, (300, 1000), 2048, steps=40, warm=1, rate=5e-3, groups=4),
+    "small": Size(2000, (300, 1000), 2048, steps=40, warm=2, rate=5e-3, groups=4),
     "smollm2": Size(300, (100,), 8192, steps=40, warm=2, rate=2e-4),
 }
 
@@ -173,13 +173,13 @@ def taught(args: argparse.Namespace, asked: Asked, told: dict[str, Any]) -> tink
 
     def tasks(start: int, batches: int, members: int) -> MemoryTasks:
         return MemoryTasks(
-            lambda number: synthetic(160, start + number, 30), asked.chat, judge, budgets=(size.budget,), masking=PRESSED, batches=batches,
+            lambda number: synthetic(140, start + number, 35), asked.chat, judge, budgets=(size.budget,), masking=PRESSED, batches=batches,
             groups_per_batch=2 if args.smoke else size.groups, group_size=min(members, 3) if args.smoke else members, seed=args.seed,
         )  # fmt: skip
 
     run = Settings(
-        asked.name, steps=steps, rank=16, learning_rate=args.rate or size.rate, loss="ppo", loss_config={"kl_coeff": 0.02},
-        estimator="group_mean_std", max_tokens=32, seed=args.seed, evaluate_every=max(1, steps // 4), save_every=steps,
+        asked.name, steps=steps, rank=16, learning_rate=args.rate or size.rate, loss="ppo", loss_config={"kl_coeff": 0.01},
+        estimator="group_mean", max_tokens=32, seed=args.seed, evaluate_every=max(1, steps // 4), save_every=steps,
     )  # fmt: skip
     started = time.perf_counter()
 
@@ -188,7 +188,7 @@ def taught(args: argparse.Namespace, asked: Asked, told: dict[str, Any]) -> tink
 
     with tempfile.TemporaryDirectory() as folder:
         done = train(
-            asked.service, Training(run, warm_steps=min(size.warm, steps // 2)), tasks(first, steps, size.members), Path(folder),
+            asked.service, Training(run, min(size.warm, steps // 2), warm_rate=(args.rate or size.rate) / 5), tasks(first, steps, size.members), Path(folder),
             tasks(first + 5000, 2, 1), on_step=noted,
         )  # fmt: skip
     told["training"] = {

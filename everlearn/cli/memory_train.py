@@ -62,7 +62,7 @@ def train(console: Console, out: Path, model: str, data: Path | None, **options:
         rank=options["rank"],
         learning_rate=options["lr"],
         loss="ppo",
-        estimator="group_mean_std",
+        estimator="group_mean",
         max_tokens=options["max_tokens"],
         seed=options["seed"],
         evaluate_every=max(1, options["steps"] // 4),

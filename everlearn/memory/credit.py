@@ -22,8 +22,12 @@ from everlearn.rl.trajectory import TrajectoryGroup, Transition
 Advantages = list[list[float]]  # for each member one for each of its turns; empty for one that failed
 
 
-def separated(group: TrajectoryGroup, estimator: str = "group_mean_std") -> tuple[Advantages, Advantages]:
-    """Of memory and of answers. Raises InvalidRequest for an estimator that gives no number to a member."""
+def separated(group: TrajectoryGroup, estimator: str = "group_mean") -> tuple[Advantages, Advantages]:
+    """Of memory and of answers. Raises InvalidRequest for an estimator that gives no number to a member.
+
+    `group_mean` rather than `group_mean_std`: where no member lost an answer, all that differs are costs of a hundredth, and divided by
+    their deviation these would count as much as what was lost elsewhere.
+    """
     if estimator not in ESTIMATORS:
         raise InvalidRequest(f"estimator is {estimator!r}; memories are compared by {', '.join(ESTIMATORS)}", param="estimator")
     scored = group.scored

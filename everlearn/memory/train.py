@@ -35,18 +35,21 @@ SAVED = "memory"  # what the finished adapter's sampler weights are called
 
 
 class Training(msgspec.Struct, frozen=True):
-    """`run`: steps, rank, learning rate, loss and so on, the warm steps counted in. `memory_weight` and `answer_weight` multiply the
+    """`run`: steps, rank, learning rate, loss and so on, the warm steps counted in; these have the learning rate `warm_rate`, if that is
+    above 0. `memory_weight` and `answer_weight` multiply the
     advantages of each kind; 0 leaves its tokens out."""
 
     run: Settings
     warm_steps: int = 0
+    warm_rate: float = 0.0
     memory_weight: float = 1.0
     answer_weight: float = 0.0
 
     def check(self) -> Training:
         """Itself. Raises InvalidRequest for what can't be meant."""
-        if self.warm_steps < 0:
-            raise InvalidRequest(f"warm_steps is {self.warm_steps}; it must be at least 0", param="warm_steps")
+        if self.warm_steps < 0 or not 0.0 <= self.warm_rate < float("inf"):
+            told = f"warm_steps is {self.warm_steps} and warm_rate {self.warm_rate}"
+            raise InvalidRequest(f"{told}; both must be finite and at least 0", param="warm_steps")
         weights = (self.memory_weight, self.answer_weight)
         if not all(0.0 <= weight < float("inf") for weight in weights) or not any(weights):
             raise InvalidRequest(
@@ -85,7 +88,7 @@ def train(
 def _same(folder: Path, training: Training) -> None:
     """Writes down what the run is besides its `run`, or raises Conflict where the folder holds one that is another."""
     folder.mkdir(parents=True, exist_ok=True)
-    path, own = folder / "training.json", {name: getattr(training, name) for name in ("warm_steps", "memory_weight", "answer_weight")}
+    path, own = folder / "training.json", {name: getattr(training, name) for name in ("warm_steps", "warm_rate", "memory_weight", "answer_weight")}
     old = msgspec.json.decode(path.read_bytes()) if path.exists() else own
     if old != own:
         raise Conflict(f"{folder} holds a run with other settings ({old}); use another folder, or the settings of that run", param="folder")
@@ -150,7 +153,8 @@ class MemoryLearner(Learner):
         row: Metrics = {"warm/datums": float(len(data))}
         if data:
             gradient = self.client.forward_backward(data, "cross_entropy")
-            stepped = self.client.optim_step(tinker.AdamParams(learning_rate=self.settings.learning_rate))
+            rate = self.training.warm_rate or self.settings.learning_rate
+            stepped = self.client.optim_step(tinker.AdamParams(learning_rate=rate))
             tokens = sum(float(datum.loss_fn_inputs["weights"].to_numpy().sum()) for datum in data)
             row["warm/nll"] = float(gradient.result().metrics.get("loss:sum", 0.0)) / tokens
             stepped.result()
