@@ -187,10 +187,9 @@ def taught(args: argparse.Namespace, asked: Asked, told: dict[str, Any]) -> tink
         print(f"step {row['step']:.0f} " + " ".join(f"{name} {row[name]:.3f}" for name in NOTED if name in row), flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        done = train(
-            asked.service, Training(run, min(size.warm, steps // 2), warm_rate=(args.rate or size.rate) / 5), tasks(first, steps, size.members), Path(folder),
-            tasks(first + 5000, 2, 1), on_step=noted,
-        )  # fmt: skip
+        training = Training(run, min(size.warm, steps // 2), warm_rate=run.learning_rate / 5)
+        mine, others = tasks(first, steps, size.members), tasks(first + 5000, 2, 1)
+        done = train(asked.service, training, mine, Path(folder), others, on_step=noted)
     told["training"] = {
         "seconds": time.perf_counter() - started,
         "rows": [{name: round(value, 5) for name, value in row.items()} for row in done.rows],

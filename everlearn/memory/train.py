@@ -88,7 +88,8 @@ def train(
 def _same(folder: Path, training: Training) -> None:
     """Writes down what the run is besides its `run`, or raises Conflict where the folder holds one that is another."""
     folder.mkdir(parents=True, exist_ok=True)
-    path, own = folder / "training.json", {name: getattr(training, name) for name in ("warm_steps", "warm_rate", "memory_weight", "answer_weight")}
+    names = ("warm_steps", "warm_rate", "memory_weight", "answer_weight")
+    path, own = folder / "training.json", {name: getattr(training, name) for name in names}
     old = msgspec.json.decode(path.read_bytes()) if path.exists() else own
     if old != own:
         raise Conflict(f"{folder} holds a run with other settings ({old}); use another folder, or the settings of that run", param="folder")
