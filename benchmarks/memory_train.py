@@ -100,12 +100,14 @@ class Asked:
         self.asking = Asking(self.base, self.chat)
 
 
-def places(size: Size, smoke: bool) -> Iterator[tuple[int, int]]:
+def places(size: Size, args: argparse.Namespace) -> Iterator[tuple[int, int]]:
     """(turns, budget), the most important first."""
-    if smoke:
+    if args.smoke:
         yield 100, 128
         return
     yield size.turns, BUDGET
+    if args.main:
+        return
     yield from ((size.turns, budget) for budget in BUDGETS)
     yield from ((turns, BUDGET) for turns in size.lengths)
 
@@ -123,7 +125,7 @@ def examined(args: argparse.Namespace, asked: Asked, made: dict[str, Any]) -> It
 
     started = time.perf_counter()
     with ThreadPoolExecutor(args.at_once) as pool:
-        wanted = [(*place, number, label) for place in places(size, args.smoke) for number in range(args.histories) for label in made]
+        wanted = [(*place, number, label) for place in places(size, args) for number in range(args.histories) for label in made]
         for future in as_completed([pool.submit(run, *one) for one in wanted]):
             found = future.result()
             right = f"{np.mean(found.contains):.2f}" if found.contains else "-"
@@ -281,6 +283,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, help="learning rate (default: the model's own)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", help="of the server (default: cpu for the small model, auto for the embedded one)")
+    parser.add_argument("--main", action="store_true", help="examine at the full length and the one budget only")
     parser.add_argument("--smoke", action="store_true", help="short histories and two steps, for a look at whether all of it works")
     parser.add_argument("--collect", type=Path, metavar="FOLDER")
     parser.add_argument("--out", type=Path, help="result file (default: benchmarks/results/DATE-memory-train.json)")
