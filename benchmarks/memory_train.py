@@ -83,7 +83,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "small": Size(2000, (300, 1000), 2048, steps=40, warm=2, rate=5e-3, groups=4),
+    "small": Size(2000, (300, 1000), 2048, steps=40, warm=2, rate=2e-3, groups=8),
     "smollm2": Size(300, (100,), 8192, steps=40, warm=2, rate=2e-4),
 }
 
@@ -180,7 +180,7 @@ def taught(args: argparse.Namespace, asked: Asked, told: dict[str, Any]) -> tink
         )  # fmt: skip
 
     run = Settings(
-        asked.name, steps=steps, rank=16, learning_rate=args.rate or size.rate, loss="ppo", loss_config={"kl_coeff": 0.01},
+        asked.name, steps=steps, rank=16, learning_rate=args.rate or size.rate, loss="ppo", loss_config={"kl_coeff": 0.05},
         estimator="group_mean", max_tokens=32, seed=args.seed, evaluate_every=max(1, steps // 4), save_every=steps,
     )  # fmt: skip
     started = time.perf_counter()

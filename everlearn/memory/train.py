@@ -36,12 +36,13 @@ SAVED = "memory"  # what the finished adapter's sampler weights are called
 
 class Training(msgspec.Struct, frozen=True):
     """`run`: steps, rank, learning rate, loss and so on, the warm steps counted in; these have the learning rate `warm_rate`, if that is
-    above 0. `memory_weight` and `answer_weight` multiply the
-    advantages of each kind; 0 leaves its tokens out."""
+    above 0. `by_word` takes off what the word of a decision earns on average (`levelled`); without, costs such as `rewrites` can teach how
+    often a word is said. `memory_weight` and `answer_weight` multiply the advantages of each kind; 0 leaves its tokens out."""
 
     run: Settings
     warm_steps: int = 0
     warm_rate: float = 0.0
+    by_word: bool = True
     memory_weight: float = 1.0
     answer_weight: float = 0.0
 
@@ -88,7 +89,7 @@ def train(
 def _same(folder: Path, training: Training) -> None:
     """Writes down what the run is besides its `run`, or raises Conflict where the folder holds one that is another."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = ("warm_steps", "warm_rate", "memory_weight", "answer_weight")
+    names = ("warm_steps", "warm_rate", "by_word", "memory_weight", "answer_weight")
     path, own = folder / "training.json", {name: getattr(training, name) for name in names}
     old = msgspec.json.decode(path.read_bytes()) if path.exists() else own
     if old != own:
@@ -130,7 +131,9 @@ class MemoryLearner(Learner):
         """One optimizer step from both kinds of tokens, each sent by itself."""
         row = self.distance(groups)
         pairs = [separated(group, self.settings.estimator) for group in groups]
-        memory = levelled(groups, [own for own, _ in pairs])
+        memory = [own for own, _ in pairs]
+        if self.training.by_word:
+            memory = levelled(groups, memory)
         sent: dict[str, Sent] = {}
         weights = (self.training.memory_weight, self.training.answer_weight)
         for kind, weight, own in zip(KINDS, weights, (memory, [own for _, own in pairs]), strict=True):

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 import tinker
 
 from everlearn.errors import Conflict, InvalidRequest
 from everlearn.memory.credit import best_of, levelled, separated
-from everlearn.memory.decide import Decided
+from everlearn.memory.decide import Decided, decision
 from everlearn.memory.environment import ANSWER, DECISION, REFILL, Judge, MemoryGroup, MemoryTasks, Pay
 from everlearn.memory.generate import Generate
 from everlearn.memory.mask import Masking
@@ -21,7 +22,7 @@ from everlearn.memory.moments import SQUEEZE, moments, pieces_of
 from everlearn.memory.plan import planned
 from everlearn.memory.scores import kept
 from everlearn.memory.synthetic import synthetic
-from everlearn.memory.train import MemoryLearner, Training, credited, imitated, train
+from everlearn.memory.train import MemoryLearner, Training, _step, credited, imitated, train
 from everlearn.render.tokenizer import load
 from everlearn.rewards.reward import Part, Reward
 from everlearn.rl.policy import TinkerPolicy
@@ -230,6 +231,32 @@ def test_a_run_warms_up_goes_on_and_ends_in_an_adapter(service, server, tasks, c
     for role, text in history(1).turns[:12]:
         policy.read(role, text)
     assert sum(len(chat.encode(piece)) for piece in policy.pieces("")) <= 200
+
+
+@pytest.mark.slow
+def test_a_policy_learns_to_decide(service, server, chat, judge, tmp_path):
+    """A model of random weights is shown the three words a few times, so that it says them now and then; what pays it for deciding makes
+    it decide more often."""
+    run = Settings(server.model, steps=10, rank=16, learning_rate=3e-3, estimator="group_mean", max_tokens=8)
+    masking = Masking(most=2, keep=0.25, slack=0.33)
+    pay = Pay(undecided=2.0, rewrites=0.0, over_budget=0.0)
+    tasks = MemoryTasks(history, chat, judge, budgets=(300,), pay=pay, masking=masking, groups_per_batch=2, group_size=8)
+    learner = MemoryLearner(service, Training(run), tmp_path)
+    shown = [(moment, place) for moment in (tasks.moment(0), tasks.moment(1)) for place in range(3)]
+    prompts = [decision(chat, (*moment.window.chunks, moment.chunk), place).to_ints() for moment, place in shown]
+    taught = [said(prompt, chat.encode(f"{word}<|im_end|>")) for prompt in prompts for word in ("keep", "drop", "compress 5")]
+    for _ in range(25):
+        learner.client.forward_backward(taught, "cross_entropy")
+        learner.client.optim_step(tinker.AdamParams(learning_rate=1e-2)).result()
+    rows = learner.run(lambda step: _step(learner, tasks, step), lambda row: None)
+    first, last = (np.mean([row["env/undecided"] for row in part]) for part in (rows[:2], rows[-2:]))
+    assert first > 0.1 and last < 0.7 * first, [row["env/undecided"] for row in rows]
+
+
+def said(prompt: list[int], answer: list[int]) -> tinker.Datum:
+    tokens, weights = [*prompt, *answer], [0.0] * (len(prompt) - 1) + [1.0] * len(answer)
+    inputs = {"target_tokens": tokens[1:], "weights": weights}
+    return tinker.Datum(model_input=tinker.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=inputs)
 
 
 def test_what_a_run_can_t_be_is_refused(service, server, chat, judge, tmp_path):
