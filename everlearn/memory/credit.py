@@ -4,7 +4,7 @@ A window that lost the evidence makes every answer wrong, and a good answer does
 answered as well. So there are two advantages for each member of a group, each 0 on the tokens of the other kind:
 
 - **memory** (decisions and refills): the member's whole reward against the group's, which all began at the same window;
-  Of a decision, what others of the same word earned on average is taken off (`levelled`);
+  Of a decision, what its word earned more than the other words is taken off (`levelled`);
 - **answer**: whether the answer to a question is right, against the members whose windows still held its evidence.
 """
 
@@ -44,12 +44,13 @@ def separated(group: TrajectoryGroup, estimator: str = "group_mean") -> tuple[Ad
 
 
 def levelled(groups: Sequence[TrajectoryGroup], memory: Sequence[Advantages]) -> list[Advantages]:
-    """The same, where each decision's advantage is less the mean of all decisions of its word (keep, compress, drop) in the batch.
+    """The same, where each decision's advantage is less what its word (keep, compress, drop) earned more than all words in the batch:
+    A - mean A of the word + mean A of all three.
 
     How much is kept in all is settled by the budget and not by the policy: a window in which all is kept loses as much as one in which
     all is dropped. But where many chunks matter, "keep" is right more often than not, and a policy that is paid for that says nothing
-    else long before it has learned of which chunks. With the mean taken off, a shift that is the same for all chunks has no gradient:
-    the sum over the decisions of a word of (A - mean A) is 0. What is none of the words keeps its advantage, which tells it to go.
+    else long before it has learned of which chunks. So every word earns as much on average, and a shift from one to another that is the
+    same for all chunks has no gradient. What they earn more than what is none of them stays: it is what teaches to decide at all.
     """
     words: dict[str, list[float]] = {}
     for group, own in zip(groups, memory, strict=True):
@@ -57,7 +58,8 @@ def levelled(groups: Sequence[TrajectoryGroup], memory: Sequence[Advantages]) ->
             for turn, value in zip(trajectory.transitions, values, strict=False):
                 if (word := _word(turn)) is not None:
                     words.setdefault(word, []).append(value)
-    means = {word: float(np.mean(values)) for word, values in words.items()}
+    all_words = float(np.mean([value for values in words.values() for value in values])) if words else 0.0
+    means = {word: float(np.mean(values)) - all_words for word, values in words.items()}
     return [
         [
             [value - means.get(_word(turn) or "", 0.0) for turn, value in zip(trajectory.transitions, values, strict=False)]
