@@ -240,7 +240,7 @@ def test_a_policy_learns_to_decide(service, server, chat, judge, tmp_path):
     run = Settings(server.model, steps=10, rank=16, learning_rate=3e-3, estimator="group_mean", max_tokens=8)
     masking = Masking(most=2, keep=0.25, slack=0.33)
     pay = Pay(undecided=2.0, rewrites=0.0, over_budget=0.0)
-    tasks = MemoryTasks(history, chat, judge, budgets=(300,), pay=pay, masking=masking, groups_per_batch=2, group_size=8)
+    tasks = MemoryTasks(history, chat, judge, budgets=(300,), pay=pay, masking=masking, batches=1, groups_per_batch=2, group_size=8)
     learner = MemoryLearner(service, Training(run), tmp_path)
     shown = [(moment, place) for moment in (tasks.moment(0), tasks.moment(1)) for place in range(3)]
     prompts = [decision(chat, (*moment.window.chunks, moment.chunk), place).to_ints() for moment, place in shown]
