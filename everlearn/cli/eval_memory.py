@@ -14,6 +14,8 @@ from everlearn.cli.console import Console, pass_console
 from everlearn.cli.eval import LOCAL_KEY, Names, Numbers, command
 
 if TYPE_CHECKING:
+    from tinker import SamplingClient
+
     from everlearn.memory.asking import Asking
     from everlearn.memory.study import Run
     from everlearn.memory.suites import Case
@@ -40,8 +42,9 @@ SUITES = ("synthetic", "longmemeval", "memorybank", "locomo", "msc")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="of the first synthetic history and of chance")
 @click.option("--head", type=click.Path(path_type=Path), metavar="FILE", help="weights of importance [default: those set by hand]")
 @click.option("--model", default="smollm2", show_default=True, metavar="NAME|FOLDER", help="whose tokens are counted, and who answers")
-@click.option("--ask", is_flag=True, help="let the model answer as well; methods summary, overwrite and generate need it")
+@click.option("--ask", is_flag=True, help="let the model answer as well; what a model writes or decides needs it")
 @click.option("--sampler", metavar="TINKER_PATH", help="weights that answer, on the server of --url [default: the base model]")
+@click.option("--policy", metavar="TINKER_PATH", help="weights that decide and write, on the server of --url [default: those that answer]")
 @click.option("--begin", default="", metavar="TEXT", help="how each answer begins")
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="every run with its values, as JSON")
 @pass_console
@@ -71,14 +74,14 @@ def memory(
         console.note(f"left out: {count} questions {reason}")
     info = _model(console, options["model"])
     runs = []
-    with _asking(console, info, options["ask"], options["sampler"], options["begin"]) as asking:
+    with _asking(console, info, options["ask"], options["sampler"], options["begin"], options["policy"]) as asking:
         encode = _encode(info)
         for budget in options["budgets"]:
             for case in found:
                 for name in methods:
                     made = _method(name, encode, budget, options["seed"], options["head"], asking)
                     with console.progress(f"{name}, {budget} tokens, {case.name}"):
-                        answers = None if asking is None else asking.answers
+                        answers = None if asking is None else asking[0].answers
                         one = study.run(suite, case, made, budget, encode, options["seed"], answers, info.max_context - 128)
                     runs.append(_noted(console, one))
     facts = {"suite": suite, "left_out": left_out, "model": info.name}
@@ -120,8 +123,10 @@ def _encode(info: BaseModelInfo) -> Encode:
 
 
 @contextmanager
-def _asking(console: Console, info: BaseModelInfo, ask: bool, sampler: str | None, begun: str) -> Iterator[Asking | None]:
-    """The model on the server that was named, else on one of its own; None where nothing is asked."""
+def _asking(
+    console: Console, info: BaseModelInfo, ask: bool, sampler: str | None, begun: str, policy: str | None
+) -> Iterator[tuple[Asking, SamplingClient] | None]:
+    """The model on the server that was named, else on one of its own, and who decides and writes; None where nothing is asked."""
     if not ask:
         yield None
         return
@@ -146,20 +151,23 @@ def _asking(console: Console, info: BaseModelInfo, ask: bool, sampler: str | Non
         service = stack.enter_context(tinker.ServiceClient(base_url=url, api_key=key, user_metadata={"client": "everlearn eval"}))
         made = service.create_sampling_client(**({"model_path": sampler} if sampler else {"base_model": info.name})).result()
         tokenizer = load(Path(info.path))
-        yield Asking(made, ChatMl(tokenizer.encode, lambda ids: tokenizer.decode(ids, skip_special=True)), begun)
+        writer = service.create_sampling_client(model_path=policy).result() if policy else made
+        yield Asking(made, ChatMl(tokenizer.encode, lambda ids: tokenizer.decode(ids, skip_special=True)), begun), writer
 
 
-def _method(name: str, encode: Encode, budget: int, seed: int, head: Path | None, asking: Asking | None) -> Any:
+def _method(name: str, encode: Encode, budget: int, seed: int, head: Path | None, asking: tuple[Asking, SamplingClient] | None) -> Any:
     from everlearn.memory import importance
     from everlearn.memory.methods import method
 
     weights = importance.BY_HAND if head is None else importance.load(head)
     if asking is None:
         return method(name, encode, budget, seed=seed, head=weights)
+    from everlearn.memory.decide import Decided
     from everlearn.memory.generate import Generate
 
-    refill = Generate(asking.sampler, asking.chat)
-    return method(name, encode, budget, seed=seed, head=weights, write=asking.write, refill=refill)
+    model, writer = asking
+    refill, decided = Generate(writer, model.chat), Decided(writer, model.chat, once=True)
+    return method(name, encode, budget, seed=seed, head=weights, write=model.write, refill=refill, decided=decided)
 
 
 def _noted(console: Console, run: Run) -> Run:

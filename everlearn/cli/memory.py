@@ -10,8 +10,10 @@ from urllib.parse import quote
 import click
 
 from everlearn.cli.console import Console, Noun, pass_console
+from everlearn.cli.memory_train import train
 
 command = Noun("memory", help="Memories of conversations, and what is in them.")
+command.add_command(train)
 COLUMNS = ["id", "base_model", "budget", "tokens", "turns", "refill", "policy", "version", "updated"]
 
 

@@ -30,22 +30,30 @@ class Generate:
 
     def fill(self, plan: Plan) -> list[str]:
         chunks, holes = plan.chunks, plan.holes
-        futures = [self.sampler.sample(self.prompt(chunks, hole), 1, self._params(chunks, hole)) for hole in holes]
+        futures = [self.sampler.sample(rewriting(self.chat, chunks, hole), 1, self._params(chunks, hole)) for hole in holes]
         return [
-            self.text(chunks[hole.place], hole, list(future.result().sequences[0].tokens))
+            filled(self.chat, chunks[hole.place], hole, list(future.result().sequences[0].tokens))
             for hole, future in zip(holes, futures, strict=True)
         ]
 
     def least(self, window: Window, chunk: Chunk) -> int:
         return FLOOR
 
-    def prompt(self, chunks: Sequence[Chunk], hole: Hole) -> tinker.ModelInput:
-        return self.chat.ask(orders.shorter(chunks, hole), begun=orders.begun(chunks[hole.place]))
-
-    def text(self, chunk: Chunk, hole: Hole, tokens: list[int]) -> str:
-        """What a sampled answer says in the hole."""
-        return orders.refilled(self.chat.decode(tokens), chunk, hole.cap, self.chat.encode)
-
     def _params(self, chunks: Sequence[Chunk], hole: Hole) -> tinker.SamplingParams:
         seed = seed_of(self.seed, chunks[hole.place].sources, chunks[hole.place].rewrites, hole.cap)
         return tinker.SamplingParams(max_tokens=hole.cap, temperature=self.temperature, stop=list(self.chat.stop), seed=seed)
+
+
+def rewriting(chat: ChatMl, chunks: Sequence[Chunk], hole: Hole) -> tinker.ModelInput:
+    """The order to write a hole anew, the answer begun with its role."""
+    return chat.ask(orders.shorter(chunks, hole), begun=orders.begun(chunks[hole.place]))
+
+
+def written(chat: ChatMl, chunk: Chunk, tokens: list[int]) -> str:
+    """What a sampled answer says in the hole: its first paragraph, however long."""
+    return orders.written(chat.decode(tokens), chunk)
+
+
+def filled(chat: ChatMl, chunk: Chunk, hole: Hole, tokens: list[int]) -> str:
+    """The same, cut to the cap."""
+    return orders.refilled(chat.decode(tokens), chunk, hole.cap, chat.encode)

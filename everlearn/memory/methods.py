@@ -11,6 +11,8 @@
 | `extract` | the window: importance by a head, sentences kept word for word |
 | `forget` | the window: importance by a head, chunks whole or gone |
 | `generate` | the window: importance by a head, chunks rewritten by a model |
+| `decided` | the window: importance by a policy's own decisions, sentences kept word for word |
+| `policy` | the window: the policy decides, and rewrites chunks too |
 
 None shows more than the budget, but for `full`.
 """
@@ -24,7 +26,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from everlearn.errors import InvalidRequest
-from everlearn.memory.importance import BY_HAND, Head, Surface, content_words
+from everlearn.memory.importance import BY_HAND, Head, Importance, Surface, content_words
 from everlearn.memory.refill import Extract, Forget, Refill, fitted
 from everlearn.memory.suites import words_of
 from everlearn.memory.turns import Turns
@@ -33,7 +35,7 @@ from everlearn.memory.window import Encode, Window, line
 Write = Callable[[str, int], str]  # (order, most tokens) -> what a model writes
 
 RULES = ("full", "last", "random", "bm25", "extract", "forget")
-WRITERS = ("summary", "overwrite", "generate")
+WRITERS = ("summary", "overwrite", "generate", "decided", "policy")
 PIECE = 96  # tokens: what BM25 finds is a turn, or a part of one that isn't longer than this
 PORTION = 1024  # tokens of the history that `overwrite` reads at once
 SUMMARY = (
@@ -140,8 +142,8 @@ class Bm25:
 class Windowed:
     """The window of everlearn/memory/window.py, without an archive behind it."""
 
-    def __init__(self, encode: Encode, budget: int, refill: Refill, head: Head = BY_HAND):
-        self.turns, self.name = Turns(encode, Surface(head), refill), refill.name
+    def __init__(self, encode: Encode, budget: int, refill: Refill, importance: Importance, name: str):
+        self.turns, self.name = Turns(encode, importance, refill), name
         self.window = Window(budget)
 
     def read(self, role: str, text: str) -> None:
@@ -204,13 +206,26 @@ def cut(text: str, most: int, encode: Encode) -> str:
 
 
 def method(
-    name: str, encode: Encode, budget: int, *, seed: int = 0, head: Head = BY_HAND, write: Write | None = None, refill: Refill | None = None
+    name: str,
+    encode: Encode,
+    budget: int,
+    *,
+    seed: int = 0,
+    head: Head = BY_HAND,
+    write: Write | None = None,
+    refill: Refill | None = None,
+    decided: Importance | None = None,
 ) -> Method:
-    """The method of that name. `write` is asked for by `summary` and `overwrite`, `refill` by `generate`."""
+    """The method of that name. `write` is asked for by `summary` and `overwrite`, `refill` by `generate`, `decided` by `decided` and both
+    by `policy`."""
     if name in ("extract", "forget"):
-        return Windowed(encode, budget, Extract(encode, head.score) if name == "extract" else Forget(), head)
+        return Windowed(encode, budget, Extract(encode, head.score) if name == "extract" else Forget(), Surface(head), name)
     if name == "generate" and refill is not None:
-        return Windowed(encode, budget, refill, head)
+        return Windowed(encode, budget, refill, Surface(head), name)
+    if name == "decided" and decided is not None:
+        return Windowed(encode, budget, Extract(encode, head.score), decided, name)
+    if name == "policy" and decided is not None and refill is not None:
+        return Windowed(encode, budget, refill, decided, name)
     if name in ("summary", "overwrite") and write is not None:
         return (Summary if name == "summary" else Overwrite)(encode, budget, write)
     simple: dict[str, Callable[[], Method]] = {

@@ -47,8 +47,13 @@ def begun(chunk: Chunk) -> str:
 
 
 def refilled(said: str, chunk: Chunk, cap: int, encode: Encode) -> str:
-    """What an answer to `shorter` says in the hole: its first paragraph, cut to `cap` tokens of its line; "" where it says nothing."""
-    return fitted(said.strip().split("\n\n")[0].strip().removeprefix(begun(chunk)), chunk.role, cap, encode)
+    """What an answer to `shorter` says in the hole, cut to `cap` tokens of its line; "" where it says nothing."""
+    return fitted(written(said, chunk), chunk.role, cap, encode)
+
+
+def written(said: str, chunk: Chunk) -> str:
+    """The same, however long: the answer's first paragraph."""
+    return said.strip().split("\n\n")[0].strip().removeprefix(begun(chunk)).strip()
 
 
 def keeping(chunks: Sequence[Chunk], place: int) -> str:

@@ -76,9 +76,7 @@ class Turns:
 
     def _weighed(self, window: Window, chunk: Chunk) -> Window:
         """The window with new importances of the chunks that are next to be masked: twice as many as can be refilled, the least worth."""
-        places = [place for place, other in enumerate(window.chunks) if not other.pinned]
-        places.sort(key=lambda place: (worth(window.chunks[place], window.turn, self.masking), window.chunks[place].born))
-        return self._reweighed(window, (*window.chunks, chunk), sorted(places[: 2 * self.masking.most]))
+        return self._reweighed(window, (*window.chunks, chunk), pressed(window, self.masking))
 
     def _reweighed(self, window: Window, around: tuple[Chunk, ...], places: list[int]) -> Window:
         chunks = list(window.chunks)
@@ -94,3 +92,10 @@ class Turns:
     def _worth(self, window: Window, role: str, text: str) -> float:
         """What a refilled text is worth by itself."""
         return self.importance.of(window, (Chunk(role, text, (), (0,), 0),), [0])[0]
+
+
+def pressed(window: Window, masking: Masking) -> list[int]:
+    """Places of the chunks that a late estimator is asked about when there is pressure, in order."""
+    places = [place for place, other in enumerate(window.chunks) if not other.pinned]
+    places.sort(key=lambda place: (worth(window.chunks[place], window.turn, masking), window.chunks[place].born))
+    return sorted(places[: 2 * masking.most])

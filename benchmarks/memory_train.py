@@ -1,0 +1,306 @@
+#!/usr/bin/env python3
+"""What training does for a memory: rules, baselines, a policy before and after reinforcement learning, on histories that none was made on.
+
+    python benchmarks/listener.py RUNS/listener                        # the small model, once (a GPU makes it in minutes)
+    python benchmarks/memory_train.py --list                           # one line for each run; they may run side by side
+    python benchmarks/memory_train.py --only small/0/trained --into RUNS
+    python benchmarks/memory_train.py --collect RUNS                   # one result file and its plot
+
+A run is MODEL/SEED/PART. MODEL: `small` (listener.py) on histories of 2,000 turns, or `smollm2`, the embedded one, on 300. Every part is
+examined on the same histories at the same places: budgets at the full length, and lengths at 512 tokens. Who answers is the same in all:
+the model without an adapter. Training histories have seeds of their own (`TRAINED_ON`), as have those that the small model comes from.
+
+| part | what |
+|---|---|
+| `rules` | full, last, random, bm25, and the window with weights by hand: `extract`, `forget` |
+| `writers` | `summary` and `overwrite`, written by the model as it is |
+| `untrained` | the policy before training: it decides and writes (`untrained`) |
+| `head` | a head distilled from the model's counterfactuals on training histories, with extraction (`head`) |
+| `trained` | the policy after training: decides and writes (`trained`); decides, and the head's sentences stay (`trained+extract`) |
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import curves
+import numpy as np
+from common import ROOT, model_folder, origin, server, write_result
+
+sys.path.insert(0, str(ROOT))
+import msgspec
+import tinker
+
+from everlearn.memory import importance, study
+from everlearn.memory.asking import Asking
+from everlearn.memory.decide import Decided
+from everlearn.memory.distil import examples
+from everlearn.memory.environment import Judge, MemoryTasks
+from everlearn.memory.generate import Generate
+from everlearn.memory.mask import Masking
+from everlearn.memory.methods import RULES, Method, method
+from everlearn.memory.synthetic import synthetic
+from everlearn.memory.train import Training, train
+from everlearn.render.tokenizer import load
+from everlearn.rl.prompts import ChatMl
+from everlearn.rl.train import Settings
+
+PARTS = ("trained", "head", "untrained", "rules", "writers")
+SEEDS = (0, 1, 2)
+HELD_OUT = 100  # the first history that is looked at; memory_study.py has the same
+TRAINED_ON = 1000  # and the first that is trained on
+PRESSED = Masking(most=4, keep=0.25, slack=0.33)  # in training: eight decisions on a window, of which a third is cleared
+BUDGET, BUDGETS = 512, (256, 1024)
+KV_TOKENS = 131_072  # so that several runs fit one GPU
+ARMS = ("trained", "untrained", "head", "extract", "bm25", "last")  # that are drawn; the table has all
+
+
+NOTED = ("held_out/env/kept", "env/kept", "env/level/needed", "env/level/other", "reward/total", "warm/nll", "entropy", "seconds/step")
+
+
+class Size(NamedTuple):
+    """`turns` of the histories, the shorter `lengths`, and how the policy is trained."""
+
+    turns: int
+    lengths: tuple[int, ...]
+    context: int
+    steps: int
+    warm: int
+    rate: float
+    groups: int = 6
+    members: int = 8
+    budget: int = 128
+    heads: int = 3  # histories that a head is distilled from
+
+
+SIZES = {
+    "small": Size(2000, (300, 1000), 2048, steps=40, warm=2, rate=2e-3, groups=8),
+    "smollm2": Size(300, (100,), 8192, steps=40, warm=2, rate=2e-4),
+}
+
+
+class Asked:
+    """A server on the model, and what takes part: its tokenizer, its own weights, and whoever asks it."""
+
+    def __init__(self, service: tinker.ServiceClient, name: str, folder: Path):
+        tokenizer = load(folder)
+        self.service, self.name = service, name
+        self.chat = ChatMl(tokenizer.encode, lambda ids: tokenizer.decode(ids, skip_special=True))
+        self.encode = lambda text: tokenizer.encode(tokenizer.guard(text))
+        self.base = service.create_sampling_client(base_model=name).result()
+        self.asking = Asking(self.base, self.chat)
+
+
+def places(size: Size, args: argparse.Namespace) -> Iterator[tuple[int, int]]:
+    """(turns, budget), the most important first."""
+    if args.smoke:
+        yield 100, 128
+        return
+    yield size.turns, BUDGET
+    if args.main:
+        return
+    yield from ((size.turns, budget) for budget in BUDGETS)
+    yield from ((turns, BUDGET) for turns in size.lengths)
+
+
+def examined(args: argparse.Namespace, asked: Asked, made: dict[str, Any]) -> Iterator[study.Run]:
+    """All methods at all places, as they are done. `made`: by label, how a method of a budget is made. Several histories are read at once,
+    so that the server answers their questions in batches; what a turn takes is therefore not measured here."""
+    size = SIZES[args.model]
+
+    def run(turns: int, budget: int, number: int, label: str) -> study.Run:
+        case = synthetic(turns, HELD_OUT + args.seed + len(SEEDS) * number, 8 if args.smoke else 20)
+        suite, room = f"{args.model}-{turns}", size.context - 160
+        found = study.run(suite, case, made[label](budget), budget, asked.encode, args.seed, asked.asking.answers, room)
+        return msgspec.structs.replace(found, method=label)
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(args.at_once) as pool:
+        wanted = [(*place, number, label) for place in places(size, args) for number in range(args.histories) for label in made]
+        for future in as_completed([pool.submit(run, *one) for one in wanted]):
+            found = future.result()
+            right = f"{np.mean(found.contains):.2f}" if found.contains else "-"
+            print(f"{found.method} {found.turns} turns {found.budget}: kept {np.mean(found.kept):.2f}, right {right}, "
+                  f"after {time.perf_counter() - started:.0f} s", flush=True)  # fmt: skip
+            yield found
+
+
+def rules(args: argparse.Namespace, asked: Asked) -> dict[str, Any]:
+    return {name: lambda budget, name=name: method(name, asked.encode, budget, seed=args.seed) for name in RULES}
+
+
+def writers(args: argparse.Namespace, asked: Asked) -> dict[str, Any]:
+    return {
+        name: lambda budget, name=name: method(name, asked.encode, budget, write=asked.asking.write) for name in ("summary", "overwrite")
+    }
+
+
+def policy(asked: Asked, sampler: tinker.SamplingClient, head: importance.Head | None = None) -> Any:
+    """That decides and writes; with a head it decides, and the sentences that the head likes best stay."""
+
+    def make(budget: int) -> Method:
+        decided = Decided(sampler, asked.chat, once=True)
+        if head is not None:
+            return method("decided", asked.encode, budget, decided=decided, head=head)
+        return method("policy", asked.encode, budget, decided=decided, refill=Generate(sampler, asked.chat))
+
+    return make
+
+
+def distilled(args: argparse.Namespace, asked: Asked, told: dict[str, Any]) -> importance.Head:
+    size, found = SIZES[args.model], []
+    for number in range(1 if args.smoke else size.heads):
+        history = synthetic(300, TRAINED_ON + size.heads * args.seed + number, 4 if args.smoke else 20)
+        found.append(examples(asked.base, asked.encode, history, others=7 if args.smoke else 11, seed=args.seed))
+    inputs, targets = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    head = importance.distilled(inputs, targets, origin=f"counterfactuals of {len(targets)} chunks")
+    told["head"] = {"weights": dict(head.weights), "bias": head.bias, "chunks": len(targets), "needed": float((targets > 0.5).mean())}
+    return head
+
+
+def taught(args: argparse.Namespace, asked: Asked, told: dict[str, Any]) -> tinker.SamplingClient:
+    """The policy after training, by its sampler. The curves of training go to `told`."""
+    size, judge = SIZES[args.model], Judge(asked.base, asked.chat)
+    steps = 2 if args.smoke else args.steps or size.steps
+    first = TRAINED_ON * (1 + args.seed) * 10
+
+    def tasks(start: int, batches: int, members: int) -> MemoryTasks:
+        return MemoryTasks(
+            lambda number: synthetic(140, start + number, 35), asked.chat, judge, budgets=(size.budget,), masking=PRESSED, batches=batches,
+            groups_per_batch=2 if args.smoke else size.groups, group_size=min(members, 3) if args.smoke else members, seed=args.seed,
+        )  # fmt: skip
+
+    run = Settings(
+        asked.name, steps=steps, rank=16, learning_rate=args.rate or size.rate, loss="ppo", loss_config={"kl_coeff": 0.05},
+        estimator="group_mean", max_tokens=32, seed=args.seed, evaluate_every=max(1, steps // 4), save_every=steps,
+    )  # fmt: skip
+    started = time.perf_counter()
+
+    def noted(row: dict[str, float]) -> None:
+        print(f"step {row['step']:.0f} " + " ".join(f"{name} {row[name]:.3f}" for name in NOTED if name in row), flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        training = Training(run, min(size.warm, steps // 2), warm_rate=run.learning_rate / 5)
+        mine, others = tasks(first, steps, size.members), tasks(first + 5000, 2, 1)
+        done = train(asked.service, training, mine, Path(folder), others, on_step=noted)
+    told["training"] = {
+        "seconds": time.perf_counter() - started,
+        "rows": [{name: round(value, 5) for name, value in row.items()} for row in done.rows],
+    }
+    return asked.service.create_sampling_client(model_path=done.path).result()
+
+
+def one(args: argparse.Namespace, part: str) -> None:
+    folder = model_folder("smollm2") if args.model == "smollm2" else args.listener or args.into / "listener"
+    if not (folder / "config.json").exists():
+        raise SystemExit(f"{folder} holds no model; make it with benchmarks/listener.py, or name another with --listener")
+    started, load_before, told = time.perf_counter(), os.getloadavg(), {}
+    args.into.mkdir(parents=True, exist_ok=True)
+    path = args.into / f"{args.model}_{args.seed}_{part}.json"
+    runs: list[study.Run] = []
+    settings = {"engine.device": args.device or ("cpu" if args.model == "small" else "auto"), "engine.kv_tokens": KV_TOKENS}
+    with server(argparse.Namespace(model=str(folder), base_url=None, base_model=None, threads=args.threads), **settings) as live:
+        asked = Asked(tinker.ServiceClient(base_url=live.url), live.model, folder)
+        if part == "trained":
+            head, sampler = distilled(args, asked, told), taught(args, asked, told)
+            made = {"trained": policy(asked, sampler), "trained+extract": policy(asked, sampler, head)}
+        elif part == "head":
+            head = distilled(args, asked, told)
+            made = {"head": lambda budget: method("extract", asked.encode, budget, head=head)}
+        elif part == "untrained":
+            made = {"untrained": policy(asked, asked.base)}
+        else:
+            made = (rules if part == "rules" else writers)(args, asked)
+        sys.argv[1:] = ["--only", f"{args.model}/{args.seed}/{part}", "--histories", str(args.histories)]  # without this machine's places
+        for run in examined(args, asked, made):
+            runs.append(run)  # written after each: a run that is cut short has not run in vain
+            facts = origin("memory-train") | {"load_before": load_before, "seconds": time.perf_counter() - started}
+            path.write_bytes(msgspec.json.encode(facts | {"told": told, "runs": runs}, enc_hook=str))
+
+
+def collect(args: argparse.Namespace) -> None:
+    files = [json.loads(path.read_text()) for path in sorted(args.collect.glob("*_*_*.json"))]
+    if not files:
+        raise SystemExit(f"{args.collect} holds no runs; make them with --only and --into")
+    runs = [msgspec.convert(row, study.Run) for file in files for row in file["runs"]]
+    rows = study.summed(runs)
+    for row in rows:
+        told = " ".join(f"{name} {100 * row[name]['mean']:.1f} ({100 * row[name]['low']:.0f}-{100 * row[name]['high']:.0f})"
+                        for name in ("kept", "contains", "f1") if name in row)  # fmt: skip
+        print(f"{row['suite']:13} {row['budget']:5} {row['method']:16} {told}")
+    out = args.out or ROOT / "benchmarks" / "results" / f"{time.strftime('%F')}-memory-train.json"
+    sys.argv[1:] = ["--collect", args.collect.name]
+    origins = [{key: file[key] for key in ("command", "when", "commit", "hardware", "load_before", "seconds", "told")} for file in files]
+    write_result(argparse.Namespace(out=out), "memory-train", {"rows": rows, "runs": msgspec.to_builtins(runs), "origins": origins})
+    out.with_suffix(".svg").write_text(plot(runs), encoding="utf-8")
+
+
+def plot(runs: list[study.Run]) -> str:
+    """Evidence kept and right answers, over the budget at the full length and over the length at the one budget: a curve for each seed."""
+    panels: dict[str, dict[str, list[list[tuple[float, float]]]]] = {}
+    for model, size in SIZES.items():
+        own = [run for run in runs if run.suite.startswith(f"{model}-") and run.method in ARMS]
+        for what, name in (("kept", "evidence kept"), ("contains", "answers right")):
+            over = {
+                f"{model}: {name}, {size.turns} turns, by budget": [(run.budget, run) for run in own if run.turns == size.turns],
+                f"{model}: {name}, {BUDGET} tokens, by turns": [(run.turns, run) for run in own if run.budget == BUDGET],
+            }
+            for title, pairs in over.items():
+                panel = {arm: seeds_of([(x, run) for x, run in pairs if run.method == arm], what) for arm in ARMS}
+                if any(panel.values()):
+                    panels[title] = {arm: found for arm, found in panel.items() if found}
+    return curves.svg(panels, "tokens or turns", "share")
+
+
+def seeds_of(pairs: list[tuple[int, study.Run]], what: str) -> list[list[tuple[float, float]]]:
+    """A curve for each seed that has all places: the mean over its histories and their questions."""
+    found: dict[int, dict[int, list[float]]] = {}
+    for x, run in pairs:
+        found.setdefault(run.seed, {}).setdefault(x, []).extend(getattr(run, what))
+    drawn = [[(float(x), float(np.mean(values))) for x, values in sorted(own.items()) if values] for own in found.values()]
+    longest = max(map(len, drawn), default=0)
+    return [curve for curve in drawn if len(curve) == longest > 0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--only", metavar="MODEL/SEED/PART")
+    parser.add_argument("--into", type=Path, default=Path("memory-train-runs"), metavar="FOLDER")
+    parser.add_argument("--listener", type=Path, metavar="FOLDER", help="the small model (default: listener in the folder of --into)")
+    parser.add_argument("--histories", type=int, default=2, metavar="N", help="examined in each run")
+    parser.add_argument("--at-once", type=int, default=6, metavar="N", help="histories that are read side by side")
+    parser.add_argument("--steps", type=int, help="of training (default: the model's own number)")
+    parser.add_argument("--rate", type=float, help="learning rate (default: the model's own)")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", help="of the server (default: cpu for the small model, auto for the embedded one)")
+    parser.add_argument("--main", action="store_true", help="examine at the full length and the one budget only")
+    parser.add_argument("--smoke", action="store_true", help="short histories and two steps, for a look at whether all of it works")
+    parser.add_argument("--collect", type=Path, metavar="FOLDER")
+    parser.add_argument("--out", type=Path, help="result file (default: benchmarks/results/DATE-memory-train.json)")
+    args = parser.parse_args()
+    if args.list:
+        print("\n".join(f"{model}/{seed}/{part}" for model in SIZES for part in PARTS for seed in SEEDS))
+    elif args.only:
+        args.model, seed, part = args.only.split("/")
+        args.seed = int(seed)
+        if args.model not in SIZES or part not in PARTS:
+            parser.error(f"--only {args.only} is none; --list names all")
+        one(args, part)
+    elif args.collect:
+        collect(args)
+    else:
+        parser.error("say --list, --only or --collect")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""`everlearn memory train`: teach a policy what a memory should keep, by what its windows can still answer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from everlearn.cli.console import Console, Verb, pass_console
+
+if TYPE_CHECKING:
+    from everlearn.memory.suites import Case
+    from everlearn.types import BaseModelInfo
+
+LOCAL_KEY = "tml-local"  # the SDK wants a key of this form; a server without keys takes any
+HELD_OUT = 1000  # added to the seed of histories that are looked at and not trained on
+
+
+@click.command("train", cls=Verb)
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FOLDER", help="of the run; the same folder continues it")
+@click.option("--model", default="smollm2", show_default=True, metavar="NAME|FOLDER", help="base model of the adapter")
+@click.option("--data", type=click.Path(path_type=Path), metavar="FILE", help="histories in LongMemEval's form [default: synthetic ones]")
+@click.option("--turns", type=click.IntRange(min=8), default=160, show_default=True, help="length of a synthetic history")
+@click.option("--facts", type=click.IntRange(1, 35), default=30, show_default=True, help="asked about in a synthetic history")
+@click.option("--budget", type=click.IntRange(min=64), default=256, show_default=True, help="tokens of the windows that are trained at")
+@click.option("--steps", type=click.IntRange(min=1), default=60, show_default=True, help="in all")
+@click.option("--warm", type=click.IntRange(min=0), default=8, show_default=True, help="first steps, which imitate the best of each group")
+@click.option("--groups", type=click.IntRange(min=1), default=8, show_default=True, help="windows in a step")
+@click.option("--members", type=click.IntRange(min=2), default=8, show_default=True, help="times that each window is played")
+@click.option("--answer-weight", type=click.FloatRange(min=0), default=0.0, show_default=True, help="above 0, answers are trained as well")
+@click.option("--rank", type=click.IntRange(min=1), default=16, show_default=True, help="of the adapter")
+@click.option("--lr", type=click.FloatRange(min=0, min_open=True), default=2e-4, show_default=True, help="learning rate")
+@click.option("--max-tokens", type=click.IntRange(min=4), default=48, show_default=True, help="of a decision, a chunk or an answer")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@pass_console
+def train(console: Console, out: Path, model: str, data: Path | None, **options: Any) -> None:
+    """Train an adapter that decides what a memory keeps, and writes it shorter.
+
+    Each step takes windows under pressure and lets the policy decide and write from each of them several times; what is left of the window
+    is judged by how likely the right answers still are under the base model. Starts a server of its own on this home, or uses the one named
+    by --url (the model's folder must be on this machine too, for its tokenizer).
+    """
+    from everlearn.memory.environment import Judge, MemoryTasks, Pay
+    from everlearn.memory.train import Training
+    from everlearn.memory.train import train as run
+    from everlearn.render.tokenizer import load
+    from everlearn.rl.prompts import ChatMl
+    from everlearn.rl.train import Settings
+
+    logging.getLogger("tinker").setLevel(logging.ERROR)  # it warns of every answer that takes longer than one poll
+    history = _histories(data, options["turns"], options["facts"], options["seed"])
+    info, weight = _model(console, model), options["answer_weight"]
+    tokenizer = load(Path(info.path))
+    chat = ChatMl(tokenizer.encode, lambda ids: tokenizer.decode(ids, skip_special=True))
+    settings = Settings(
+        info.name,
+        steps=options["steps"],
+        rank=options["rank"],
+        learning_rate=options["lr"],
+        loss="ppo",
+        estimator="group_mean",
+        max_tokens=options["max_tokens"],
+        seed=options["seed"],
+        evaluate_every=max(1, options["steps"] // 4),
+    )
+    with ExitStack() as stack:
+        service = stack.enter_context(_service(console, info, stack))
+        judge = Judge(service.create_sampling_client(base_model=info.name).result(), chat)
+
+        def tasks(first: int, batches: int, members: int) -> MemoryTasks:
+            return MemoryTasks(
+                lambda number: history(first + number),
+                chat,
+                judge,
+                budgets=(options["budget"],),
+                pay=Pay(correct=1.0 if weight else 0.0),
+                batches=batches,
+                groups_per_batch=options["groups"],
+                group_size=members,
+                seed=options["seed"],
+            )
+
+        training = Training(settings, warm_steps=min(options["warm"], options["steps"]), answer_weight=weight)
+        mine, others = tasks(0, options["steps"], options["members"]), tasks(HELD_OUT, 1, 1)
+        done = run(service, training, mine, out, others, chat.decode, lambda row: console.note(_told(row)))
+    console.result({"path": done.path, "steps": options["steps"]})
+    console.note(f"name it with: everlearn adapter name NAME {done.path}")
+
+
+def _told(row: dict[str, float]) -> str:
+    names = {"reward/total": "reward", "env/kept": "kept", "held_out/env/kept": "kept of held-out windows", "warm/nll": "loss"}
+    return f"step {row['step']:.0f}: " + ", ".join(f"{said} {row[name]:.3f}" for name, said in names.items() if name in row)
+
+
+def _histories(data: Path | None, turns: int, facts: int, seed: int) -> Callable[[int], Case]:
+    from everlearn.memory.suites import longmemeval
+    from everlearn.memory.synthetic import synthetic
+
+    if data is None:
+        return lambda number: synthetic(turns, 10_000 * (seed + 1) + number, facts)
+    cases = longmemeval(data)
+    return lambda number: cases[number % len(cases)]
+
+
+def _model(console: Console, model: str) -> BaseModelInfo:
+    from everlearn.models.catalog import Catalog
+
+    settings = console.settings({"models.default": model} if Path(model).is_dir() else None)
+    catalog = Catalog(settings)
+    info = catalog.resolve(str(Path(model).absolute()) if Path(model).is_dir() else model)
+    if not catalog.is_ready(info.name):
+        with console.progress(f"preparing {info.name}", 1.0) as bar:
+            catalog.prepare(info.name, lambda text, share: bar.update(share, text))
+    return catalog.resolve(info.name)
+
+
+def _service(console: Console, info: BaseModelInfo, stack: ExitStack) -> Any:
+    """A client of the server that was named, else of one of its own."""
+    import tinker
+
+    from everlearn.demo.server import serving
+
+    url = console.url
+    if url is None:
+        home = console.settings().home
+        with console.progress("starting the server") as bar:
+            on_wait: Callable[[float, str], None] = lambda seconds, state: bar.update(round(seconds), state)  # noqa: E731
+            url = stack.enter_context(serving(home, home / "memory" / "server.log", console.config, on_wait, Path(info.path)))
+    return tinker.ServiceClient(base_url=url, api_key=console.key or LOCAL_KEY, user_metadata={"client": "everlearn memory train"})

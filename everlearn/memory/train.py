@@ -1,0 +1,193 @@
+"""Training a memory: the policy that decides what stays and writes it shorter, by what its windows can still answer.
+
+A run is one of reinforcement learning (everlearn/rl/train.py): its folder, its metrics, and where it can be continued are the same. It has
+two parts. In the first `warm_steps` steps the best member of each group is imitated, best by how little likelier answers became without
+what it let go (best of n, scored by the counterfactual). Then groups are compared (GRPO), each from one window. Memory tokens and answer
+tokens are credited apart (everlearn/memory/credit.py), sent apart, and measured apart: `memory/...` and `answer/...`.
+
+What comes out is an adapter: `Decided` and `Generate` take a sampler of it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import tinker
+from tinker import types
+
+from everlearn.errors import Conflict, InvalidRequest
+from everlearn.memory.credit import Advantages, best_of, levelled, separated
+from everlearn.memory.environment import ANSWER, MemoryTasks
+from everlearn.rl import measures
+from everlearn.rl.datums import datums_of
+from everlearn.rl.policy import seed_of
+from everlearn.rl.records import Decode, write_records
+from everlearn.rl.train import SHOWN_GROUPS, Learner, Metrics, Sent, Settings
+from everlearn.rl.trajectory import TrajectoryGroup
+
+KINDS = ("memory", "answer")
+SAVED = "memory"  # what the finished adapter's sampler weights are called
+
+
+class Training(msgspec.Struct, frozen=True):
+    """`run`: steps, rank, learning rate, loss and so on, the warm steps counted in; these have the learning rate `warm_rate`, if that is
+    above 0. `by_word` takes off what the word of a decision earns on average (`levelled`); without, costs such as `rewrites` can teach how
+    often a word is said. `memory_weight` and `answer_weight` multiply the advantages of each kind; 0 leaves its tokens out."""
+
+    run: Settings
+    warm_steps: int = 0
+    warm_rate: float = 0.0
+    by_word: bool = True
+    memory_weight: float = 1.0
+    answer_weight: float = 0.0
+
+    def check(self) -> Training:
+        """Itself. Raises InvalidRequest for what can't be meant."""
+        if self.warm_steps < 0 or not 0.0 <= self.warm_rate < float("inf"):
+            told = f"warm_steps is {self.warm_steps} and warm_rate {self.warm_rate}"
+            raise InvalidRequest(f"{told}; both must be finite and at least 0", param="warm_steps")
+        weights = (self.memory_weight, self.answer_weight)
+        if not all(0.0 <= weight < float("inf") for weight in weights) or not any(weights):
+            raise InvalidRequest(
+                f"memory_weight is {weights[0]} and answer_weight {weights[1]}; both are finite and at least 0, and one is above",
+                param="memory_weight",
+            )
+        return self
+
+
+class Trained(NamedTuple):
+    """`rows`: the metrics of all steps. `path`: the finished adapter, for a sampling client and for `everlearn adapter name`."""
+
+    rows: list[Metrics]
+    path: str
+
+
+def train(
+    service: tinker.ServiceClient,
+    training: Training,
+    tasks: MemoryTasks,
+    folder: Path,
+    held_out: MemoryTasks | None = None,
+    decode: Decode | None = None,
+    on_step: Callable[[Metrics], None] = lambda _: None,
+) -> Trained:
+    """Runs, or continues what `folder` holds. Raises what everlearn/rl/train.py's `train` raises."""
+    training.check()
+    if training.answer_weight and not tasks.pay.correct:
+        raise InvalidRequest("answer_weight is above 0 and `correct` pays nothing, so nobody answers; set both or neither", param="pay")
+    _same(folder, training)
+    learner = MemoryLearner(service, training, folder, held_out, decode)
+    rows = learner.run(lambda step: _step(learner, tasks, step), on_step)
+    return Trained(rows, learner.client.save_weights_for_sampler(SAVED).result().path)
+
+
+def _same(folder: Path, training: Training) -> None:
+    """Writes down what the run is besides its `run`, or raises Conflict where the folder holds one that is another."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("warm_steps", "warm_rate", "by_word", "memory_weight", "answer_weight")
+    path, own = folder / "training.json", {name: getattr(training, name) for name in names}
+    old = msgspec.json.decode(path.read_bytes()) if path.exists() else own
+    if old != own:
+        raise Conflict(f"{folder} holds a run with other settings ({old}); use another folder, or the settings of that run", param="folder")
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(own), indent=1))
+
+
+def _step(learner: MemoryLearner, tasks: MemoryTasks, step: int) -> Metrics:
+    started = time.monotonic()
+    row: Metrics = {"step": step}
+    sampler = learner.sampler()
+    if learner.evaluates(step):
+        row |= learner.evaluate(sampler)
+    begun = time.monotonic()
+    groups = learner.play(sampler, tasks, step, 1.0, seed_of(learner.settings.seed, "train", step))
+    played = time.monotonic()
+    write_records(learner.folder / "rollouts.jsonl", groups[:SHOWN_GROUPS], learner.decode, step=step)
+    row |= measures.of_rollouts(groups)
+    learner.check_failures(groups)
+    warm = step < learner.training.warm_steps
+    row |= learner.imitate(groups, step) if warm else learner.reinforce(groups, step)
+    ended = time.monotonic()
+    return row | {"seconds/playing": played - begun, "seconds/training": ended - played, "seconds/step": ended - started}
+
+
+class MemoryLearner(Learner):
+    def __init__(
+        self,
+        service: tinker.ServiceClient,
+        training: Training,
+        folder: Path,
+        held_out: MemoryTasks | None = None,
+        decode: Decode | None = None,
+    ):
+        super().__init__(service, training.run, folder, held_out, decode)
+        self.training = training
+
+    def reinforce(self, groups: Sequence[TrajectoryGroup], step: int) -> Metrics:
+        """One optimizer step from both kinds of tokens, each sent by itself."""
+        row = self.distance(groups)
+        pairs = [separated(group, self.settings.estimator) for group in groups]
+        memory = [own for own, _ in pairs]
+        if self.training.by_word:
+            memory = levelled(groups, memory)
+        sent: dict[str, Sent] = {}
+        weights = (self.training.memory_weight, self.training.answer_weight)
+        for kind, weight, own in zip(KINDS, weights, (memory, [own for _, own in pairs]), strict=True):
+            data = [datum for group, advantages in zip(groups, own, strict=True) for datum in credited(group, advantages, weight)]
+            if data:
+                self._complete([data])
+                sent[kind] = self.send(data)
+        if not sent:
+            return row
+        row |= self.update(list(sent.values()), step)
+        for kind, one in sent.items():
+            output = one.output.result()
+            found = measures.of_training(one.data, output.loss_fn_outputs)
+            row |= {f"{kind}/{name}": value for name, value in found.items()}
+            row |= {f"{kind}/loss/{name}": value for name, value in measures.merged([output.metrics]).items()}
+        return row
+
+    def imitate(self, groups: Sequence[TrajectoryGroup], step: int) -> Metrics:
+        """One optimizer step of cross-entropy on the memory tokens of each group's best member."""
+        data = imitated(groups)
+        row: Metrics = {"warm/datums": float(len(data))}
+        if data:
+            gradient = self.client.forward_backward(data, "cross_entropy")
+            rate = self.training.warm_rate or self.settings.learning_rate
+            stepped = self.client.optim_step(tinker.AdamParams(learning_rate=rate))
+            tokens = sum(float(datum.loss_fn_inputs["weights"].to_numpy().sum()) for datum in data)
+            row["warm/nll"] = float(gradient.result().metrics.get("loss:sum", 0.0)) / tokens
+            stepped.result()
+        return row
+
+
+def credited(group: TrajectoryGroup, advantages: Advantages, weight: float) -> list[types.Datum]:
+    """Datums of the turns that have an advantage other than 0, and of no others; each turn's prompt is its own."""
+    return [
+        datum
+        for trajectory, own in zip(group.trajectories_G, advantages, strict=True)
+        if weight and any(own)
+        for datum in datums_of(trajectory, [weight * value for value in own])
+        if np.any(datum.loss_fn_inputs["advantages"].to_numpy())
+    ]
+
+
+def imitated(groups: Sequence[TrajectoryGroup]) -> list[types.Datum]:
+    """What the best member of each group decided and wrote, as datums for `cross_entropy`."""
+    found = []
+    for group in groups:
+        best = best_of(group)
+        if best is None:
+            continue
+        turns = group.trajectories_G[best].transitions
+        marks = [0.0 if turn.logs["kind"] == ANSWER else 1.0 for turn in turns]
+        for datum in datums_of(group.trajectories_G[best], marks):
+            inputs = datum.loss_fn_inputs
+            if np.any(inputs["advantages"].to_numpy()):
+                kept = {"target_tokens": inputs["target_tokens"], "weights": inputs["advantages"]}
+                found.append(types.Datum(model_input=datum.model_input, loss_fn_inputs=kept))
+    return found
