@@ -7,17 +7,16 @@ it costs.
 
 The subject is a small model that is trained here first, for a minute, on what is true of 40 people (where they work, what their room is).
 Then the world moves: each day some of it changes. Users ask about all of it, one question an hour or oftener, each in an episode of its
-own, and correct what is wrong. Time is virtual: an answer, a night and a move take none of it, and what they take of the machine is
-measured beside. Arms:
+own, and correct what is wrong. Time is virtual; of what the machine does only learning is counted into a delay, at its real pace. Arms:
 
     nightly            at 03:00 a version learns all corrections, from the base model
     nightly-champion   the same, from the version that serves
     continuous         weights move with every episode; the gate is asked every so many steps
 
-All learn what was corrected, and with it what was called good, so that it stays. All have the same gate: what was corrected has to be right
-again. `delay`: virtual hours from the first correction of a changed fact to the
-first version that answers it right. `gold`: share of all questions that the serving version answers right by what is true now; `kept`: of
-those whose answer never changed. Each is asked whenever another version serves.
+All learn what was corrected, and with it what was called good, so that it stays. All have the same gate: what was corrected has to be
+right again. `delay`: hours from the first correction of a changed fact to the first version that answers it right. `gold`: share of all
+questions that the serving version answers right by what is true now; `kept`: of those whose answer never changed. Each is asked whenever
+another version serves. `worst_fall`: the largest share of right answers that a new version lost.
 """
 
 from __future__ import annotations
@@ -200,11 +199,12 @@ class Study:
             self.runner.begin("it is night")
         if not night or self.corrected:
             self.runner.run()
-        self.seconds += time.monotonic() - began
-        self.look()
+        took = time.monotonic() - began
+        self.seconds += took
+        self.look(took=took)
 
-    def look(self, force: bool = False) -> None:
-        """Asks everything, where another version serves."""
+    def look(self, force: bool = False, took: float = 0.0) -> None:
+        """Asks everything, where another version serves. `took`: seconds of learning that are counted into its delay."""
         champion = read(self.api, "desk").champion
         if champion == self.served and not force:
             return
@@ -216,7 +216,7 @@ class Study:
             text = str(self.api.post("/v1/chat/completions", asked)["choices"][0]["message"]["content"])
             self.right[fact] = text.strip() == self.world.truth[fact]
             if self.right[fact] and fact in self.corrected and fact not in self.delays:
-                self.delays[fact] = self.hour - self.corrected[fact]
+                self.delays[fact] = self.hour + took / 3600.0 - self.corrected[fact]
         gold = statistics.fmean(self.right.values())
         kept = statistics.fmean(self.right[fact] for fact in facts if fact not in self.world.changed)
         if self.served and champion != self.served:

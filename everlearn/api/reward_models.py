@@ -92,7 +92,8 @@ async def score(request: Request, model_id: str) -> dict[str, Any]:
         raise Conflict(f"the reward model of {found.deployment} isn't a reward yet: {why}; collect more labels", code=UNEARNED)
     ids_N = await tokens_of(svc, caller, found, form)
     features_ND = await svc.rewarding.features(svc.catalog.resolve(found.base_model), caller.tenant, ids_N)
-    scores = await asyncio.to_thread(model.score, features_ND.astype("float64"))
+    async with svc.rewarding.lock:
+        scores = await asyncio.to_thread(model.score, features_ND.astype("float64"))
     columns = {name.removesuffix("_N"): values.tolist() for name, values in msgspec.structs.asdict(scores).items()}
     data = [{"object": "score", "index": place, **{name: values[place] for name, values in columns.items()}} for place in range(len(ids_N))]
     return {"object": "list", "data": data, "reward_model": found.model_id, "earned": earned, "why": why}
