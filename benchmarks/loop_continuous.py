@@ -51,7 +51,7 @@ KINDS = {"city": ("where does {} work?", "tell me where {} works."), "room": ("w
 ARMS = ("nightly", "nightly-champion", "continuous")
 NIGHT = 3.0  # o'clock
 GATE = {"owner": "study", "promote": "automatic", "corrections": {"min_right": 0.9, "max_broken": 0.1}}
-UPDATE = {"rank": 16, "learning_rate": 4e-3, "epochs": 8, "batch": 16, "paraphrases": 1, "rehearsed": 4}
+UPDATE = {"rank": 16, "batch": 16, "paraphrases": 1, "rehearsed": 4}
 
 
 class World:
@@ -141,7 +141,12 @@ class Study:
         self.api, self.service, self.world, self.args = Client(live.url, timeout=600.0), service, world, args
         self.arm, self.hour, self.count = args.only, 0.0, 0
         self.rng = random.Random(f"users:{args.seed}")
-        update = {**UPDATE, "learning_rate": args.learning_rate, "start": "champion" if self.arm == "nightly-champion" else "base"}
+        update = {
+            **UPDATE,
+            "epochs": args.epochs,
+            "learning_rate": args.learning_rate,
+            "start": "champion" if self.arm == "nightly-champion" else "base",
+        }
         described: dict[str, Any] = {"base": live.model, "settle": 0.0, "update": update, "gate": GATE}
         described |= {"reward": {"learn": False}, "filters": {"good": True}}
         if self.arm == "continuous":
@@ -257,6 +262,7 @@ class Study:
             "training_tokens": tokens,
             "curve": self.curve,
             "changes_of_version": self.drops,
+            "rejections": [event["reason"] for event in events if event["kind"] == "rejected"],
         }
 
 
@@ -314,6 +320,7 @@ def main() -> None:
     parser.add_argument("--people", type=int, default=len(NAMES))
     parser.add_argument("--pretraining", type=int, default=500, help="steps that make the model")
     parser.add_argument("--learning-rate", type=float, default=4e-3, help="of a night")
+    parser.add_argument("--epochs", type=int, default=30, help="of a night")
     parser.add_argument("--moving-rate", type=float, default=1e-3, help="of a move")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--gate-every", type=int, default=24)
@@ -340,9 +347,9 @@ def main() -> None:
         "known_at_first": known,
         "settings": {**UPDATE, "days": args.days, "asks": args.asks, "changes": args.changes},
     }
-    results["settings"] |= {"learning_rate": args.learning_rate, "moving_rate": args.moving_rate}
+    results["settings"] |= {"epochs": args.epochs, "learning_rate": args.learning_rate, "moving_rate": args.moving_rate}
     results["settings"] |= {"steps": args.steps, "gate_every": args.gate_every}
-    print(json.dumps({key: value for key, value in results.items() if key not in ("curve", "changes_of_version")}, indent=1))
+    print(json.dumps({key: value for key, value in results.items() if key not in ("curve", "changes_of_version", "rejections")}, indent=1))
     common.write_result(args, f"loop-continuous-{args.only}-{args.seed}", results)
 
 
