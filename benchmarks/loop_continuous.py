@@ -7,17 +7,16 @@ it costs.
 
 The subject is a small model that is trained here first, for a minute, on what is true of 40 people (where they work, what their room is).
 Then the world moves: each day some of it changes. Users ask about all of it, one question an hour or oftener, each in an episode of its
-own, and correct what is wrong. Time is virtual: an answer, a night and a move take none of it, and what they take of the machine is
-measured beside. Arms:
+own, and correct what is wrong. Time is virtual; of what the machine does only learning is counted into a delay, at its real pace. Arms:
 
     nightly            at 03:00 a version learns all corrections, from the base model
     nightly-champion   the same, from the version that serves
     continuous         weights move with every episode; the gate is asked every so many steps
 
-All learn what was corrected, and with it what was called good, so that it stays. All have the same gate: what was corrected has to be right
-again. `delay`: virtual hours from the first correction of a changed fact to the
-first version that answers it right. `gold`: share of all questions that the serving version answers right by what is true now; `kept`: of
-those whose answer never changed. Each is asked whenever another version serves.
+All learn what was corrected, and with it what was called good, so that it stays. All have the same gate: what was corrected has to be
+right again. `delay`: hours from the first correction of a changed fact to the first version that answers it right. `gold`: share of all
+questions that the serving version answers right by what is true now; `kept`: of those whose answer never changed. Each is asked whenever
+another version serves. `worst_fall`: the largest share of right answers that a new version lost.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ KINDS = {"city": ("where does {} work?", "tell me where {} works."), "room": ("w
 ARMS = ("nightly", "nightly-champion", "continuous")
 NIGHT = 3.0  # o'clock
 GATE = {"owner": "study", "promote": "automatic", "corrections": {"min_right": 0.9, "max_broken": 0.1}}
-UPDATE = {"rank": 16, "learning_rate": 4e-3, "epochs": 8, "batch": 16, "paraphrases": 1, "rehearsed": 4}
+UPDATE = {"rank": 16, "batch": 16, "paraphrases": 1, "rehearsed": 4}
 
 
 class World:
@@ -142,7 +141,12 @@ class Study:
         self.api, self.service, self.world, self.args = Client(live.url, timeout=600.0), service, world, args
         self.arm, self.hour, self.count = args.only, 0.0, 0
         self.rng = random.Random(f"users:{args.seed}")
-        update = {**UPDATE, "learning_rate": args.learning_rate, "start": "champion" if self.arm == "nightly-champion" else "base"}
+        update = {
+            **UPDATE,
+            "epochs": args.epochs,
+            "learning_rate": args.learning_rate,
+            "start": "champion" if self.arm == "nightly-champion" else "base",
+        }
         described: dict[str, Any] = {"base": live.model, "settle": 0.0, "update": update, "gate": GATE}
         described |= {"reward": {"learn": False}, "filters": {"good": True}}
         if self.arm == "continuous":
@@ -200,11 +204,12 @@ class Study:
             self.runner.begin("it is night")
         if not night or self.corrected:
             self.runner.run()
-        self.seconds += time.monotonic() - began
-        self.look()
+        took = time.monotonic() - began
+        self.seconds += took
+        self.look(took=took)
 
-    def look(self, force: bool = False) -> None:
-        """Asks everything, where another version serves."""
+    def look(self, force: bool = False, took: float = 0.0) -> None:
+        """Asks everything, where another version serves. `took`: seconds of learning that are counted into its delay."""
         champion = read(self.api, "desk").champion
         if champion == self.served and not force:
             return
@@ -216,7 +221,7 @@ class Study:
             text = str(self.api.post("/v1/chat/completions", asked)["choices"][0]["message"]["content"])
             self.right[fact] = text.strip() == self.world.truth[fact]
             if self.right[fact] and fact in self.corrected and fact not in self.delays:
-                self.delays[fact] = self.hour - self.corrected[fact]
+                self.delays[fact] = self.hour + took / 3600.0 - self.corrected[fact]
         gold = statistics.fmean(self.right.values())
         kept = statistics.fmean(self.right[fact] for fact in facts if fact not in self.world.changed)
         if self.served and champion != self.served:
@@ -257,6 +262,7 @@ class Study:
             "training_tokens": tokens,
             "curve": self.curve,
             "changes_of_version": self.drops,
+            "rejections": [event["reason"] for event in events if event["kind"] == "rejected"],
         }
 
 
@@ -314,6 +320,7 @@ def main() -> None:
     parser.add_argument("--people", type=int, default=len(NAMES))
     parser.add_argument("--pretraining", type=int, default=500, help="steps that make the model")
     parser.add_argument("--learning-rate", type=float, default=4e-3, help="of a night")
+    parser.add_argument("--epochs", type=int, default=30, help="of a night")
     parser.add_argument("--moving-rate", type=float, default=1e-3, help="of a move")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--gate-every", type=int, default=24)
@@ -340,9 +347,9 @@ def main() -> None:
         "known_at_first": known,
         "settings": {**UPDATE, "days": args.days, "asks": args.asks, "changes": args.changes},
     }
-    results["settings"] |= {"learning_rate": args.learning_rate, "moving_rate": args.moving_rate}
+    results["settings"] |= {"epochs": args.epochs, "learning_rate": args.learning_rate, "moving_rate": args.moving_rate}
     results["settings"] |= {"steps": args.steps, "gate_every": args.gate_every}
-    print(json.dumps({key: value for key, value in results.items() if key not in ("curve", "changes_of_version")}, indent=1))
+    print(json.dumps({key: value for key, value in results.items() if key not in ("curve", "changes_of_version", "rejections")}, indent=1))
     common.write_result(args, f"loop-continuous-{args.only}-{args.seed}", results)
 
 

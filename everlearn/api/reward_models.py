@@ -91,8 +91,10 @@ async def score(request: Request, model_id: str) -> dict[str, Any]:
     if form.as_reward and not earned:
         raise Conflict(f"the reward model of {found.deployment} isn't a reward yet: {why}; collect more labels", code=UNEARNED)
     ids_N = await tokens_of(svc, caller, found, form)
-    features_ND = await svc.rewarding.features(svc.catalog.resolve(found.base_model), caller.tenant, ids_N)
-    scores = await asyncio.to_thread(model.score, features_ND.astype("float64"))
+    with svc.limiter.admit(caller, found.deployment, sum(map(len, ids_N))):  # of the key's limits, as any other prompt
+        features_ND = await svc.rewarding.features(svc.catalog.resolve(found.base_model), caller.tenant, ids_N)
+    async with svc.rewarding.lock:
+        scores = await asyncio.to_thread(model.score, features_ND.astype("float64"))
     columns = {name.removesuffix("_N"): values.tolist() for name, values in msgspec.structs.asdict(scores).items()}
     data = [{"object": "score", "index": place, **{name: values[place] for name, values in columns.items()}} for place in range(len(ids_N))]
     return {"object": "list", "data": data, "reward_model": found.model_id, "earned": earned, "why": why}

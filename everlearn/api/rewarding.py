@@ -27,7 +27,6 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 
 from everlearn.api import rendering
-from everlearn.api.housekeeping import guarded
 from everlearn.api.serving import GenerationSpec
 from everlearn.api.target import Target
 from everlearn.config import engine_environ
@@ -50,6 +49,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.5
+RETRY_SECONDS = 5.0
 PIECE = 16  # changes of feedback that are taken at once
 AT_ONCE = 2  # prompts in the engine
 FIRST_LABELS = 8  # of the first version
@@ -75,6 +75,7 @@ class Rewarding:
     def __init__(self, svc: Services):
         self.svc = svc
         self.live: dict[Key, Live] = {}
+        self.lock = asyncio.Lock()  # held while a living model learns or scores
         self._task: asyncio.Task[None] | None = None
         self._seen: tuple[int, ...] = ()
 
@@ -90,7 +91,11 @@ class Rewarding:
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             if self.svc.settings.feedback.reward_models and self._room():
-                await guarded(self._look)
+                try:
+                    await self._look()
+                except Exception as error:  # what fails once is tried again; the server goes on
+                    log.warning("the reward models wait: %s", error)
+                    await asyncio.sleep(RETRY_SECONDS)
 
     def _room(self) -> bool:
         """Whether serving leaves some."""
@@ -115,7 +120,9 @@ class Rewarding:
     async def _advance(self, one: Deployment) -> Stream:
         """Takes the feedback that came since the last look; the stream then."""
         svc = self.svc
-        stream = await svc.write(lambda conn: reward_models.open_stream(conn, one.tenant, one.name, one.base_model))
+        stream = await svc.read(lambda conn: reward_models.stream(conn, one.tenant, one.name))
+        if stream is None:
+            stream = await svc.write(lambda conn: reward_models.open_stream(conn, one.tenant, one.name, one.base_model))
         while True:
             further = await self._piece(stream)
             if further is None:
@@ -178,18 +185,17 @@ class Rewarding:
 
     async def _learn(self, stream: Stream) -> None:
         """The living model learns what arrived, one label at a time."""
-        live = self.live.get((stream.tenant, stream.deployment))
-        if live is None or live.cursor >= stream.cursor:
+        live, settings = self.live.get((stream.tenant, stream.deployment)), self.svc.settings.feedback
+        if live is None:
             return
-        fresh = await self.svc.read(lambda conn: reward_models.labels(conn, stream.tenant, stream.deployment, live.cursor))
-        settings = self.svc.settings.feedback
-
-        def learn() -> None:
-            for label in rewarded.later(fresh, live.counts, settings.source_cap, factors(settings)):
-                live.model.add(label)
-
-        await asyncio.to_thread(learn)
-        live.cursor = stream.cursor
+        async with self.lock:
+            behind = live.cursor
+            if behind >= stream.cursor:
+                return
+            fresh = await self.svc.read(lambda conn: reward_models.labels(conn, stream.tenant, stream.deployment, behind))
+            labels = rewarded.later(fresh, live.counts, settings.source_cap, factors(settings))
+            await asyncio.to_thread(lambda: [live.model.add(label) for label in labels])
+            live.cursor = max([stream.cursor, *(one.arrived for one in fresh)])
 
     async def _refit(self, stream: Stream, asked: description.Reward) -> None:
         """A new version, if it is time for one: after so many labels, while there are few whenever they doubled, and after each
@@ -223,19 +229,21 @@ class Rewarding:
         """The newest version with all labels that came since. Raises NotFound where there is none."""
         key = (tenant, deployment)
 
-        def read(conn: Connection) -> tuple[str, int, tuple[bytes, bytes]]:
+        known = self.live.get(key)
+
+        def read(conn: Connection) -> tuple[str, int, tuple[bytes, bytes] | None]:
             newest = reward_models.latest(conn, *key)
             if newest is None or not newest.has_weights:
                 told = f"it has {reward_models.num_labels(conn, *key)} labels, and the first version comes with {FIRST_LABELS}"
                 raise NotFound(f"deployment {deployment[:100]!r} has no reward model now: {told}", param="model_id")
-            known = self.live.get(key)
             if known is not None and known.model_id == newest.model_id:
-                return newest.model_id, newest.cursor, (b"", b"")
+                return newest.model_id, newest.cursor, None
             return newest.model_id, newest.cursor, reward_models.weights(conn, tenant, newest.model_id)
 
         model_id, cursor, packed = await self.svc.read(read)
-        if not packed[0]:
-            return self.live[key]
+        if packed is None:
+            assert known is not None
+            return known
         model = await asyncio.to_thread(unpack, *packed, tenant, model_id)
         before = await self.svc.read(lambda conn: reward_models.labels(conn, *key))
         counts = Counter((one.source, one.source_id) for one in before if one.arrived <= cursor)
@@ -252,17 +260,19 @@ class Rewarding:
         if not asked.asked:
             return False
         key = (stream.tenant, stream.deployment)
+        try:
+            live = await self.model(*key)
+        except NotFound:
+            return False
         found, last = await self.svc.read(lambda conn: _unlabelled(conn, stream, asked.asked))
         if not last:
-            return False
-        try:
-            live = await self.model(stream.tenant, stream.deployment)
-        except NotFound:
             return False
         base = self.svc.catalog.resolve(stream.base_model)
         doubts = []
         if found:
-            scores: Scores = live.model.score(await self.features(base, stream.tenant, [one.ids for one in found]))
+            features_ND = await self.features(base, stream.tenant, [one.ids for one in found])
+            async with self.lock:
+                scores: Scores = await asyncio.to_thread(live.model.score, features_ND)
             now, rows = time.time(), zip(scores.chance_N.tolist(), scores.chance_sd_N.tolist(), scores.disagreement_N.tolist(), strict=True)
             doubts = [
                 Doubt(one.record_id, one.choice, *key, live.model_id, chance, chance_sd, disagreement, now)

@@ -45,7 +45,7 @@ def _describe(file: Path) -> tuple[str, dict[str, Any]]:
 @REASON
 @pass_console
 def create(console: Console, file: Path, name: str, champion: int | None, reason: str) -> None:
-    """Serve a name as FILE (TOML) describes it: sections triggers, update, shadow, budget and gate.
+    """Serve a name as FILE (TOML) describes it: sections triggers, update, continuous, shadow, reward, budget and gate.
 
     What the name means already goes on serving; a new name is the base model until a version is promoted. The same FILE again
     changes nothing.

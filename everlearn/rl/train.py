@@ -320,7 +320,7 @@ class Learner:
         self._complete(data_G, temperature)
         return data_G
 
-    def _complete(self, data_G: list[list[types.Datum]], temperature: float) -> None:
+    def _complete(self, data_G: list[list[types.Datum]], temperature: float = 1.0) -> None:
         """Adds what the loss wants to know of the weights as they are now."""
         loss = self.settings.loss
         data = [datum for members in data_G for datum in members]

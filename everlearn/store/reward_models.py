@@ -105,6 +105,9 @@ def open_stream(conn: Connection, tenant: str, deployment: str, base_model: str)
     there = stream(conn, tenant, deployment)
     if there is not None:
         return there
+    rows = tables.deployments
+    if conn.execute(sa.select(rows.c.name).where((rows.c.tenant == tenant) & (rows.c.name == deployment))).first() is None:
+        raise NotFound(f"deployment {deployment!r} was given up", param="deployment")
     now = time.time()
     made = Stream(tenant, deployment, base_model, 0, 0, False, "", now, now)
     conn.execute(streams.insert().values(**msgspec.structs.asdict(made)))

@@ -8,7 +8,7 @@ import pytest
 
 from everlearn.errors import Conflict, NotFound
 from everlearn.loop import rewarded
-from everlearn.store import feedback, records, reward_models
+from everlearn.store import deployments, feedback, records, reward_models
 from everlearn.store.db import Database
 from everlearn.store.feedback import Feedback
 from everlearn.store.reward_models import Doubt, Stream
@@ -22,6 +22,7 @@ REPORT = {"labels": 2, "effective_labels": 2.0, "earned": False, "why": "few"}
 
 
 def opened(db: Database) -> Stream:
+    do(db, lambda conn: deployments.create(conn, "a", "desk", "tiny", {"base": "tiny"}, deployments.Act("me")))
     return do(db, lambda conn: reward_models.open_stream(conn, "a", "desk", "tiny"))
 
 
