@@ -34,8 +34,8 @@ import msgspec
 from everlearn.errors import InvalidRequest
 from everlearn.loop import rule
 
-# What guardrails can be measured on (everlearn/loop/outcomes.py); the last one needs people who see the answers.
-GUARDRAILS = ("length", "cut_off", "tool_calls", "seconds", "refusal", "feedback_rate")
+# What guardrails can be measured on (everlearn/loop/outcomes.py); the last two need somebody who sees the answers.
+GUARDRAILS = ("length", "cut_off", "tool_calls", "seconds", "refusal", "tool_errors", "feedback_rate")
 # What answers that nobody saw are compared in. Not whether they were cut off or how long they took: shadows are cut short, and wait.
 IN_SHADOW = ("length", "tool_calls", "refusal")
 SUITES = ("general",)  # of general questions (everlearn/loop/measure.py)

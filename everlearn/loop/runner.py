@@ -12,6 +12,7 @@ everlearn/loop/gate.py; nothing here decides, but that time or tokens are used u
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -28,6 +29,7 @@ from everlearn.loop.evidence import Evidence
 from everlearn.loop.gate import Verdict, decide
 from everlearn.loop.rule import Rule
 from everlearn.loop.service import Api, Deployed, deployed, pages, read, route
+from everlearn.loop.watch import Watch
 
 REST = "collect"
 FORMS = {"sft": "sft", "dpo": "preference", "kto": "kto"}  # of a dataset, by method
@@ -41,6 +43,9 @@ class Runner:
 
     def __init__(self, api: Api, service: Any, name: str, say: Callable[[str], None] = print, clock: Callable[[], float] = time.time):
         self.api, self.service, self.name, self.say, self.clock = api, service, name, say, clock
+        self.known: dict[str, dict[str, float]] = {}  # what was read of answers' texts, so that each is read once
+        self.guard = Watch(api, name, say, clock, self.known)
+        self._guarded = False
 
     # -- how it is driven --------------------------------------------------------------------------------------------------
 
@@ -59,19 +64,28 @@ class Runner:
                 self.say(f"somebody was faster: {error.message}")
 
     def watch(self, poll: float) -> None:
-        """For ever: what is due now, then another look after `poll` seconds. A server that is away is waited for."""
-        while True:
+        """For ever: what is due now, then another look after `poll` seconds. A server that is away is waited for.
+
+        The version that serves is watched by a thread of its own: an update takes minutes, and a rollback shouldn't wait for it.
+        """
+        self._guarded = True
+        guard = threading.Thread(target=self.guard.watch, args=(poll,), name=f"watch {self.name}", daemon=True)
+        guard.start()
+        while guard.is_alive():
             try:
                 self.run()
             except Unavailable as error:
                 self.say(f"waiting: {error.message}")
             time.sleep(poll)
+        raise InternalError(f"nobody watches what {self.name} answers any more; the error is above, and starting the runner again goes on")
 
     def step(self) -> bool:
         """The work of the present state; whether there may be more to do at once. Does nothing while the deployment is paused."""
         now = read(self.api, self.name)
         if now.paused:
             return False
+        if not self._guarded and self.guard.look(now):
+            return True
         with around("cycle.act"):
             return WORK[now.state](self, now, descriptions.of(now.description))
 
@@ -166,7 +180,7 @@ class Runner:
 
     def shadow(self, now: Deployed, described: Description) -> bool:
         since = float(now.cycle["shadow_began"])
-        traffic = outcomes.Traffic(self.api, now, since, described.settle, self.clock())
+        traffic = outcomes.Traffic(self.api, now, since, described.settle, self.clock(), self.known)
         if now.shadow and len(traffic.shadows) >= described.shadow.answers:
             reason = f"{len(traffic.shadows)} answers in the shadow are enough"
             now = self._advance(now, "shadow", reason, shadow=0.0)
@@ -180,7 +194,7 @@ class Runner:
 
     def canary(self, now: Deployed, described: Description) -> bool:
         since, asked = float(now.cycle["canary_began"]), rule.rule_of(described.gate)
-        traffic = outcomes.Traffic(self.api, now, since, described.settle, self.clock())
+        traffic = outcomes.Traffic(self.api, now, since, described.settle, self.clock(), self.known)
         found = msgspec.structs.replace(
             _evidence(now.cycle["offline"]),
             stage="canary",
@@ -312,8 +326,9 @@ WORK: dict[str, Callable[[Runner, Deployed, Description], bool]] = {
 
 
 def _asks(verdict: Verdict) -> bool:
-    """Whether all is shown, and only a person's word is missing."""
-    return verdict.parts[-1].name == "owner" and verdict.parts[-1].result == "wait"
+    """Whether all is shown, only a person's word is missing, and there is time for it."""
+    last = verdict.parts[-1]
+    return last.name == "owner" and last.result == "wait" and verdict.reason == last.reason
 
 
 def _evidence(table: dict[str, Any]) -> Evidence:

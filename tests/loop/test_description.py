@@ -55,7 +55,8 @@ def test_a_description_survives_json() -> None:
         ('base = "tiny"\n[gate.parity]\nmost = 0.1', "doesn't measure parity.*remove"),
         ('base = "tiny"\n[gate.alarms]\nignore = ["drift"]', "no alarms"),
         ('base = "tiny"\n[gate.retained]\nsuites = ["general", "arithmetic"]', "'arithmetic'; there is general"),
-        ('base = "tiny"\n[gate.guardrails.tool_errors]\nworse = "up"\nmargin = 0.1', "'tool_errors'"),
+        ('base = "tiny"\n[gate.guardrails.tool_error]\nworse = "up"\nmargin = 0.1', "'tool_error'"),
+        ('base = "tiny"\n[gate.shadow]\nmin_hours = 9.0\nmax_hours = 8.0', "max_hours = 8 must be min_hours = 9"),
         ('base = "tiny"\n[shadow]\nanswers = 50', r"add \[gate.shadow\]"),
         ('base = "tiny"\n[gate.shadow]', "shadow.answers = 0 must be at least 1"),
         (SHADOW.format(answers=49, share=0.2), "at least 50: the guardrail length waits for 50"),
@@ -70,7 +71,7 @@ def test_what_is_wrong_is_named(text: str, says: str) -> None:
 
 
 def test_every_guardrail_that_may_be_asked_is_measured() -> None:
-    assert set(description.GUARDRAILS) == {*outcomes.MEASURES, "feedback_rate"}
+    assert set(description.GUARDRAILS) == {*outcomes.MEASURES, *outcomes.OF_FEEDBACK}
     assert set(description.IN_SHADOW) < set(outcomes.MEASURES)
     assert description.SUITES == (measure.SUITE,)
 
