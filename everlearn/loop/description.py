@@ -38,7 +38,7 @@ from everlearn.loop import rule
 GUARDRAILS = ("length", "cut_off", "tool_calls", "seconds", "refusal", "tool_errors", "feedback_rate")
 # What answers that nobody saw are compared in. Not whether they were cut off or how long they took: shadows are cut short, and wait.
 IN_SHADOW = ("length", "tool_calls", "refusal")
-SUITES = ("general",)  # of general questions (everlearn/loop/measure.py)
+SUITES = ("general", "questions", "instructions")  # of general ability (everlearn/loop/measure.py); the first is always measured
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -150,11 +150,6 @@ def of(table: Any) -> Description:
 
 def _check_measured(asked: rule.Rule) -> None:
     """Refuses what the runner doesn't measure: its part would wait for ever, and no candidate would pass."""
-    for name in ("safety", "parity"):
-        if getattr(asked, name) is not None:
-            raise InvalidRequest(
-                f"the runner doesn't measure {name}, so no candidate could pass; remove [gate.{name}]", param=f"gate.{name}"
-            )
     if asked.alarms != rule.AlarmsRule():
         raise InvalidRequest("the runner raises no alarms, so there are none to ignore; remove [gate.alarms]", param="gate.alarms")
     if unknown := [name for name in (asked.retained.suites if asked.retained else ()) if name not in SUITES]:

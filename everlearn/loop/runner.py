@@ -167,6 +167,8 @@ class Runner:
         return True
 
     def gate(self, now: Deployed, described: Description) -> bool:
+        if now.cycle.get("asks"):  # all is shown, and a person's word is missing: asking it all again would show the same
+            return False
         candidate = _candidate(now)
         asked = now.cycle.get("asked", now.cycle.get("dataset") if described.update.method == "sft" else None)
         if asked is None:  # all are asked what users corrected, also one that learned from thumbs, or that was trained elsewhere
@@ -175,8 +177,9 @@ class Runner:
             now = self._note(now, {**now.cycle, "asked": asked})
         self.say(f"asking {candidate} and {now.champion} the same questions")
         trained, held_out = (self._items(asked, split, "evaluate") if asked else [] for split in ("train", "heldout"))
-        found = measure.offline(self.api, self.service, now, candidate, trained, held_out)
-        return self._conclude(now, described, rule.rule_of(described.gate), found)
+        wanted = rule.rule_of(described.gate)
+        found = measure.offline(self.api, self.service, now, candidate, trained, held_out, wanted)
+        return self._conclude(now, described, wanted, found)
 
     def shadow(self, now: Deployed, described: Description) -> bool:
         since = float(now.cycle["shadow_began"])
