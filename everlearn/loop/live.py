@@ -1,9 +1,9 @@
 """Is a version that everybody gets as good as the record of the one before it, asked as often as one likes.
 
 There is no second arm any more, so what comes in is held against what was known: the mean of the version before lies above `low` with
-probability 1 - alpha / 2 (a bound by betting on its outcomes), and a test at alpha / 2 looks for outcomes whose mean is below that. Its
-wealth is put on "below m" outcome by outcome, and not only from the beginning: a part of it waits and enters at every outcome, so that a
-harm which comes after a month of good service is found as well.
+probability 1 - alpha / 2 (exactly so where outcomes are 0 or 1, else by betting on them), and a test at alpha / 2 looks for outcomes whose
+mean is below that. Its wealth is put on "below m" outcome by outcome, and not only from the beginning: a part of it waits and enters at
+every outcome, so that a harm which comes after a month of good service is found as well.
 
     W[t] = mean over J of sum over k <= t of share[k] prod over s from k to t of 1 + STAKES[j] (m - x[s])   +   what hasn't entered yet
     share[k] = 1 / log2(k + 1) - 1 / log2(k + 2), whose sum over all k is 1
@@ -25,6 +25,7 @@ import numpy as np
 
 from everlearn.loop import parts, sequential
 from everlearn.loop.evidence import Evidence, Outcome
+from everlearn.loop.paired import proportion
 from everlearn.loop.parts import Part
 from everlearn.loop.rule import Rule, WatchRule
 from everlearn.loop.sequential import STAKES_J, STEPS
@@ -57,6 +58,13 @@ def bound(values_N: np.ndarray, alpha: float, lower: bool) -> float:
     return known
 
 
+def surely(record_N: np.ndarray, alpha: float, lower: bool) -> float:
+    """`bound` of a record, which is read once and whole: exact (Clopper and Pearson) where every outcome is 0 or 1."""
+    if not np.isin(record_N, (0.0, 1.0)).all():
+        return bound(record_N, alpha, lower)
+    return proportion(int(record_N.sum()), len(record_N), alpha)[0 if lower else 1]
+
+
 def watched(rule: Rule, evidence: Evidence) -> list[Part]:
     """One part for human outcome and one for each guardrail of the rule; outcomes of the version before count as the champion's."""
     if rule.watch is None:
@@ -79,7 +87,7 @@ def compared(
         reason = f"{len(record_N)} of {rule.min_record} outcomes of the version before; nothing to hold the live one against"
         return Part(name=told, result="wait", reason=reason, num=num, live=True)
     each = alpha / len(ways) / 2
-    ends = {way: bound(record_N, each, lower=way == "down") for way in ways}
+    ends = {way: surely(record_N, each, lower=way == "down") for way in ways}
     places = {}
     for way, end in ends.items():
         tolerated = end - margin if way == "down" else end + margin
