@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 """What the gate's promises are worth: canaries with known truth, thousands of times, each looked at after every outcome.
 
-python benchmarks/gate_statistics.py            all (about five minutes on one core)
-python benchmarks/gate_statistics.py --seeds 40 a quick look
+python benchmarks/gate_statistics.py                    all (about six minutes on one core)
+python benchmarks/gate_statistics.py --seeds 40         a quick look
+python benchmarks/gate_statistics.py --only equal --out RUNS/equal.json     one study; they may run side by side
+python benchmarks/gate_statistics.py --collect RUNS                         the result file of these
 
 Every simulated canary goes through `everlearn.loop.gate.decide` as a deployment does. A crossing counts wherever it was, so one verdict
 at the end says what continuous peeking would have found. Beside it stands what is often done instead: a z-test at 5 %, once a day for two
@@ -37,28 +39,41 @@ DAYS = 14  # that a canary takes at most: looks of who looks once a day
 CANARY = 'owner = "simulation"\npromote = "automatic"\n[canary]\n'
 
 
+def studies(seeds: int) -> dict[str, Callable[[], dict[str, Any]]]:
+    """By name; the larger ones take a quarter of the seeds, the hacks a tenth."""
+    few, fewer = max(seeds // 4, 10), max(seeds // 10, 10)
+    return {
+        "equal": lambda: equal(seeds, lambda places: np.full(len(places), 0.75)),
+        "equal_on_changing_days": lambda: equal(few, lambda places: 0.65 + 0.2 * (places > 1500)),
+        "five_points_worse": lambda: different(few, -0.05),
+        "five_points_better": lambda: different(few, 0.05),
+        "live_and_the_same": lambda: lived(few, 0.75, 0.75),
+        "live_and_the_margin_used_up": lambda: lived(few, 0.75, 0.70),
+        "live_and_15_points_worse": lambda: lived(few, 0.75, 0.60),
+        "live_and_15_points_worse_after_2000": lambda: lived(few, 0.75, 0.60, good=2000),
+        "hack_that_fools_the_model": lambda: hack(fewer, users_fooled=False),
+        "hack_that_fools_users_too": lambda: hack(fewer, users_fooled=True),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=2000, help="of the A/A study; the others take a quarter and a tenth")
+    parser.add_argument("--only", choices=list(studies(0)), metavar="STUDY", help="one study alone")
+    parser.add_argument("--collect", type=Path, metavar="FOLDER", help="one result file of those that --only wrote there")
     parser.add_argument("--out", type=Path, help="result file (default: benchmarks/results/DATE-gate-statistics.json)")
     args = parser.parse_args()
-    started = time.perf_counter()
-    few, fewer = max(args.seeds // 4, 10), max(args.seeds // 10, 10)
-    results = {
-        "equal": equal(args.seeds, lambda places: np.full(len(places), 0.75)),
-        "equal_on_changing_days": equal(few, lambda places: 0.65 + 0.2 * (places > 1500)),
-        "five_points_worse": different(few, -0.05),
-        "five_points_better": different(few, 0.05),
-        "live_and_the_same": lived(few, 0.75, 0.75),
-        "live_and_the_margin_used_up": lived(args.seeds, 0.75, 0.70),
-        "live_and_15_points_worse": lived(few, 0.75, 0.60),
-        "live_and_15_points_worse_after_2000": lived(few, 0.75, 0.60, good=2000),
-        "hack_that_fools_the_model": hack(fewer, users_fooled=False),
-        "hack_that_fools_users_too": hack(fewer, users_fooled=True),
-    }
-    results["seconds"] = round(time.perf_counter() - started, 1)
-    for name, row in results.items():
-        print(name, json.dumps(row))
+    if args.collect:
+        read = [json.loads(path.read_text()) for path in args.collect.glob("*.json")]
+        found = {name: row for one in read for name, row in one["results"].items()}
+        write_result(args, "gate-statistics", {name: found[name] for name in studies(0) if name in found})
+        return
+    results = {}
+    for name, study in studies(args.seeds).items():
+        if args.only in (None, name):
+            started = time.perf_counter()
+            results[name] = study() | {"seconds": round(time.perf_counter() - started, 1)}
+            print(name, json.dumps(results[name]), flush=True)
     write_result(args, "gate-statistics", results)
 
 
