@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Thirty days of a deployment: users ask and correct, every night a version is trained and tried; two bad days are planted.
+"""Thirty days of a deployment: users ask and correct, versions are trained and tried; two bad days are planted.
 
     python benchmarks/loop_month.py --seed 0 --into RUNS     # one month; runs with different seeds may run side by side
     python benchmarks/loop_month.py --collect RUNS           # the result file and its plot, of all months there
@@ -48,7 +48,7 @@ POISONED, OVERRULED = 9, 18  # days, from 0 on
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262, 12: 2.201, 16: 2.131}
 DESCRIPTION: dict[str, Any] = {
     "settle": 0.0,
-    "triggers": {"at": "03:00"},
+    "triggers": {"labels": 200},
     "update": {"rank": 8, "learning_rate": 3e-3, "epochs": 12, "batch": 40, "paraphrases": 0, "rehearsed": 0, "replay": 400},
     "gate": {
         "owner": "the shop",
@@ -108,6 +108,7 @@ def month(args: argparse.Namespace, url: str, model: str, service: Any) -> dict[
     gold = Gold(api, service)
     days: list[dict[str, Any]] = []
     campaign: list[str] = []
+    before = 0
     bad: int | None = None
     for day in range(args.days):
         if day == overruled and bad is not None and read(api, NAME).champion != f"{NAME}@{bad}":
@@ -118,8 +119,9 @@ def month(args: argparse.Namespace, url: str, model: str, service: Any) -> dict[
             visits += [shop.visit() for _ in range(args.visits // LOOKS)]
             runner.run()
         if day == poisoned:
+            before = _newest(api)
             campaign = shop.poison(args.visits * 3 // 2)
-        if campaign and bad is None and (stopped := _stopped(api)) is not None:
+        if campaign and bad is None and (stopped := _stopped(api, before)) is not None:
             bad = stopped
             for feedback in campaign:  # the owner reads why, and throws the campaign out
                 client.delete(f"/v1/feedback/{feedback}")
@@ -138,13 +140,21 @@ def month(args: argparse.Namespace, url: str, model: str, service: Any) -> dict[
             "planted": {"poisoned": poisoned, "overruled": overruled}}  # fmt: skip
 
 
-def _stopped(api: Any) -> int | None:
-    """The version that the gate has just refused, if it did: the newest line of the log that tells of one."""
-    last = api.get(f"/v1/deployments/{NAME}/history", limit=5)["data"]
-    refused = next((event for event in last if event["kind"] == "rejected"), None)
-    if refused is None or refused["evidence"].get("evidence") is None:
-        return None
-    return int(str(refused["evidence"]["evidence"]["candidate"]).rpartition("@")[2])
+def _newest(api: Any) -> int:
+    """The number of the newest version that was tried; 0: none was."""
+    tried = [event["candidate"] for event in api.get(f"/v1/deployments/{NAME}/history", limit=1000)["data"] if event["candidate"]]
+    return max((int(one.rpartition("@")[2]) for one in tried), default=0)
+
+
+def _stopped(api: Any, before: int) -> int | None:
+    """The first version after number `before` that didn't come to serve, or had to go, once there is one."""
+    for event in api.get(f"/v1/deployments/{NAME}/history", limit=20)["data"][::-1]:
+        judged = (event["evidence"] or {}).get("evidence")
+        if event["kind"] in ("rejected", "rolled_back") and judged is not None:
+            number = int(str(judged["candidate"]).rpartition("@")[2])
+            if number > before:
+                return number
+    return None
 
 
 def told(day: int, visits: list[tuple[bool, bool, str]], version: dict[str, float]) -> dict[str, Any]:
