@@ -45,6 +45,7 @@ from everlearn.loop.service import Tokens, read
 NAME = "shop"
 DAYS, VISITS, LOOKS = 30, 160, 5
 POISONED, OVERRULED = 9, 18  # days, from 0 on
+OVERRULING = "somebody thinks that the gate was wrong"
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262, 12: 2.201, 16: 2.131}
 DESCRIPTION: dict[str, Any] = {
     "settle": 0.0,
@@ -112,7 +113,7 @@ def month(args: argparse.Namespace, url: str, model: str, service: Any) -> dict[
     bad: int | None = None
     for day in range(args.days):
         if day == overruled and bad is not None and read(api, NAME).champion != f"{NAME}@{bad}":
-            api.post(f"/v1/deployments/{NAME}/promote", {"number": bad, "reason": "somebody thinks that the gate was wrong"})
+            api.post(f"/v1/deployments/{NAME}/promote", {"number": bad, "reason": OVERRULING})
         visits = []
         for part in range(LOOKS):
             clock.turn(FIRST + day * DAY + (8 + 3 * part) * 3600)
@@ -241,8 +242,9 @@ def interval(values: list[float]) -> dict[str, float]:
 
 def hours(run: dict[str, Any]) -> float | None:
     """Of virtual time, in which the bad version answered everybody."""
+    begun = next((event["day"] for event in run["events"] if event["reason"] == OVERRULING), None)
     back = next((event["day"] for event in run["events"] if event["kind"] == "rolled_back"), None)
-    return None if back is None else round((back - run["planted"]["overruled"]) * 24 - 8, 1)
+    return None if begun is None or back is None else round((back - begun) * 24, 1)
 
 
 if __name__ == "__main__":
