@@ -109,7 +109,7 @@ def month(args: argparse.Namespace, url: str, model: str, service: Any) -> dict[
     gold = Gold(api, service)
     days: list[dict[str, Any]] = []
     campaign: list[str] = []
-    before = 0
+    before, served = 0, ""
     bad: int | None = None
     for day in range(args.days):
         if day == overruled and bad is not None and read(api, NAME).champion != f"{NAME}@{bad}":
@@ -120,12 +120,15 @@ def month(args: argparse.Namespace, url: str, model: str, service: Any) -> dict[
             visits += [shop.visit() for _ in range(args.visits // LOOKS)]
             runner.run()
         if day == poisoned:
-            before = _newest(api)
+            before, served = _newest(api), read(api, NAME).champion
             campaign = shop.poison(args.visits * 3 // 2)
         if campaign and bad is None and (stopped := _stopped(api, before)) is not None:
             bad = stopped
             for feedback in campaign:  # the owner reads why, and throws the campaign out
                 client.delete(f"/v1/feedback/{feedback}")
+            if read(api, NAME).champion != served:  # the campaign's complaints had made the watch go back
+                again = {"number": int(served.rpartition("@")[2]), "reason": "what was said against it was a campaign"}
+                api.post(f"/v1/deployments/{NAME}/promote", again)
         clock.turn(FIRST + (day + 1) * DAY + 3.1 * 3600)
         runner.run()
         days.append(told(day, visits, gold.of(read(api, NAME).champion)))
@@ -243,7 +246,7 @@ def interval(values: list[float]) -> dict[str, float]:
 def hours(run: dict[str, Any]) -> float | None:
     """Of virtual time, in which the bad version answered everybody."""
     begun = next((event["day"] for event in run["events"] if event["reason"] == OVERRULING), None)
-    back = next((event["day"] for event in run["events"] if event["kind"] == "rolled_back"), None)
+    back = next((event["day"] for event in run["events"] if event["kind"] == "rolled_back" and event["day"] >= (begun or 0)), None)
     return None if begun is None or back is None else round((back - begun) * 24, 1)
 
 

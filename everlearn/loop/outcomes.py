@@ -49,8 +49,8 @@ class Traffic:
         self.tools: dict[str, Episode] = {}
         for row in pages(api, "/v1/feedback", since, counts=True):
             episode = row["target"]["episode_id"]
-            if episode in self.arms and value_of(row) is not None:
-                self.said.setdefault(episode, []).append(row)
+            if episode in self.arms and (value := self._value(row)) is not None:
+                self.said.setdefault(episode, []).append({**row, "worth": value})
             if episode in self.arms and row["kind"] == "outcome" and row.get("value") is not None:
                 self.tools.setdefault(episode, []).append(row)
         self.units = {episode: episode if each else unit_of(episode, rows[0]) for episode, rows in self.episodes.items()}
@@ -58,8 +58,7 @@ class Traffic:
     def feedback(self) -> tuple[Outcome, ...]:
         """The mean of each episode's feedback, 0 bad to 1 good, in the order in which the first of it came."""
         means = [
-            (rows[0]["created_at"], rows[0]["id"], episode, fmean(value_of(row) or 0.0 for row in rows))
-            for episode, rows in self.said.items()
+            (rows[0]["created_at"], rows[0]["id"], episode, fmean(row["worth"] for row in rows)) for episode, rows in self.said.items()
         ]
         return self._firsts((episode, mean) for _, _, episode, mean in sorted(means))
 
@@ -109,6 +108,16 @@ class Traffic:
     def _within_shadow(self, name: str, row: dict[str, Any]) -> float:
         value = self._of(name, row)
         return min(value, float(SHADOW_TOKENS)) if name == "length" else value
+
+    def _value(self, row: dict[str, Any]) -> float | None:
+        """`value_of`, but a demonstration that says what was answered, word for word, is approval: somebody sent it as it was."""
+        record = row["target"].get("record_id")
+        if row["kind"] != "demonstration" or not record or not row.get("text"):
+            return value_of(row)
+        kept = self.known.setdefault("as it was", {})
+        if row["id"] not in kept:
+            kept[row["id"]] = float(self.content({"id": record}).strip() == str(row["text"]).strip())
+        return kept[row["id"]]
 
     def content(self, row: dict[str, Any]) -> str:
         """What was answered, as text; "" where that isn't kept."""

@@ -13,7 +13,7 @@ from everlearn.loop.service import read
 from tests.live import LiveServer
 from tests.loop.conftest import train
 from tests.loop.test_cycle import TRUTHS, User, events, parts, replayed  # noqa: F401  (parts is a fixture)
-from tests.loop.test_outcomes import answer, thumb, traffic
+from tests.loop.test_outcomes import NOW, Rows, answer, thumb, traffic
 
 pytestmark = [pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"), pytest.mark.timeout(600)]
 GATE: dict[str, Any] = {
@@ -78,3 +78,18 @@ def test_tools_that_failed_are_counted_by_episode() -> None:
         (True, 0.5),
         (False, 0.0),
     ]
+
+
+def test_a_demonstration_of_what_was_answered_is_approval() -> None:
+    """A clerk sends answers, edited or as they were."""
+    rows = [answer(1, "a", 1), answer(2, "b", 2)]
+    sent = [
+        {"id": f"f{at}", "created_at": at, "kind": "demonstration", "text": "in france ", "target": {"episode_id": one, "record_id": one}}
+        for at, one in ((3, "a"), (4, "b"))
+    ]
+    server = Rows(rows, sent, 10.0)
+    listed, texts = server.get, {"/v1/records/a": "in france", "/v1/records/b": "in spain"}
+    server.get = lambda path, **more: (  # type: ignore[method-assign]
+        {"content": {"answer": [{"content": texts[path]}]}} if path in texts else listed(path, **more)
+    )
+    assert told(Traffic(server, NOW, 0.0, 5.0, 10.0)) == [(False, 1.0), (True, 0.0)]
