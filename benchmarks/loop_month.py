@@ -124,8 +124,8 @@ def month(args: argparse.Namespace, url: str, model: str, service: Any) -> dict[
             campaign = shop.poison(args.visits * 3 // 2)
         if campaign and bad is None and (stopped := _stopped(api, before)) is not None:
             bad = stopped
-            for feedback in campaign:  # the owner reads why, and throws the campaign out
-                client.delete(f"/v1/feedback/{feedback}")
+            for record in campaign:  # the owner reads why, and throws the campaign out: what it asked, and what it said
+                client.delete(f"/v1/records/{record}")
             if read(api, NAME).champion != served:  # the campaign's complaints had made the watch go back
                 again = {"number": int(served.rpartition("@")[2]), "reason": "what was said against it was a campaign"}
                 api.post(f"/v1/deployments/{NAME}/promote", again)

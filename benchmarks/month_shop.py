@@ -150,12 +150,13 @@ class Shop:
         return bool(asked.order), right, version
 
     def poison(self, num: int) -> list[str]:
-        """A campaign: what users order most is corrected to its mirror image; the ids of this feedback."""
+        """A campaign: what users order most is corrected to its mirror image; the ids of its records."""
         told = []
         for place in range(num):
             asked = ordered(self.rng, False, ORDERS[place % 4])
             _, record, _ = self.ask(asked.text)
-            told.append(str(self.say(record, kind="demonstration", text=asked.answer[::-1], source_id=f"bot{place}")["id"]))
+            self.say(record, kind="demonstration", text=asked.answer[::-1], source_id=f"bot{place}")
+            told.append(record)
         return told
 
     def ask(self, text: str) -> tuple[str, str, str]:
