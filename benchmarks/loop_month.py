@@ -109,7 +109,7 @@ def month(args: argparse.Namespace, url: str, model: str, service: Any) -> dict[
     gold = Gold(api, service)
     days: list[dict[str, Any]] = []
     campaign: list[str] = []
-    before, served = 0, ""
+    before, served = 0, f"{NAME}@0"
     bad: int | None = None
     for day in range(args.days):
         if day == overruled and bad is not None and read(api, NAME).champion != f"{NAME}@{bad}":
@@ -126,15 +126,15 @@ def month(args: argparse.Namespace, url: str, model: str, service: Any) -> dict[
             bad = stopped
             for record in campaign:  # the owner reads why, and throws the campaign out: what it asked, and what it said
                 client.delete(f"/v1/records/{record}")
-            if read(api, NAME).champion != served:  # the campaign's complaints had made the watch go back
-                again = {"number": int(served.rpartition("@")[2]), "reason": "what was said against it was a campaign"}
+            if _number(read(api, NAME).champion) < _number(served):  # the campaign's complaints had made the watch go back
+                again = {"number": _number(served), "reason": "what was said against it was a campaign"}
                 api.post(f"/v1/deployments/{NAME}/promote", again)
         clock.turn(FIRST + (day + 1) * DAY + 3.1 * 3600)
         runner.run()
         days.append(told(day, visits, gold.of(read(api, NAME).champion)))
         print(json.dumps(days[-1]), flush=True)
-    client.close()
     events = api.get(f"/v1/deployments/{NAME}/history", limit=1000)["data"][::-1]
+    client.close()
     kinds = [event["kind"] for event in events]
     marks = [{"day": (event["created_at"] - FIRST) / DAY, **{k: event[k] for k in ("kind", "champion", "candidate", "reason")}}
              for event in events if event["kind"] in ("promoted", "rejected", "rolled_back", "ended")]  # fmt: skip
@@ -147,7 +147,11 @@ def month(args: argparse.Namespace, url: str, model: str, service: Any) -> dict[
 def _newest(api: Any) -> int:
     """The number of the newest version that was tried; 0: none was."""
     tried = [event["candidate"] for event in api.get(f"/v1/deployments/{NAME}/history", limit=1000)["data"] if event["candidate"]]
-    return max((int(one.rpartition("@")[2]) for one in tried), default=0)
+    return max(map(_number, tried), default=0)
+
+
+def _number(version: str) -> int:
+    return int(version.rpartition("@")[2])
 
 
 def _stopped(api: Any, before: int) -> int | None:
@@ -155,7 +159,7 @@ def _stopped(api: Any, before: int) -> int | None:
     for event in api.get(f"/v1/deployments/{NAME}/history", limit=20)["data"][::-1]:
         judged = (event["evidence"] or {}).get("evidence")
         if event["kind"] in ("rejected", "rolled_back") and judged is not None:
-            number = int(str(judged["candidate"]).rpartition("@")[2])
+            number = _number(str(judged["candidate"]))
             if number > before:
                 return number
     return None
