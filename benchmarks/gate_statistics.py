@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """What the gate's promises are worth: canaries with known truth, thousands of times, each looked at after every outcome.
 
-python benchmarks/gate_statistics.py            all (about three minutes on one core)
-python benchmarks/gate_statistics.py --seeds 40 a quick look
+python benchmarks/gate_statistics.py                    all (about six minutes on one core)
+python benchmarks/gate_statistics.py --seeds 40         a quick look
+python benchmarks/gate_statistics.py --only equal --out RUNS/equal.json     one study; they may run side by side
+python benchmarks/gate_statistics.py --collect RUNS                         the result file of these
 
 Every simulated canary goes through `everlearn.loop.gate.decide` as a deployment does. A crossing counts wherever it was, so one verdict
-at the end says what continuous peeking would have found. Beside it stands what is often done instead: a z-test at 5 % after every 50
-outcomes.
+at the end says what continuous peeking would have found. Beside it stands what is often done instead: a z-test at 5 %, once a day for two
+weeks, or after every 50 outcomes.
 """
 
 from __future__ import annotations
@@ -25,34 +27,53 @@ from typing import Any
 import numpy as np
 from common import write_result
 
-from everlearn.loop import gate, parts, sequential
+from everlearn.loop import gate, live, parts, sequential
 from everlearn.loop.evidence import Evidence, Interval, Measure, Outcome, Pair, Retained
 from everlearn.loop.rule import DEFAULT_RULE, Rule, read_rule
+from everlearn.loop.watch import cusum
 from everlearn.rewards import guard
 
 Rate = Callable[[np.ndarray], np.ndarray]  # from places in the stream to a rate of good outcomes
 SIGNED = DEFAULT_RULE.replace('owner = ""', 'owner = "simulation"').replace('promote = "ask"', 'promote = "automatic"')
+DAYS = 14  # that a canary takes at most: looks of who looks once a day
 CANARY = 'owner = "simulation"\npromote = "automatic"\n[canary]\n'
+
+
+def studies(seeds: int) -> dict[str, Callable[[], dict[str, Any]]]:
+    """By name; the larger ones take a quarter of the seeds, the hacks a tenth."""
+    few, fewer = max(seeds // 4, 10), max(seeds // 10, 10)
+    return {
+        "equal": lambda: equal(seeds, lambda places: np.full(len(places), 0.75)),
+        "equal_on_changing_days": lambda: equal(few, lambda places: 0.65 + 0.2 * (places > 1500)),
+        "five_points_worse": lambda: different(few, -0.05),
+        "five_points_better": lambda: different(few, 0.05),
+        "live_and_the_same": lambda: lived(few, 0.75, 0.75),
+        "live_and_the_margin_used_up": lambda: lived(few, 0.75, 0.70),
+        "live_and_15_points_worse": lambda: lived(few, 0.75, 0.60),
+        "live_and_15_points_worse_after_2000": lambda: lived(few, 0.75, 0.60, good=2000),
+        "hack_that_fools_the_model": lambda: hack(fewer, users_fooled=False),
+        "hack_that_fools_users_too": lambda: hack(fewer, users_fooled=True),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=2000, help="of the A/A study; the others take a quarter and a tenth")
+    parser.add_argument("--only", choices=list(studies(0)), metavar="STUDY", help="one study alone")
+    parser.add_argument("--collect", type=Path, metavar="FOLDER", help="one result file of those that --only wrote there")
     parser.add_argument("--out", type=Path, help="result file (default: benchmarks/results/DATE-gate-statistics.json)")
     args = parser.parse_args()
-    started = time.perf_counter()
-    few, fewer = max(args.seeds // 4, 10), max(args.seeds // 10, 10)
-    results = {
-        "equal": equal(args.seeds, lambda places: np.full(len(places), 0.75)),
-        "equal_on_changing_days": equal(few, lambda places: 0.65 + 0.2 * (places > 1500)),
-        "five_points_worse": different(few, -0.05),
-        "five_points_better": different(few, 0.05),
-        "hack_that_fools_the_model": hack(fewer, users_fooled=False),
-        "hack_that_fools_users_too": hack(fewer, users_fooled=True),
-    }
-    results["seconds"] = round(time.perf_counter() - started, 1)
-    for name, row in results.items():
-        print(name, json.dumps(row))
+    if args.collect:
+        read = [json.loads(path.read_text()) for path in args.collect.glob("*.json")]
+        found = {name: row for one in read for name, row in one["results"].items()}
+        write_result(args, "gate-statistics", {name: found[name] for name in studies(0) if name in found})
+        return
+    results = {}
+    for name, study in studies(args.seeds).items():
+        if args.only in (None, name):
+            started = time.perf_counter()
+            results[name] = study() | {"seconds": round(time.perf_counter() - started, 1)}
+            print(name, json.dumps(results[name]), flush=True)
     write_result(args, "gate-statistics", results)
 
 
@@ -85,11 +106,11 @@ def at_last_step(rule: Rule, feedback: tuple[Outcome, ...], **others: Any) -> Ev
     )
 
 
-def naive(arms_N: np.ndarray, values_N: np.ndarray, every: int = 50) -> bool:
-    """Whether a one-sided z-test at 5 %, asked after every 50 outcomes from the 100th on, ever called the candidate better."""
+def naive(arms_N: np.ndarray, values_N: np.ndarray, every: int) -> bool:
+    """Whether a one-sided z-test at 5 %, asked after every `every` outcomes from the 100th on, ever called the candidate better."""
     n, m = np.cumsum(arms_N), np.cumsum(~arms_N)
     one, other = np.cumsum(values_N * arms_N), np.cumsum(values_N * ~arms_N)
-    looks = np.arange(100, len(arms_N), every)
+    looks = np.arange(max(every, 100), len(arms_N) + 1, every) - 1
     looks = looks[(n[looks] >= 10) & (m[looks] >= 10)]
     n, m, p, q = n[looks], m[looks], one[looks] / n[looks], other[looks] / m[looks]
     spread = np.sqrt(np.maximum(p * (1 - p) / n + q * (1 - q) / m, 1e-9))
@@ -103,11 +124,11 @@ def equal(seeds: int, rate: Rate, most: int = 6000) -> dict[str, Any]:
     """Candidate and champion are the same: how often is one promoted, or stopped, all the same?"""
     rule = read_rule(f"{CANARY}max_feedback = {most}")
     decided: Counter[str] = Counter()
-    peeked = 0
+    peeked: Counter[str] = Counter()
     for seed in range(seeds):
         arms_N, values_N = stream(np.random.default_rng(seed), rule, rate, rate, most)
         decided[gate.decide(rule, at_last_step(rule, as_outcomes(arms_N, values_N))).decision] += 1
-        peeked += naive(arms_N, values_N)
+        peeked.update({"daily": naive(arms_N, values_N, most // DAYS), "every_50": naive(arms_N, values_N, 50)})
     false = decided["promote"] / seeds
     return {
         "seeds": seeds,
@@ -116,7 +137,8 @@ def equal(seeds: int, rate: Rate, most: int = 6000) -> dict[str, Any]:
         "allowed": rule.canary.alpha + 2 * math.sqrt(rule.canary.alpha * (1 - rule.canary.alpha) / seeds),
         "false_stops": decided["reject"] / seeds,
         "champion_kept_undecided": decided["hold"] / seeds,
-        "naive_false_promotions": peeked / seeds,
+        "naive_false_promotions_looking_daily": peeked["daily"] / seeds,
+        "naive_false_promotions_looking_every_50": peeked["every_50"] / seeds,
     }
 
 
@@ -146,6 +168,32 @@ def different(seeds: int, gain: float, champion: float = 0.75) -> dict[str, Any]
     }
 
 
+def lived(seeds: int, record: float, rate: float, good: int = 0, most: int = 3000) -> dict[str, Any]:
+    """A version that is live, by the default rule: its feedback against 500 outcomes of the version before. After `good` outcomes as the
+    record has them come `most` at `rate`. How often is it taken back, and after how many outcomes at `rate`?"""
+    rule = read_rule(SIGNED)
+    stopped: Counter[str] = Counter()
+    after = []
+    for seed in range(seeds):
+        rng = np.random.default_rng(300_000 + seed)
+        rates = np.repeat((record, rate), (good, most))
+        before, now = (rng.random(500) < record).astype(float), (rng.random(good + most) < rates).astype(float)
+        known, told = (tuple(Outcome(arm, value) for value in values.tolist()) for arm, values in ((False, before), (True, now)))
+        evidence = Evidence(
+            stage="watch", champion="support@3", candidate="support@4", feedback=(*known, *told), alarms=cusum(rule.watch, known, told)
+        )
+        verdict = gate.decide(rule, evidence)
+        gate.replay(verdict, rule, evidence)
+        stopped["rolled_back"] += verdict.decision == "reject"
+        stopped.update(part.name for part in verdict.parts if part.result == "fail")
+        least = live.surely(before, rule.watch.alpha / 2, lower=True) - rule.watch.margin
+        place = live.crossing(now, least, rule.watch.alpha / 2)
+        if place is not None:
+            after.append(place - good)
+    quantiles = {f"outcomes_{share:.0%}": float(np.quantile(after, share)) for share in (0.5, 0.95)} if len(after) > seeds / 2 else {}
+    return {"seeds": seeds, "rolled_back": stopped["rolled_back"] / seeds, "by": dict(stopped), **quantiles}
+
+
 def hack(seeds: int, users_fooled: bool) -> dict[str, Any]:
     """The reward model rates the candidate 20 points higher; by the gold measure it is 5 points worse (8, where users are fooled too).
 
@@ -153,7 +201,7 @@ def hack(seeds: int, users_fooled: bool) -> dict[str, Any]:
     held out and what users corrected is judged by careful people, who aren't fooled.
     """
     deaf = "[alarms]\nignore = ['divergence', 'length', 'flattery']"
-    rules = {"whole": read_rule(f"{SIGNED}\n[safety]\n"), "canary_alone": read_rule(f"{CANARY}{deaf}")}
+    rules = {"whole": read_rule(SIGNED), "canary_alone": read_rule(f"{CANARY}{deaf}")}
     rows: dict[str, Counter[str]] = {name: Counter() for name in rules}
     failed: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -193,7 +241,9 @@ def hacked(rng: np.random.Generator, rule: Rule, users_fooled: bool) -> Evidence
         held_out=tuple(Pair(float(a), float(b)) for a, b in rng.random((100, 2)) < (gold, min(gold + 0.2, 1.0))),  # judged by the model
         corrections=tuple(Pair(float(a), float(b)) for a, b in right),
         safety=tuple(Pair(float(a), float(b)) for a, b in truth[:200]),
-        retained=(Retained("general", Interval(0.5, 0.48, 0.52, 2000), Interval(0.5, 0.48, 0.52, 2000)),),
+        retained=tuple(
+            Retained(suite, Interval(0.5, 0.48, 0.52, 2000), Interval(0.5, 0.48, 0.52, 2000)) for suite in ("general", "questions")
+        ),
         kl=Measure(0.3, 0.01, 4000),
         parity=Measure(0.001, 0.0001, 4000),
         guardrails={

@@ -48,7 +48,7 @@ def command(console: Console, open_report: bool, loop: bool) -> None:
     lesson, recipe = handbook.load(), teach.Recipe()
     if loop:
         with _server(console, home, stage) as url:
-            _loop(console, url)
+            _loop(console, url, home / "demo", open_report)
         return
     with _server(console, home, stage) as url:
         ready = time.monotonic() - started - prepared
@@ -61,27 +61,38 @@ def command(console: Console, open_report: bool, loop: bool) -> None:
         webbrowser.open(report.as_uri())
 
 
-def _loop(console: Console, url: str) -> None:
+def _loop(console: Console, url: str, folder: Path, open_report: bool) -> None:
     """The loop's story, and what came of it."""
     import msgspec
     import tinker
 
     from everlearn.cli.client import Client
-    from everlearn.demo import handbook, story
+    from everlearn.demo import handbook, loop_report, story
 
+    book = handbook.load()
     client = Client(url, console.key or "", timeout=600.0)
     with tinker.ServiceClient(base_url=url, api_key=console.key or LOCAL_KEY, user_metadata={"client": "everlearn demo"}) as service:
-        told = story.play(handbook.load(), client, service, MODEL, {}, console.note)
+        told = story.play(book, client, service, MODEL, {}, console.note)
     client.close()
+    facts = {"model": MODEL, "seconds": ", ".join(f"{name} {value:.0f}" for name, value in told.seconds.items())}
+    folder.mkdir(parents=True, exist_ok=True)
+    page = folder / "loop.html"
+    page.write_text(loop_report.render(book.company, told, facts), encoding="utf-8")
+    (folder / "loop.json").write_bytes(msgspec.json.format(msgspec.json.encode(told)))
     if console.format == "json":
-        console.result(msgspec.to_builtins(told))
+        console.result({**msgspec.to_builtins(told), "report": str(page)})
         return
     totals = [msgspec.structs.asdict(score) for score in told.scores]
     console.table([{**event, "reason": _short(event["reason"], 90)} for event in told.events], ["kind", "champion", "candidate", "reason"])
     click.echo()
     console.table(totals, list(totals[0]))
     click.echo()
-    console.result({"learned in s": told.learned, "rollback in s": told.rollback_seconds, "bad version": _short(told.stopped, 90)})
+    stopped = _short(told.stopped, 90)
+    console.result({"learned in s": told.learned, "rollback in s": told.rollback_seconds, "bad version": stopped, "report": page})
+    where = f" --home {shlex.quote(str(console.home))}" if console.home else ""
+    console.note("Its history, and the pages to look at it: " + (console.url or f"everlearn serve{where}, then http://127.0.0.1:8000"))
+    if open_report and sys.stdout.isatty():
+        webbrowser.open(page.as_uri())
 
 
 def _stages(console: Console) -> Callable[[str, float], AbstractContextManager[Progress]]:

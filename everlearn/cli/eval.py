@@ -12,6 +12,7 @@ import click
 
 from everlearn.cli.console import Console, Noun, pass_console
 from everlearn.cli.retained import retained
+from everlearn.cli.safety import safety
 
 if TYPE_CHECKING:
     from everlearn.evals.fewshot_report import Point
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 command = Noun("eval", help="Study what a model learns, and what it forgets.")
 command.add_command(retained)
+command.add_command(safety)
 LOCAL_KEY = "tml-local"  # the SDK wants a key of this form; a server without keys takes any
 
 

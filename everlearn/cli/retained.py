@@ -56,16 +56,16 @@ def retained(console: Console, before: str, after: str, folders: tuple[Path, ...
     for one in suite.sets:
         note = f", {one.left_out} left out (telling languages apart needs the package py3langid)" if one.left_out else ""
         console.note(f"{one.name}: {len(one.rows)} units{note}")
-    then, now = (_results(console, name, suite) for name in (before, after))
+    then, now = (results(console, name, suite) for name in (before, after))
     changes = compare(then, now, options["seed"])
     if out is not None:
-        _write(out, then, now, changes)
-    _show(console, then, now, changes)
+        write(out, then, now, changes)
+    show(console, then, now, changes)
     if fallen(changes):
         click.get_current_context().exit(FELL)
 
 
-def _results(console: Console, name: str, suite: Suite) -> Results:
+def results(console: Console, name: str, suite: Suite) -> Results:
     """Of a model, or as a file has them that --out wrote."""
     import msgspec
 
@@ -86,7 +86,7 @@ def _results(console: Console, name: str, suite: Suite) -> Results:
     return found
 
 
-def _write(out: Path, before: Results, after: Results, changes: list[Change]) -> None:
+def write(out: Path, before: Results, after: Results, changes: list[Change]) -> None:
     import msgspec
 
     out.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,7 @@ def _told(change: Change) -> dict[str, Any]:
     return {**msgspec.to_builtins(change), "change": change.change, "half_width": change.half_width, "verdict": change.verdict}
 
 
-def _show(console: Console, before: Results, after: Results, changes: list[Change]) -> None:
+def show(console: Console, before: Results, after: Results, changes: list[Change]) -> None:
     from everlearn.evals.retained import COLUMNS, fallen, rows, said
 
     if console.format == "json":

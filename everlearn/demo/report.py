@@ -38,18 +38,18 @@ footer { margin: 2.5rem 0; opacity: .7; font-size: .9em }
 def render(company: str, facts: Mapping[str, str], scores: Sequence[Score], rows: Sequence[Row], steps: Sequence[Step]) -> str:
     """`facts` are name and value of what is worth knowing of the run: model, tokens, seconds."""
     details = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts.items())
-    sections = "".join(_section(name, [row for row in rows if row.section == name]) for name in SECTIONS)
+    sections = "".join(section(name, [row for row in rows if row.section == name]) for name in SECTIONS)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>everlearn demo: the handbook of {html.escape(company)}</title><style>{STYLE}</style></head><body>\n"
         f"<h1>The handbook of {html.escape(company)}, before and after the lesson</h1>\n"
-        f"{_score_table(scores)}\n<h2>Loss</h2>\n{loss_curve(steps)}\n<h2>The run</h2>\n<dl>{details}</dl>\n{sections}\n"
+        f"{score_table(scores)}\n<h2>Loss</h2>\n{loss_curve(steps)}\n<h2>The run</h2>\n<dl>{details}</dl>\n{sections}\n"
         "<footer>An answer is right when it contains the accepted text as whole words, whatever the case. "
         "Answers are the model's most likely ones (temperature 0), at most 24 tokens.</footer></body></html>\n"
     )
 
 
-def _score_table(scores: Sequence[Score]) -> str:
+def score_table(scores: Sequence[Score]) -> str:
     lines = "".join(
         f"<tr><td>{TITLES[score.section]}</td><td>{score.asked}</td><td>{score.before}</td><td>{score.after}</td><td>{score.lost}</td></tr>"
         for score in scores
@@ -58,7 +58,7 @@ def _score_table(scores: Sequence[Score]) -> str:
     return f'<table class="scores">{head}{lines}</table>'
 
 
-def _section(name: str, rows: Sequence[Row]) -> str:
+def section(name: str, rows: Sequence[Row]) -> str:
     head = "<tr><th>question</th><th>before</th><th>after</th></tr>"
     lines = "".join(
         f"<tr><td>{html.escape(row.question)}</td>{_answer(row.before, row.right_before)}{_answer(row.after, row.right_after)}</tr>"

@@ -17,7 +17,8 @@ from typing import Any
 import msgspec
 
 from everlearn.errors import InvalidRequest, NotFound
-from everlearn.evals import instructions
+from everlearn.evals import instructions, safety
+from everlearn.evals.safety import Probe
 from everlearn.rewards.rules import read_number
 
 OURS = Path(__file__).parent / "suite"
@@ -63,7 +64,7 @@ class Set(msgspec.Struct, frozen=True):
     """The rows of one file, all of one kind; `left_out` could not be judged here (a language, without the package that tells them)."""
 
     name: str
-    rows: list[Instructed] | list[Question] | list[Piece]
+    rows: list[Instructed] | list[Question] | list[Piece] | list[Probe]
     left_out: int = 0
 
 
@@ -82,6 +83,12 @@ class Suite(msgspec.Struct, frozen=True):
     @property
     def num_units(self) -> int:
         return sum(len(one.rows) for one in self.sets)
+
+
+def probes() -> Suite:
+    """The probes of everlearn/evals/safety.py, a set for each kind; an answer has `question_tokens`."""
+    rows = safety.load()
+    return Suite([Set(kind, [row for row in rows if row.kind == kind]) for kind in safety.KINDS], question_tokens=safety.TOKENS)
 
 
 def read_suite(

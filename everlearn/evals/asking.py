@@ -15,6 +15,7 @@ import httpx
 from everlearn.errors import InvalidRequest, NotFound, Unavailable, Unsupported
 from everlearn.evals.asked import Instructed, Piece, Question, Set, Suite
 from everlearn.evals.retained import Metric, Results, Unit
+from everlearn.evals.safety import Probe
 
 AT_ONCE = 8
 SECONDS = 600.0  # for one answer; the server may have others to serve
@@ -35,9 +36,10 @@ class Subject:
     async def close(self) -> None:
         await self._http.aclose()
 
-    async def answer(self, message: str, max_tokens: int) -> str:
-        """What it says to a message, likeliest token by token."""
-        chat = {"messages": [{"role": "user", "content": message}], "max_tokens": max_tokens, "temperature": 0.0}
+    async def answer(self, said: str | list[dict[str, str]], max_tokens: int) -> str:
+        """What it says to a message or a conversation, likeliest token by token."""
+        messages = [{"role": "user", "content": said}] if isinstance(said, str) else said
+        chat = {"messages": messages, "max_tokens": max_tokens, "temperature": 0.0}
         body = await self._send("chat/completions", chat)
         return str(body["choices"][0]["message"].get("content") or "")
 
@@ -102,10 +104,13 @@ async def measured(url: str, model: str, suite: Suite, key: str = "", on_done: O
         await subject.close()
 
 
-async def _unit(subject: Subject, row: Instructed | Question | Piece, suite: Suite) -> Unit:
+async def _unit(subject: Subject, row: Instructed | Question | Piece | Probe, suite: Suite) -> Unit:
     if isinstance(row, Piece):
         value, tokens = await subject.surprise(row.text)
         return Unit(row.id, value, tokens)
+    if isinstance(row, Probe):
+        said = await subject.answer(row.messages, suite.question_tokens)
+        return Unit(row.id, float(row.good(said)), answer=said)
     if isinstance(row, Question):
         said = await subject.answer(row.question, suite.question_tokens)
         return Unit(row.id, float(row.right(said)), answer=said)
@@ -120,6 +125,8 @@ def _metrics(one: Set, units: list[Unit]) -> list[Metric]:
         return []
     if isinstance(one.rows[0], Piece):
         return [Metric(f"{one.name}: perplexity", "perplexity", units)]
+    if isinstance(one.rows[0], Probe):
+        return [Metric(f"{one.name}: good", "share", units)]
     if isinstance(one.rows[0], Question):
         return [Metric(f"{one.name}: right", "share", units)]
     whole = [Unit(unit.id, float(unit.value == 1.0)) for unit in units]

@@ -35,11 +35,11 @@ import msgspec
 from everlearn.errors import InvalidRequest
 from everlearn.loop import rule
 
-# What guardrails can be measured on (everlearn/loop/outcomes.py); the last one needs people who see the answers.
-GUARDRAILS = ("length", "cut_off", "tool_calls", "seconds", "refusal", "feedback_rate")
+# What guardrails can be measured on (everlearn/loop/outcomes.py); the last two need somebody who sees the answers.
+GUARDRAILS = ("length", "cut_off", "tool_calls", "seconds", "refusal", "tool_errors", "feedback_rate")
 # What answers that nobody saw are compared in. Not whether they were cut off or how long they took: shadows are cut short, and wait.
 IN_SHADOW = ("length", "tool_calls", "refusal")
-SUITES = ("general",)  # of general questions (everlearn/loop/measure.py)
+SUITES = ("general", "questions", "instructions")  # of general ability (everlearn/loop/measure.py); the first is always measured
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -220,11 +220,6 @@ def _check_continuous(found: Description) -> None:
 
 def _check_measured(asked: rule.Rule) -> None:
     """Refuses what the runner doesn't measure: its part would wait for ever, and no candidate would pass."""
-    for name in ("safety", "parity"):
-        if getattr(asked, name) is not None:
-            raise InvalidRequest(
-                f"the runner doesn't measure {name}, so no candidate could pass; remove [gate.{name}]", param=f"gate.{name}"
-            )
     if asked.alarms != rule.AlarmsRule():
         raise InvalidRequest("the runner raises no alarms, so there are none to ignore; remove [gate.alarms]", param="gate.alarms")
     if unknown := [name for name in (asked.retained.suites if asked.retained else ()) if name not in SUITES]:

@@ -16,7 +16,7 @@ from everlearn.rewards.guard import Alarm
 
 __all__ = ["Alarm", "Evidence", "Interval", "Measure", "Outcome", "Pair", "Retained", "Stage", "digest"]
 
-Stage = Literal["offline", "shadow", "canary"]
+Stage = Literal["offline", "shadow", "canary", "watch"]
 
 
 class Retained(msgspec.Struct, frozen=True):
@@ -42,6 +42,9 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     corrected, of probes where 1 is good. `kl` is in nats per token, candidate against champion; `parity` the mean absolute difference of
     the sampler's and the trainer's log-probabilities. `feedback` has one outcome for each episode that got any (the mean of its
     feedback, 0 bad, 1 good), `guardrails` one for each episode, both in order of arrival.
+
+    At the stage "watch" `candidate` is live and answers everybody, and `champion` is what answered before: its outcomes are its record,
+    and `hours` is the time since the promotion.
     """
 
     stage: Stage

@@ -5,17 +5,19 @@
     continue  the candidate goes on: to the next stage, to a larger share, or on with the one it has
     promote   everything that the rule asks was shown, and its owner wants this done without asking
 
-Whatever isn't decided keeps the champion. A verdict names the digests of its rule and its evidence, and `replay` derives it again.
+Of a version that is live already (stage "watch") `reject` means: back to the one before; `continue` and `hold`, at the end of its time: it
+stays. Whatever isn't decided keeps the champion. A verdict names the digests of its rule and its evidence, and `replay` derives it again.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import msgspec
 
 from everlearn.errors import Damaged, InvalidRequest
-from everlearn.loop import parts, sequential
+from everlearn.loop import live, parts, sequential
 from everlearn.loop.evidence import Evidence, Stage, digest
 from everlearn.loop.parts import Part
 from everlearn.loop.rule import CanaryRule, Rule
@@ -45,6 +47,8 @@ def decide(rule: Rule, evidence: Evidence) -> Verdict:
 
     Raises InvalidRequest for evidence that can't be (outcomes outside 0 to 1, a step that the rule doesn't have).
     """
+    if evidence.stage == "watch":
+        return _of_live(rule, evidence)
     if rule.canary is None and evidence.stage == "canary":
         raise InvalidRequest("the evidence is of a canary, and the rule has none; add [canary] to the rule", param="stage")
     if rule.canary is not None and not 0 <= evidence.step < len(rule.canary.steps):
@@ -57,16 +61,33 @@ def decide(rule: Rule, evidence: Evidence) -> Verdict:
     decision, reason, step = _conclude(rule, evidence, shown)
     if decision == "promote" or (decision == "hold" and _is_shown(shown)):
         shown.append(parts.owner(rule, len(shown)))
+    return _verdict(rule, evidence, decision, reason, shown, max(step, 0), _share(rule, decision, step))
+
+
+def _verdict(rule: Rule, evidence: Evidence, decision: Decision, reason: str, shown: list[Part], step: int, share: float) -> Verdict:
     return Verdict(
         decision=decision,
         stage=evidence.stage,
         reason=reason,
         parts=tuple(shown),
-        step=max(step, 0),
-        share=_share(rule, decision, step),
+        step=step,
+        share=share,
         rule_sha256=digest(rule),
         evidence_sha256=digest(evidence),
     )
+
+
+def _of_live(rule: Rule, evidence: Evidence) -> Verdict:
+    """A version that answers everybody already: back to the one before, or on with it."""
+    if rule.watch is None:
+        raise InvalidRequest("the evidence is of a version that is live, and the rule watches none; add [watch] to the rule", param="stage")
+    shown = live.shown(rule, evidence)
+    failed = [part for part in shown if part.result == "fail"]
+    if failed:
+        return _verdict(rule, evidence, "reject", "; ".join(f"{part.name}: {part.reason}" for part in failed), shown, 0, 0.0)
+    if evidence.hours >= rule.watch.hours:
+        return _verdict(rule, evidence, "hold", f"{evidence.hours:g} hours without an objection: it is watched no longer", shown, 0, 1.0)
+    return _verdict(rule, evidence, "continue", f"{evidence.hours:g} of {rule.watch.hours:g} hours without an objection", shown, 0, 1.0)
 
 
 def _conclude(rule: Rule, evidence: Evidence, shown: list[Part]) -> tuple[Decision, str, int]:
@@ -84,7 +105,7 @@ def _conclude(rule: Rule, evidence: Evidence, shown: list[Part]) -> tuple[Decisi
     if evidence.stage == "shadow":
         return _after_shadow(rule, evidence, shown)
     if not open_parts and (rule.canary is None or step == len(rule.canary.steps) - 1):
-        return _promotion(rule, shown)
+        return _promotion(rule, evidence, shown)
     if rule.canary is not None:
         return _on_with_canary(rule.canary, evidence, open_parts)
     return "hold", "; ".join(f"{part.name}: {part.reason}" for part in open_parts), 0
@@ -92,17 +113,24 @@ def _conclude(rule: Rule, evidence: Evidence, shown: list[Part]) -> tuple[Decisi
 
 def _after_shadow(rule: Rule, evidence: Evidence, shown: list[Part]) -> tuple[Decision, str, int]:
     open_parts = [part for part in shown if part.result != "pass"]
-    least = rule.shadow.min_hours if rule.shadow else 0.0
+    least, most = (rule.shadow.min_hours, rule.shadow.max_hours) if rule.shadow else (0.0, math.inf)
+    waits = [f"{part.name}: {part.reason}" for part in open_parts]
+    if open_parts and evidence.hours >= most:
+        late = f"no decision in {evidence.hours:g} hours in the shadow (the rule allows {most:g}): the champion stays"
+        return "hold", "; ".join([late, *waits]), 0
     if evidence.hours < least or open_parts:
-        waits = [f"{part.name}: {part.reason}" for part in open_parts]
         return "continue", "; ".join([f"{evidence.hours:g} of {least:g} hours in the shadow", *waits]), UNSEEN
     if rule.canary is None:
-        return _promotion(rule, shown)
+        return _promotion(rule, evidence, shown)
     return "continue", f"{evidence.hours:g} hours in the shadow without an objection", 0
 
 
-def _promotion(rule: Rule, shown: list[Part]) -> tuple[Decision, str, int]:
+def _promotion(rule: Rule, evidence: Evidence, shown: list[Part]) -> tuple[Decision, str, int]:
+    """A person who is to be asked has as long as the stage: a candidate doesn't keep its share of the traffic until somebody looks."""
     asked = parts.owner(rule, len(shown))
+    limits = {"shadow": rule.shadow.max_hours if rule.shadow else math.inf, "canary": rule.canary.max_hours if rule.canary else math.inf}
+    if asked.result != "pass" and evidence.hours >= limits.get(evidence.stage, math.inf):
+        return "hold", f"all is shown, and nobody promoted it in {evidence.hours:g} hours: the champion stays", 0
     return ("promote" if asked.result == "pass" else "hold"), asked.reason, 0
 
 

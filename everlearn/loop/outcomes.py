@@ -1,12 +1,15 @@
-"""What the gate is told of traffic: feedback and guardrails of both arms, one outcome for each episode, in order of arrival.
+"""What the gate is told of traffic: feedback and guardrails of both arms, one outcome for each unit of chance, in order of arrival.
 
-An episode belongs to the arm that answered it first. Read over the public API: records, and the feedback on them.
+An episode belongs to the arm that answered it first. Where chance assigned episodes each is an outcome; where it assigned a user, as it
+does where the client names no episodes, that user's first episode with an arm is: what the same person says again says less than what
+another says, and a test that took all of it for new would be surer than it may be. Read over the public API: records, and the feedback on
+them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -18,16 +21,22 @@ from everlearn.loop.service import Api, Deployed, pages
 SHADOW = "shadow"  # the route of answers that nobody saw
 SHADOW_TOKENS = 512  # where they are cut (everlearn/api/shadow.py)
 EMBEDDINGS = "embeddings"  # and of vectors, which nobody judges
+FOUND = "ep_"  # how the id of an episode begins that no client named (everlearn/store/placing.py)
 REFUSES = re.compile(r"\b(?:I(?:'m| am) sorry|I can(?:'t|not)|I(?:'m| am) (?:unable|not able)|as an AI)\b", flags=re.IGNORECASE)
 Episode = list[dict[str, Any]]  # its records, oldest first
 
 
 class Traffic:
     """What both arms answered since a time, and what was said of it. `settle`: how long after its last answer an episode's feedback has to
-    come to count in the rate; what comes later counts as feedback all the same."""
+    come to count in the rate; what comes later counts as feedback all the same. `known`: measures of texts by record, kept between looks.
+    `each`: every episode is an outcome, whoever was assigned (of a version that everybody gets nothing was assigned)."""
 
-    def __init__(self, api: Api, now: Deployed, since: float, settle: float, until: float):
+    def __init__(
+        self, api: Api, now: Deployed, since: float, settle: float, until: float,
+        known: dict[str, dict[str, float]] | None = None, each: bool = False,
+    ):  # fmt: skip
         self.api, self.now, self.settle, self.until = api, now, settle, until
+        self.known = {} if known is None else known
         arms = {now.champion: False, now.candidate: True}
         records = [row for row in pages(api, "/v1/records", since, model=now.name) if row["model"] in arms]
         self.shadows: Episode = [row for row in records if row["route"] == SHADOW]
@@ -37,23 +46,43 @@ class Traffic:
                 self.episodes.setdefault(row.get("episode_id") or row["id"], []).append(row)
         self.arms = {episode: arms[rows[0]["model"]] for episode, rows in self.episodes.items()}
         self.said: dict[str, Episode] = {}
+        self.tools: dict[str, Episode] = {}
         for row in pages(api, "/v1/feedback", since, counts=True):
             episode = row["target"]["episode_id"]
-            if episode in self.arms and value_of(row) is not None:
-                self.said.setdefault(episode, []).append(row)
+            if episode in self.arms and (value := self._value(row)) is not None:
+                self.said.setdefault(episode, []).append({**row, "worth": value})
+            if episode in self.arms and row["kind"] == "outcome" and row.get("value") is not None:
+                self.tools.setdefault(episode, []).append(row)
+        self.units = {episode: episode if each else unit_of(episode, rows[0]) for episode, rows in self.episodes.items()}
 
     def feedback(self) -> tuple[Outcome, ...]:
         """The mean of each episode's feedback, 0 bad to 1 good, in the order in which the first of it came."""
         means = [
-            (rows[0]["created_at"], rows[0]["id"], episode, fmean(value_of(row) or 0.0 for row in rows))
-            for episode, rows in self.said.items()
+            (rows[0]["created_at"], rows[0]["id"], episode, fmean(row["worth"] for row in rows)) for episode, rows in self.said.items()
         ]
-        return tuple(Outcome(self.arms[episode], mean) for _, _, episode, mean in sorted(means))
+        return self._firsts((episode, mean) for _, _, episode, mean in sorted(means))
+
+    def tool_errors(self) -> tuple[Outcome, ...]:
+        """The share of its tools' outcomes that failed (below one half), of each episode that has any; in the order of the first."""
+        ordered = sorted((rows[0]["created_at"], rows[0]["id"], episode) for episode, rows in self.tools.items())
+        failed = {episode: fmean(float(row["value"] < 0.5) for row in rows) for episode, rows in self.tools.items()}
+        return self._firsts((episode, failed[episode]) for _, _, episode in ordered)
+
+    def _firsts(self, found: Iterable[tuple[str, float]]) -> tuple[Outcome, ...]:
+        """Of each unit the first episode with each arm; what was told once stays."""
+        seen: set[tuple[str, bool]] = set()
+        kept = []
+        for episode, value in found:
+            unit = (self.units[episode], self.arms[episode])
+            if unit not in seen:
+                seen.add(unit)
+                kept.append(Outcome(self.arms[episode], value))
+        return tuple(kept)
 
     def guardrails(self, names: Sequence[str]) -> dict[str, tuple[Outcome, ...]]:
         found: dict[str, tuple[Outcome, ...]] = {}
         for name in names:
-            found[name] = self.feedback_rate() if name == "feedback_rate" else self._each(name)
+            found[name] = OF_FEEDBACK[name](self) if name in OF_FEEDBACK else self._each(name)
         return found
 
     def feedback_rate(self) -> tuple[Outcome, ...]:
@@ -64,7 +93,7 @@ class Traffic:
         """
         now = int(self.until)  # rows have whole seconds: in the present one more may come
         order = sorted((self._settled(episode), episode) for episode in self.episodes)
-        return tuple(Outcome(self.arms[episode], float(self._said_by(episode, at))) for at, episode in order if at < now)
+        return self._firsts((episode, float(self._said_by(episode, at))) for at, episode in order if at < now)
 
     def unseen(self, names: Sequence[str]) -> dict[str, tuple[Outcome, ...]]:
         """The same of the shadow's answers against the champion's, answer by answer; both as long as a shadow's can be."""
@@ -77,8 +106,18 @@ class Traffic:
         }
 
     def _within_shadow(self, name: str, row: dict[str, Any]) -> float:
-        value = MEASURES[name](self, row)
+        value = self._of(name, row)
         return min(value, float(SHADOW_TOKENS)) if name == "length" else value
+
+    def _value(self, row: dict[str, Any]) -> float | None:
+        """`value_of`, but a demonstration that says what was answered, word for word, is approval: somebody sent it as it was."""
+        record = row["target"].get("record_id")
+        if row["kind"] != "demonstration" or not record or not row.get("text"):
+            return value_of(row)
+        kept = self.known.setdefault("as it was", {})
+        if row["id"] not in kept:
+            kept[row["id"]] = float(self.content({"id": record}).strip() == str(row["text"]).strip())
+        return kept[row["id"]]
 
     def content(self, row: dict[str, Any]) -> str:
         """What was answered, as text; "" where that isn't kept."""
@@ -89,8 +128,16 @@ class Traffic:
         return " ".join(str(message.get("content") or "") for message in found["answer"]) if found and found.get("answer") else ""
 
     def _each(self, name: str) -> tuple[Outcome, ...]:
-        measure = MEASURES[name]
-        return tuple(Outcome(self.arms[episode], fmean(measure(self, row) for row in rows)) for episode, rows in self.episodes.items())
+        return self._firsts((episode, fmean(self._of(name, row) for row in rows)) for episode, rows in self.episodes.items())
+
+    def _of(self, name: str, row: dict[str, Any]) -> float:
+        """One answer's measure; what needs its text is read once."""
+        if name not in OF_TEXT:
+            return MEASURES[name](self, row)
+        kept = self.known.setdefault(name, {})
+        if row["id"] not in kept:
+            kept[row["id"]] = MEASURES[name](self, row)
+        return kept[row["id"]]
 
     def _settled(self, episode: str) -> float:
         """When the episode's time for feedback is over: `settle` after its last answer, or the last before so long a pause."""
@@ -104,6 +151,12 @@ class Traffic:
 
     def _said_by(self, episode: str, time: float) -> bool:
         return episode in self.said and float(self.said[episode][0]["created_at"]) <= time
+
+
+def unit_of(episode: str, row: dict[str, Any]) -> str:
+    """What chance assigned to an arm (everlearn/api/routing.py): the episode that the client named, or the memory; else the user; else the
+    episode, known by how it began."""
+    return f"user:{row['user']}" if episode.startswith(FOUND) and row.get("user") else episode
 
 
 def value_of(row: dict[str, Any]) -> float | None:
@@ -122,4 +175,9 @@ MEASURES: dict[str, Callable[[Traffic, dict[str, Any]], float]] = {
     "tool_calls": lambda traffic, row: float("tool_calls" in row["finish_reasons"]),
     "seconds": lambda traffic, row: float(row["seconds"]),
     "refusal": lambda traffic, row: float(REFUSES.search(traffic.content(row)) is not None),
+}
+OF_TEXT = ("refusal",)  # each of these asks the server for the record
+OF_FEEDBACK: dict[str, Callable[[Traffic], tuple[Outcome, ...]]] = {
+    "feedback_rate": Traffic.feedback_rate,
+    "tool_errors": Traffic.tool_errors,
 }

@@ -68,9 +68,11 @@ class AlarmsRule(Section, frozen=True):
 
 
 class ShadowRule(Section, frozen=True):
-    """How long the candidate answers without being shown."""
+    """How long the candidate answers without being shown: `min_hours` at least, and where its guardrails haven't passed after `max_hours`,
+    the champion stays."""
 
     min_hours: Positive = 1.0
+    max_hours: Positive = 336.0
 
 
 class Step(Section, frozen=True):
@@ -113,6 +115,20 @@ class GuardrailRule(Section, frozen=True):
     proven: bool = False
 
 
+class WatchRule(Section, frozen=True):
+    """What goes on after a promotion, for `hours`: human feedback may fall by `margin` at most below the record of the version before, and
+    the rule's guardrails hold against that record too; `alpha`: how probable a rollback may be, over all looks, where feedback hasn't
+    fallen that far. The record is what the version before left in its last `record_hours`, `min_record` outcomes at least. `labels`: the
+    alarm `cusum` may be false once in so many outcomes on average; 0: without it."""
+
+    margin: Fraction = 0.05
+    alpha: Alpha = 0.01
+    hours: Positive = 336.0
+    record_hours: Positive = 336.0
+    min_record: Annotated[int, msgspec.Meta(ge=1)] = 100
+    labels: Annotated[int, msgspec.Meta(ge=0)] = 100_000
+
+
 class Rule(Section, frozen=True):
     """All that is asked. `owner` is who signed it; without a name nothing is promoted. `promote = "ask"` leaves the last word to a
     person."""
@@ -129,6 +145,7 @@ class Rule(Section, frozen=True):
     shadow: ShadowRule | None = None
     canary: CanaryRule | None = None
     guardrails: dict[str, GuardrailRule] = {}
+    watch: WatchRule | None = None
 
 
 DEFAULT_RULE = """\
@@ -144,11 +161,20 @@ min_num = 30
 min_right = 0.8
 max_broken = 0.05
 
+[safety]                 # probes of sycophancy and of refusing; few, so they stop what is surely worse
+margin = 0.05
+unsure = "pass"
+
 [retained]               # general ability
 margin = 0.05
+unsure = "pass"          # a hundred questions can't show 0.05; "hold" wants a suite of your own size
+suites = ["general", "questions"]
 
 [kl]
 most = 0.5               # nats per token, from the serving version
+
+[parity]
+most = 0.05              # nats per token, between the sampler's log-probabilities and one forward pass
 
 [canary]
 gain = 0.0               # the candidate must be better than that ...
@@ -176,6 +202,11 @@ limit = 1024.0
 [guardrails.feedback_rate]
 worse = "both"
 margin = 0.05
+
+[watch]                  # after a promotion: feedback and guardrails against the record of the version before
+margin = 0.05            # the fall of feedback that is tolerated; beyond it, back to that version
+alpha = 0.01
+hours = 336.0
 """
 
 
@@ -199,6 +230,9 @@ def rule_of(table: dict[str, Any]) -> Rule:
         if not shares or sorted(set(shares)) != shares:
             told = f"the gate's rule: canary.steps has the shares {shares}; give at least one, each larger than the one before"
             raise InvalidRequest(told, param="rule")
+    if rule.shadow is not None and rule.shadow.max_hours < rule.shadow.min_hours:
+        least, most = rule.shadow.min_hours, rule.shadow.max_hours
+        raise InvalidRequest(f"the gate's rule: shadow.max_hours = {most:g} must be min_hours = {least:g} at least", param="rule")
     return rule
 
 
@@ -226,6 +260,7 @@ def _keys(place: str) -> list[str]:
         "shadow": ShadowRule,
         "canary": CanaryRule,
         "guardrails": GuardrailRule,
+        "watch": WatchRule,
     }
     head = place.split(".")[0].split("[")[0]
     section = Step if "steps" in place else sections.get(head, Rule)

@@ -12,6 +12,7 @@ everlearn/loop/gate.py; nothing here decides, but that time or tokens are used u
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
@@ -29,6 +30,7 @@ from everlearn.loop.evidence import Evidence
 from everlearn.loop.gate import Verdict, decide
 from everlearn.loop.rule import Rule
 from everlearn.loop.service import Api, Deployed, deployed, pages, read, route
+from everlearn.loop.watch import Watch
 
 REST = "collect"
 FORMS = {"sft": "sft", "dpo": "preference", "kto": "kto", "grpo": "prompts"}  # of a dataset, by method
@@ -48,6 +50,9 @@ class Runner:
     def __init__(self, api: Api, service: Any, name: str, say: Callable[[str], None] = print, clock: Callable[[], float] = time.time):
         self.api, self.service, self.name, self.say, self.clock = api, service, name, say, clock
         self.mover = Mover(self)
+        self.known: dict[str, dict[str, float]] = {}  # what was read of answers' texts, so that each is read once
+        self.guard = Watch(api, name, say, clock, self.known)
+        self._guarded = False
 
     # -- how it is driven --------------------------------------------------------------------------------------------------
 
@@ -66,19 +71,28 @@ class Runner:
                 self.say(f"somebody was faster: {error.message}")
 
     def watch(self, poll: float) -> None:
-        """For ever: what is due now, then another look after `poll` seconds. A server that is away is waited for."""
-        while True:
+        """For ever: what is due now, then another look after `poll` seconds. A server that is away is waited for.
+
+        The version that serves is watched by a thread of its own: an update takes minutes, and a rollback shouldn't wait for it.
+        """
+        self._guarded = True
+        guard = threading.Thread(target=self.guard.watch, args=(poll,), name=f"watch {self.name}", daemon=True)
+        guard.start()
+        while guard.is_alive():
             try:
                 self.run()
             except Unavailable as error:
                 self.say(f"waiting: {error.message}")
             time.sleep(poll)
+        raise InternalError(f"nobody watches what {self.name} answers any more; the error is above, and starting the runner again goes on")
 
     def step(self) -> bool:
         """The work of the present state; whether there may be more to do at once. Does nothing while the deployment is paused."""
         now = read(self.api, self.name)
         if now.paused:
             return False
+        if not self._guarded and self.guard.look(now):
+            return True
         described, moved = descriptions.of(now.description), None
         with around("cycle.act"):
             if described.triggers.continuous and now.state in MOVES:
@@ -94,9 +108,8 @@ class Runner:
     def enter(self, candidate: int) -> Deployed:
         """Takes a version that was trained elsewhere to the gate."""
         now = read(self.api, self.name)
-        return self._advance(
-            now, "gate", f"{now.name}@{candidate} is to be tried", candidate=candidate, cycle=self._cycle(now, "by hand", 0)
-        )
+        cycle = self._cycle(now, "by hand", 0)
+        return self._advance(now, "gate", f"{now.name}@{candidate} is to be tried", candidate=candidate, cycle=cycle)
 
     # -- states ------------------------------------------------------------------------------------------------------------
 
@@ -149,10 +162,9 @@ class Runner:
         parent = now.champion if described.update.start == "champion" and not now.champion.endswith("@0") else None
         told = {"version": f"{self.name}@{number}", "parent": parent}
         self.api.post(f"/v1/datasets/{now.cycle['dataset']}/versions", told)
-        shown = (
-            f"{made.first_loss:.3f} to {made.last_loss:.3f}" if made.first_loss is not None and made.last_loss is not None else "unknown"
-        )
-        reason = f"{self.name}@{number}: {made.steps} steps on {made.examples} examples, loss {shown}"
+        known = made.first_loss is not None and made.last_loss is not None
+        loss = f"{made.first_loss:.3f} to {made.last_loss:.3f}" if known else "unknown"
+        reason = f"{self.name}@{number}: {made.steps} steps on {made.examples} examples, loss {loss}"
         if edited:
             reason += f"; {edited} corrections were answered in memories instead"
         self._advance(notes.now, "gate", reason, {"update": msgspec.to_builtins(made), **_remedies(notes.now)}, candidate=number)
@@ -194,6 +206,8 @@ class Runner:
         return True
 
     def gate(self, now: Deployed, described: Description) -> bool:
+        if now.cycle.get("asks"):  # all is shown, and a person's word is missing: asking it all again would show the same
+            return False
         candidate = _candidate(now)
         asked = now.cycle.get("asked", now.cycle.get("dataset") if described.update.method == "sft" else None)
         if asked is None:  # all are asked what users corrected, also one that learned from thumbs, or that was trained elsewhere
@@ -203,12 +217,13 @@ class Runner:
         self.say(f"asking {candidate} and {now.champion} the same questions")
         found = (self._items(asked, split, "evaluate") if asked else [] for split in ("train", "heldout"))
         trained, held_out = (edits.left(items, now.cycle.get("remedies", {})) for items in found)
-        shown = measure.offline(self.api, self.service, now, candidate, trained, held_out)
-        return self._conclude(now, described, rule.rule_of(described.gate), shown)
+        wanted = rule.rule_of(described.gate)
+        shown = measure.offline(self.api, self.service, now, candidate, trained, held_out, wanted)
+        return self._conclude(now, described, wanted, shown)
 
     def shadow(self, now: Deployed, described: Description) -> bool:
         since = float(now.cycle["shadow_began"])
-        traffic = outcomes.Traffic(self.api, now, since, described.settle, self.clock())
+        traffic = outcomes.Traffic(self.api, now, since, described.settle, self.clock(), self.known)
         if now.shadow and len(traffic.shadows) >= described.shadow.answers:
             reason = f"{len(traffic.shadows)} answers in the shadow are enough"
             now = self._advance(now, "shadow", reason, shadow=0.0)
@@ -222,7 +237,7 @@ class Runner:
 
     def canary(self, now: Deployed, described: Description) -> bool:
         since, asked = float(now.cycle["canary_began"]), rule.rule_of(described.gate)
-        traffic = outcomes.Traffic(self.api, now, since, described.settle, self.clock())
+        traffic = outcomes.Traffic(self.api, now, since, described.settle, self.clock(), self.known)
         found = msgspec.structs.replace(
             _evidence(now.cycle["offline"]),
             stage="canary",
@@ -357,8 +372,9 @@ WORK: dict[str, Callable[[Runner, Deployed, Description], bool]] = {
 
 
 def _asks(verdict: Verdict) -> bool:
-    """Whether all is shown, and only a person's word is missing."""
-    return verdict.parts[-1].name == "owner" and verdict.parts[-1].result == "wait"
+    """Whether all is shown, only a person's word is missing, and there is time for it."""
+    last = verdict.parts[-1]
+    return last.name == "owner" and last.result == "wait" and verdict.reason == last.reason
 
 
 def _remedies(now: Deployed) -> dict[str, Any]:

@@ -14,18 +14,23 @@ STUDY = "gate_statistics"
 def test_equal_candidates_are_rarely_promoted_and_peeking_promotes_many(study):
     row = study.equal(200, lambda places: np.full(len(places), 0.75), most=3000)
     assert row["false_promotions"] <= row["allowed"]
-    assert row["naive_false_promotions"] > 0.15
+    assert row["naive_false_promotions_looking_every_50"] > 0.15
 
 
 def test_changing_days_don_t_promote_anybody(study):
     row = study.equal(60, lambda places: 0.65 + 0.2 * (places > 1500), most=3000)
     assert row["false_promotions"] <= row["allowed"]
-    assert row["naive_false_promotions"] > 0.9
+    assert row["naive_false_promotions_looking_every_50"] > 0.9
 
 
 def test_a_regression_is_stopped_within_the_budget(study):
     row = study.different(40, -0.05)
     assert row["reject"] >= 0.95 and row["promote"] == 0
+
+
+def test_a_live_version_is_taken_back_where_it_is_worse_and_stays_where_it_isn_t(study):
+    assert study.lived(20, 0.75, 0.75)["rolled_back"] == 0.0
+    assert study.lived(20, 0.75, 0.55, good=500)["rolled_back"] >= 0.95  # one record of the twenty is a freak: five deviations low
 
 
 @pytest.mark.parametrize("users_fooled", [False, True])

@@ -14,7 +14,7 @@ def test_the_report_is_one_file_that_escapes_what_the_model_said() -> None:
     assert "<script" not in page
     assert "&lt;script&gt;" in page and "me &amp; you" in page and "Acme &lt;Kites&gt;" in page
     assert not re.search(r"(src|href)\s*=|url\(|https?://", page), "the report must not need the network"
-    _assert_balanced(page)
+    assert_balanced(page)
 
 
 def test_the_loss_curve_has_a_mark_for_every_step_and_stays_in_its_frame() -> None:
@@ -44,7 +44,7 @@ class Balance(HTMLParser):
             assert self.open.pop() == tag
 
 
-def _assert_balanced(page: str) -> None:
+def assert_balanced(page: str) -> None:
     parser = Balance()
     parser.feed(page)
     assert parser.open == []

@@ -51,11 +51,10 @@ def test_a_description_survives_json() -> None:
         ('base = "tiny"\n[shadow]\nshare = 1.5', "shadow.share"),
         ('base = "tiny"\n[gate]\nown = "me"', "owner"),
         ('base = "tiny"\n[gate.guardrails.mood]\nworse = "up"\nmargin = 0.1', "feedback_rate"),
-        ('base = "tiny"\n[gate.safety]\nmargin = 0.1', "doesn't measure safety.*remove"),
-        ('base = "tiny"\n[gate.parity]\nmost = 0.1', "doesn't measure parity.*remove"),
         ('base = "tiny"\n[gate.alarms]\nignore = ["drift"]', "no alarms"),
-        ('base = "tiny"\n[gate.retained]\nsuites = ["general", "arithmetic"]', "'arithmetic'; there is general"),
-        ('base = "tiny"\n[gate.guardrails.tool_errors]\nworse = "up"\nmargin = 0.1', "'tool_errors'"),
+        ('base = "tiny"\n[gate.retained]\nsuites = ["general", "arithmetic"]', "'arithmetic'; there is general, questions, instructions"),
+        ('base = "tiny"\n[gate.guardrails.tool_error]\nworse = "up"\nmargin = 0.1', "'tool_error'"),
+        ('base = "tiny"\n[gate.shadow]\nmin_hours = 9.0\nmax_hours = 8.0', "max_hours = 8 must be min_hours = 9"),
         ('base = "tiny"\n[shadow]\nanswers = 50', r"add \[gate.shadow\]"),
         ('base = "tiny"\n[gate.shadow]', "shadow.answers = 0 must be at least 1"),
         (SHADOW.format(answers=49, share=0.2), "at least 50: the guardrail length waits for 50"),
@@ -70,9 +69,9 @@ def test_what_is_wrong_is_named(text: str, says: str) -> None:
 
 
 def test_every_guardrail_that_may_be_asked_is_measured() -> None:
-    assert set(description.GUARDRAILS) == {*outcomes.MEASURES, "feedback_rate"}
+    assert set(description.GUARDRAILS) == {*outcomes.MEASURES, *outcomes.OF_FEEDBACK}
     assert set(description.IN_SHADOW) < set(outcomes.MEASURES)
-    assert description.SUITES == (measure.SUITE,)
+    assert description.SUITES == measure.SUITES
 
 
 def test_a_shadow_with_enough_answers_is_one() -> None:

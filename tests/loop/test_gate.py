@@ -226,3 +226,29 @@ def test_evidence_that_cannot_be_is_refused():
         decide(read_rule("[kl]\nmost = 1"), live())
     with pytest.raises(InvalidRequest, match=r"feedback\[0\] is 7"):
         decide(RULE, change(live(), feedback=(Outcome(True, 7.0),)))
+
+
+def test_the_shadow_and_a_person_have_their_time_and_then_the_champion_stays():
+    proven = read_rule("""
+owner = "ana"
+promote = "ask"
+[shadow]
+min_hours = 1.0
+max_hours = 8.0
+[guardrails.refusal]
+worse = "up"
+margin = 0.02
+proven = true
+[canary]
+max_hours = 24.0
+""")
+    few = {"refusal": traffic(100, 0.01, 0.01)}
+    waits = Evidence(stage="shadow", champion="s@1", candidate="s@2", hours=7.0, guardrails=few)
+    assert decide(proven, waits).decision == "continue"
+    late = decide(proven, change(waits, hours=8.0))
+    assert late.decision == "hold" and "no decision in 8 hours in the shadow" in late.reason
+    replay(late, proven, change(waits, hours=8.0))
+    shown = change(live(), hours=23.0, guardrails={"refusal": traffic(9000, 0.01, 0.005)})
+    assert decide(proven, shown).reason == decide(proven, shown).parts[-1].reason, "a person is asked"
+    asked_in_vain = decide(proven, change(shown, hours=24.0))
+    assert asked_in_vain.decision == "hold" and "nobody promoted it in 24 hours" in asked_in_vain.reason

@@ -1,0 +1,127 @@
+"""Watching what was promoted: its outcomes and guardrails against the record of the version before, and the way back where one is crossed.
+
+A client like the runner, of which it is a part (everlearn/loop/live.py judges). A look costs one listing of records and one of feedback; a
+crossing that is seen is one request to roll back, which the next request of a user meets.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import Any
+
+import msgspec
+
+from everlearn.errors import Conflict, EverlearnError
+from everlearn.loop import description as descriptions
+from everlearn.loop import outcomes, rule
+from everlearn.loop.description import Description
+from everlearn.loop.evidence import Alarm, Evidence, Outcome
+from everlearn.loop.gate import decide
+from everlearn.loop.rule import Rule, WatchRule
+from everlearn.loop.service import Api, Deployed, read, route
+from everlearn.rewards import guard
+
+HOUR = 3600.0
+MOVES = ("promoted", "rolled_back", "created")  # kinds of events that may change what serves
+TURNED = 50  # events on one page
+
+
+class Watch:
+    """Looks after what serves under `name`. `known`: see outcomes.Traffic."""
+
+    def __init__(
+        self, api: Api, name: str, say: Callable[[str], None] = print, clock: Callable[[], float] = time.time,
+        known: dict[str, dict[str, float]] | None = None,
+    ):  # fmt: skip
+        self.api, self.name, self.say, self.clock = api, name, say, clock
+        self.known = {} if known is None else known
+        self._since: tuple[tuple[str, str | None], float | None] = (("", None), None)  # of which champion and previous, and when it came
+        self._record: tuple[float, dict[str, tuple[Outcome, ...]]] = (0.0, {})  # of which promotion, and by guardrail
+
+    def watch(self, poll: float) -> None:
+        """For ever, every `poll` seconds. Errors are told, and the next look is taken all the same."""
+        while True:
+            try:
+                now = read(self.api, self.name)
+                if not now.paused:
+                    self.look(now)
+            except EverlearnError as error:
+                self.say(f"watching: {error.message}")
+            time.sleep(poll)
+
+    def look(self, now: Deployed) -> bool:
+        """Whether the version that serves was found worse than the one before, and that one serves again."""
+        described = descriptions.of(now.description)
+        asked = rule.rule_of(described.gate)
+        if asked.watch is None or now.previous is None or (since := self._promoted(now)) is None:
+            return False
+        if self.clock() - since >= asked.watch.hours * HOUR:
+            return False
+        found = self.evidence(now, described, asked, asked.watch, since)
+        verdict = decide(asked, found)
+        if verdict.decision != "reject":
+            return False
+        told = {"verdict": msgspec.to_builtins(verdict), "rule": msgspec.to_builtins(asked), "evidence": msgspec.to_builtins(found)}
+        reason = f"{now.champion} is worse than {now.previous} was: {verdict.reason}"[:2000]
+        number = int(now.previous.rpartition("@")[2])
+        try:
+            self.api.post(f"{route(now.name)}/rollback", {"number": number, "reason": reason, "evidence": told, "expected": now.revision})
+        except Conflict:
+            return True  # somebody changed it: whoever looks next sees what there is now
+        self.say(f"rolled back: {reason}")
+        return True
+
+    def evidence(self, now: Deployed, described: Description, asked: Rule, watch: WatchRule, since: float) -> Evidence:
+        """What everybody got since the promotion, behind the record of the version before."""
+        assert now.previous is not None
+        arms = msgspec.structs.replace(now, champion=now.previous, candidate=now.champion)
+        live = outcomes.Traffic(self.api, arms, since, described.settle, self.clock(), self.known, each=True)
+        names = list(asked.guardrails)
+        if self._record[0] != since:
+            begin = since - watch.record_hours * HOUR
+            before = outcomes.Traffic(self.api, arms, begin, described.settle, since, self.known, each=True)
+            found = {"feedback": before.feedback(), **before.guardrails(names)}
+            self._record = (since, {name: tuple(one for one in told if not one.candidate) for name, told in found.items()})
+        record = self._record[1]
+        feedback = tuple(one for one in live.feedback() if one.candidate)
+        since_then = {name: tuple(one for one in told if one.candidate) for name, told in live.guardrails(names).items()}
+        return Evidence(
+            stage="watch",
+            champion=now.previous,
+            candidate=now.champion,
+            hours=max(0.0, self.clock() - since) / HOUR,
+            feedback=(*record["feedback"], *feedback),
+            guardrails={name: (*record.get(name, ()), *since_then[name]) for name in names},
+            alarms=cusum(watch, record["feedback"], feedback),
+        )
+
+    def _promoted(self, now: Deployed) -> float | None:
+        """Since when the champion serves, where it was promoted; None where it came by a rollback or at the beginning."""
+        key = (now.champion, now.previous)
+        if self._since[0] != key:
+            self._since = (key, self._found(now))
+        return self._since[1]
+
+    def _found(self, now: Deployed) -> float | None:
+        after: Any = None
+        while True:
+            page = self.api.get(f"{route(now.name)}/history", limit=TURNED, after=after)
+            for event in page["data"]:
+                if event["kind"] in MOVES:
+                    return float(event["created_at"]) if event["kind"] == "promoted" else None
+            if not page["has_more"]:
+                return None
+            after = page["last_id"]
+
+
+def cusum(watch: WatchRule, record: Sequence[Outcome], live: Sequence[Outcome]) -> tuple[Alarm, ...]:
+    """`cusum`: Page's detector on human outcome, which the record of the version before promises (rewards/guard.py); none without a record
+    that is long enough. Its promise is another than the watch's tests': a false alarm comes once in `labels` outcomes on average."""
+    if not watch.labels or len(record) < watch.min_record:
+        return ()
+    promised = fmean(one.value for one in record)
+    found = guard.divergence([promised] * len(live), [one.value for one in live], watch.margin, float(watch.labels))
+    reason = found.reason.replace("the model promises", "the record promises").replace("held-out labels", "outcomes")
+    return (msgspec.structs.replace(found, name="cusum", reason=reason),)

@@ -1,0 +1,95 @@
+"""A version that went live and turns out worse: the runner goes back by itself, on a real server, and the next user meets the old one."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import httpx
+import pytest
+
+from everlearn.loop.outcomes import Traffic
+from everlearn.loop.service import read
+from tests.live import LiveServer
+from tests.loop.conftest import train
+from tests.loop.test_cycle import TRUTHS, User, events, parts, replayed  # noqa: F401  (parts is a fixture)
+from tests.loop.test_outcomes import NOW, Rows, answer, thumb, traffic
+
+pytestmark = [pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"), pytest.mark.timeout(600)]
+GATE: dict[str, Any] = {
+    "owner": "maria",
+    "watch": {"margin": 0.1, "alpha": 0.1, "min_record": 20, "labels": 0},
+    "guardrails": {"length": {"worse": "both", "margin": 0.5, "limit": 64.0}},
+}
+
+
+def test_what_went_live_and_is_worse_is_taken_back(server: LiveServer, http: httpx.Client, parts: Any) -> None:  # noqa: F811
+    runner, user = parts("watched", {"base": "tiny", "settle": 0.0, "gate": GATE})
+    for said in ("the lazy dog", "in france"):
+        http.post("/v1/adapters", json={"name": "watched", "path": train(server, "who is it?", said)}).raise_for_status()
+    http.post("/v1/deployments/watched/promote", json={"number": 1}).raise_for_status()
+    assert all(user.ask("who is it?") for _ in range(24)), "the record of the good one"
+    assert runner.run().champion == "watched@1"
+    http.post("/v1/deployments/watched/promote", json={"number": 2, "reason": "looked good to me"}).raise_for_status()
+    for _ in range(30):
+        assert not user.ask("who is it?")
+        now = runner.run()
+        if now.champion == "watched@1":
+            break
+    assert (now.champion, now.previous, now.state) == ("watched@1", None, "collect")
+    last = events(http, "watched")[-1]
+    assert last["kind"] == "rolled_back" and "live:feedback" in last["reason"] and replayed(last) == "reject"
+    assert user.ask("who is it?"), "the old one answers"
+    assert not runner.guard.look(now), "there is nothing before it to be held against"
+
+
+def test_from_seeing_it_to_the_old_answer_takes_less_than_a_second(server: LiveServer, http: httpx.Client, parts: Any) -> None:  # noqa: F811
+    runner, user = parts("quick", {"base": "tiny", "settle": 0.0, "gate": GATE})
+    for said in ("the lazy dog", "in france"):
+        http.post("/v1/adapters", json={"name": "quick", "path": train(server, "who is it?", said, steps=20)}).raise_for_status()
+    for number, times in ((1, 24), (2, 30)):
+        http.post("/v1/deployments/quick/promote", json={"number": number}).raise_for_status()
+        assert sum(user.ask("who is it?") for _ in range(times)) == (times if number == 1 else 0)
+    began = time.monotonic()
+    assert runner.guard.look(read(runner.api, "quick"))
+    assert user.ask("who is it?") and time.monotonic() - began <= 1.0
+
+
+def told(found: Traffic) -> list[tuple[bool, float]]:
+    return [(one.candidate, one.value) for one in found.feedback()]
+
+
+def test_of_a_user_whom_chance_assigned_the_first_episode_counts() -> None:
+    """Ten conversations of one person are one outcome; conversations that the client named were assigned one by one."""
+    found = [answer(number, f"ep_{number}", 2) | {"user": "ana"} for number in range(1, 11)]
+    found += [answer(20 + number, f"named{number}", 1) | {"user": "ben"} for number in range(3)]
+    said = [thumb(100 + row["created_at"], row["episode_id"]) for row in found]
+    assert told(traffic(found, said, until=300.0)) == [(True, 1.0), *[(False, 1.0)] * 3]
+    assert len(traffic(found, said, until=300.0).guardrails(["length", "feedback_rate"])["feedback_rate"]) == 4
+
+
+def test_tools_that_failed_are_counted_by_episode() -> None:
+    rows = [answer(1, "a", 1), answer(2, "b", 2)]
+    ended = [
+        {"id": f"f{at}", "created_at": at, "kind": "outcome", "value": value, "target": {"episode_id": episode}}
+        for at, episode, value in ((3, "b", 0.0), (4, "b", 1.0), (5, "a", 1.0))
+    ]
+    assert [(one.candidate, one.value) for one in traffic(rows, ended, 10.0).guardrails(["tool_errors"])["tool_errors"]] == [
+        (True, 0.5),
+        (False, 0.0),
+    ]
+
+
+def test_a_demonstration_of_what_was_answered_is_approval() -> None:
+    """A clerk sends answers, edited or as they were."""
+    rows = [answer(1, "a", 1), answer(2, "b", 2)]
+    sent = [
+        {"id": f"f{at}", "created_at": at, "kind": "demonstration", "text": "in france ", "target": {"episode_id": one, "record_id": one}}
+        for at, one in ((3, "a"), (4, "b"))
+    ]
+    server = Rows(rows, sent, 10.0)
+    listed, texts = server.get, {"/v1/records/a": "in france", "/v1/records/b": "in spain"}
+    server.get = lambda path, **more: (  # type: ignore[method-assign]
+        {"content": {"answer": [{"content": texts[path]}]}} if path in texts else listed(path, **more)
+    )
+    assert told(Traffic(server, NOW, 0.0, 5.0, 10.0)) == [(False, 1.0), (True, 0.0)]
