@@ -48,7 +48,7 @@ def key_of(secret: bytes, request: Request) -> str | None:
     """The id of the key that this browser signed in with; None: it did not, or too long ago."""
     value = request.cookies.get(cookie_name(secret), "")
     payload, _, signature = value.partition(".")
-    if len(value) > MAX_COOKIE or not hmac.compare_digest(_mac(secret, payload), signature.encode("utf-8", "replace").decode("latin-1")):
+    if len(value) > MAX_COOKIE or not hmac.compare_digest(_mac(secret, payload).encode(), signature.encode("utf-8", "replace")):
         return None
     try:
         signed = msgspec.json.decode(base64.urlsafe_b64decode(payload), type=SignedIn)

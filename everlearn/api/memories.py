@@ -20,7 +20,7 @@ from everlearn.api.tinker import forms
 from everlearn.errors import Conflict, InvalidRequest, NotFound
 from everlearn.memory.window import Chunk, Window, protected_of, shown
 from everlearn.store import memories
-from everlearn.store.memories import Memory, Turn
+from everlearn.store.memories import MAX_NUMBER, Memory, Turn
 from everlearn.store.names import storable
 
 router = APIRouter(prefix="/v1/memories", tags=["memories"])
@@ -114,7 +114,7 @@ async def get_memory(request: Request, memory_id: str) -> dict[str, Any]:
 
 
 @router.get("/{memory_id}/turns", dependencies=READS)
-async def list_turns(request: Request, memory_id: str, limit: int = Limit, after: int = Query(-1, ge=-1)) -> dict[str, Any]:
+async def list_turns(request: Request, memory_id: str, limit: int = Limit, after: int = Query(-1, ge=-1, le=MAX_NUMBER)) -> dict[str, Any]:
     """The archive: every turn as it was said, in order; behind the turn `after`."""
     refuse_unknown(request, "limit", "after")
     owner = tenant(request)

@@ -3,15 +3,17 @@ that loop tells (everlearn/rl/sinks.py does)."""
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+import re
+from typing import Annotated, Any
 
 import msgspec
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Path, Query, Request, Response
 from sqlalchemy import Connection
 
 from everlearn.api import bodies
 from everlearn.api.auth import scope, tenant
-from everlearn.api.paging import Limit, page, refuse_unknown
+from everlearn.api.paging import After, Limit, page, refuse_unknown
 from everlearn.api.services import services
 from everlearn.errors import InvalidRequest
 from everlearn.store import steps
@@ -20,6 +22,8 @@ router = APIRouter(prefix="/v1/runs", tags=["runs"], dependencies=[scope("read",
 CHANGES = [scope("train")]
 MAX_TOLD = 1000  # steps, or groups, of one request
 SOURCES = (steps.CLIENT, steps.LOG)
+Number = Annotated[int, Path(ge=0, le=steps.MAX_STEP)]
+TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
 
 
 class StepForm(msgspec.Struct, forbid_unknown_fields=True):
@@ -80,35 +84,43 @@ async def list_steps(
 
 @router.post("/{run_id}/rollouts", status_code=204, dependencies=CHANGES)
 async def tell_rollouts(request: Request, run_id: str) -> Response:
-    """Groups that were played in one step. The newest of each run are kept (64 MiB, and as long as records are)."""
+    """Groups that were played in one step. The newest of each run are kept (10,000 and 64 MiB, and as long as records are)."""
     form, owner = await bodies.read(request, RolloutsForm), tenant(request)
     if len(form.groups) > MAX_TOLD:
         raise InvalidRequest(f"groups has {len(form.groups)} entries; send {MAX_TOLD} at a time", param="groups")
     if not 0 <= form.step <= steps.MAX_STEP or any(not 0 <= group.number <= steps.MAX_STEP for group in form.groups):
         raise InvalidRequest(f"step and number must lie between 0 and {steps.MAX_STEP}", param="step")
-    made = [(group.number, group.record, summary_of(group.record)) for group in form.groups]
-
-    def write(conn: Connection) -> None:
-        for number, record, summary in made:
-            steps.add_group(conn, owner, run_id, form.step, number, record, summary)
-
-    await services(request).write(write)
+    packed = await asyncio.to_thread(pack, form)
+    await services(request).write(lambda conn: steps.add_groups(conn, owner, run_id, form.step, packed))
     return Response(status_code=204)
+
+
+def pack(form: RolloutsForm) -> list[steps.Packed]:
+    return [steps.pack(form.step, group.number, group.record, summary_of(group.record)) for group in form.groups]
 
 
 @router.get("/{run_id}/rollouts")
 async def list_rollouts(
-    request: Request, run_id: str, step: int | None = Query(None, ge=0, le=steps.MAX_STEP), limit: int = Limit
+    request: Request, run_id: str, step: int | None = Query(None, ge=0, le=steps.MAX_STEP), limit: int = Limit, after: str | None = After
 ) -> dict[str, Any]:
-    """What was played, newest step first: summaries. /v1/runs/{id}/rollouts/{step}/{number} has one whole."""
-    refuse_unknown(request, "step", "limit")
-    owner = tenant(request)
-    found = await services(request).read(lambda conn: steps.list_groups(conn, owner, run_id, step, limit + 1))
+    """What was played, newest step first, behind the one whose id is `after`: summaries. /v1/runs/{id}/rollouts/{step}/{number} has one
+    whole."""
+    refuse_unknown(request, "step", "limit", "after")
+    owner, behind = tenant(request), None if after is None else place_of(after)
+    found = await services(request).read(lambda conn: steps.list_groups(conn, owner, run_id, step, limit + 1, behind))
     return page(found, limit, group_json)
 
 
+def place_of(group_id: str) -> tuple[int, int]:
+    """Step and number of a group."""
+    found = re.fullmatch(r"([0-9]{1,16})/([0-9]{1,16})", group_id)
+    if found is None or max(int(part) for part in found.groups()) > steps.MAX_STEP:
+        raise InvalidRequest(f"after is {group_id[:40]!r}; it must be the id of a group, as 12/0 is", param="after")
+    return int(found[1]), int(found[2])
+
+
 @router.get("/{run_id}/rollouts/{step}/{number}")
-async def get_rollouts(request: Request, run_id: str, step: int, number: int) -> dict[str, Any]:
+async def get_rollouts(request: Request, run_id: str, step: Number, number: Number) -> dict[str, Any]:
     owner = tenant(request)
     found = await services(request).read(lambda conn: steps.get_group(conn, owner, run_id, step, number))
     return {**group_json(found), "record": found.body}
@@ -139,12 +151,12 @@ class SeenForm(msgspec.Struct):
     """A part of a prompt: text or an image."""
 
     type: str
-    tokens: list[int] = []
+    tokens: list[TokenId] = []
     text: str | None = None
 
 
 class ActionForm(msgspec.Struct):
-    tokens: list[int]
+    tokens: list[TokenId]
     logprobs: list[float | None]
     stop_reason: str
 

@@ -25,6 +25,7 @@ memories, turns, rewrites, scrubs = tables.memories, tables.memory_turns, tables
 TABLES = ("memories", "memory_turns", "memory_rewrites")
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,127}")
 MAX_MEMORIES = 100_000  # of a tenant
+MAX_NUMBER = 2**53  # of a turn, as one may ask for it
 
 
 class Memory(msgspec.Struct, frozen=True):
@@ -159,7 +160,7 @@ def scrub(db: Database) -> bool:
 
 
 def turn(conn: Connection, tenant: str, memory_id: str, number: int) -> Turn:
-    found = list_turns(conn, tenant, memory_id, 1, number - 1)
+    found = list_turns(conn, tenant, memory_id, 1, number - 1) if 0 <= number <= MAX_NUMBER else []
     if not found or found[0].number != number:
         raise NotFound(f"memory {memory_id!r} has no turn {number}; it may have been forgotten", param="number")
     return found[0]

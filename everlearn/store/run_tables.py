@@ -22,7 +22,8 @@ run_steps = sa.Table(
     sa.Index("run_steps_tenant", "tenant", "created_at"),
 )
 
-# Group `number` of a step as its loop recorded it: `body` is zlib-compressed JSON, `bytes` its size, `summary` what a list shows of it.
+# Group `number` of a step as its loop recorded it: `body` is zlib-compressed JSON, `summary` what a list shows of it, `bytes`
+# the size of both.
 run_rollouts = sa.Table(
     "run_rollouts",
     metadata,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -24,11 +25,12 @@ from everlearn.store import runs, tables
 LOG, CLIENT = "log", "client"
 KEPT_STEPS = 50_000  # of a run and a source
 KEPT_BYTES = 64 * 2**20  # of a run's rollouts, uncompressed; beyond it the oldest go
+KEPT_GROUPS = 10_000  # of a run, however small they are
 MAX_GROUP = 2 * 2**20
 MAX_METRICS = 500
 MAX_NAME = 200
 MAX_SETTINGS = 256 * 1024
-SWEEP_EVERY = 500  # rows between two looks at how many there are
+SWEEP_EVERY = 500  # finished requests between two looks at how many rows there are, on average
 SHOWN = 4000  # rows of which curves are drawn
 MAX_STEP = 2**53
 
@@ -62,11 +64,21 @@ class Group(msgspec.Struct, frozen=True):
     body: dict[str, Any] | None = None
 
 
+class Packed(msgspec.Struct, frozen=True):
+    """A group ready to be kept: `body` compressed, `bytes` what it and its summary take uncompressed."""
+
+    number: int
+    summary: dict[str, Any]
+    body: bytes
+    bytes: int
+
+
 def note(conn: Connection, tenant: str, run_id: str, seq: int, kind: str, name: str, metrics: Mapping[str, float]) -> None:
-    """Keeps the metrics of a finished request. Once for each: an answer is stored once."""
+    """Keeps the metrics of a finished request. Once for each: an answer is stored once. Old rows go by chance: whichever numbers a client
+    gives its requests, none can be chosen so that they stay."""
     row = {"run_id": run_id, "source": LOG, "number": seq, "tenant": tenant, "kind": kind, "name": name}
     conn.execute(INSERT, {**row, "metrics": _finite(metrics), "created_at": time.time()})
-    if seq % SWEEP_EVERY == 0:
+    if random.randrange(SWEEP_EVERY) == 0:
         _sweep_steps(conn, run_id, LOG)
 
 
@@ -85,8 +97,8 @@ def tell(conn: Connection, tenant: str, run_id: str, told: Sequence[tuple[int, M
         conn.execute(table.delete().where(here))
         row = {"run_id": run_id, "source": CLIENT, "number": number, "tenant": tenant, "kind": "step", "name": ""}
         conn.execute(INSERT, {**row, "metrics": _finite(metrics), "created_at": time.time()})
-        if number % SWEEP_EVERY == 0:
-            _sweep_steps(conn, run_id, CLIENT)
+    if told:
+        _sweep_steps(conn, run_id, CLIENT)
 
 
 def describe(conn: Connection, tenant: str, run_id: str, given: dict[str, Any]) -> None:
@@ -171,31 +183,65 @@ def losses(conn: Connection, tenant: str, run_id: str) -> list[str]:
     return sorted(conn.execute(sa.select(table.c.name).distinct().where(where)).scalars())
 
 
-def add_group(conn: Connection, tenant: str, run_id: str, step: int, number: int, body: dict[str, Any], summary: dict[str, Any]) -> None:
-    """Keeps a group that was played, and forgets the run's oldest beyond its room."""
-    runs.get_run(conn, tenant, run_id)
+def pack(step: int, number: int, body: dict[str, Any], summary: dict[str, Any]) -> Packed:
+    """A group of a step for `add_groups`. Takes a while for a large one, and no connection. Raises TooLarge."""
     text = msgspec.json.encode(body)
     if len(text) > MAX_GROUP:
         raise TooLarge(f"group {number} of step {step} has {len(text):,} bytes; {MAX_GROUP:,} are kept at most", param="groups")
-    here = (rollouts.c.run_id == run_id) & (rollouts.c.step == step) & (rollouts.c.number == number)
-    conn.execute(rollouts.delete().where(here))
-    row = {"run_id": run_id, "step": step, "number": number, "tenant": tenant, "summary": summary, "bytes": len(text)}
-    conn.execute(rollouts.insert().values(**row, body=zlib.compress(text, 6), created_at=time.time()))
-    newer = sa.func.sum(rollouts.c.bytes).over(order_by=(rollouts.c.step.desc(), rollouts.c.number.desc())).label("newer")
-    counted = sa.select(rollouts.c.step, newer).where(rollouts.c.run_id == run_id).subquery()
-    beyond = conn.execute(sa.select(sa.func.max(counted.c.step)).where(counted.c.newer > KEPT_BYTES)).scalar()
-    if beyond is not None:
-        conn.execute(rollouts.delete().where((rollouts.c.run_id == run_id) & (rollouts.c.step <= beyond)))
+    return Packed(number, summary, zlib.compress(text, 6), len(text) + len(msgspec.json.encode(summary)))
 
 
-def list_groups(conn: Connection, tenant: str, run_id: str, step: int | None = None, limit: int = 1000) -> list[Group]:
-    """Of one step, or of all, newest step first; without their bodies."""
+def add_groups(conn: Connection, tenant: str, run_id: str, step: int, groups: Sequence[Packed]) -> None:
+    """Keeps groups that were played, and forgets the run's oldest beyond its room."""
+    runs.get_run(conn, tenant, run_id)
+    fresh = {group.number: group for group in groups}  # of a number that comes twice, the last
+    conn.execute(rollouts.delete().where((rollouts.c.run_id == run_id) & (rollouts.c.step == step) & rollouts.c.number.in_(fresh)))
+    row = {"run_id": run_id, "step": step, "tenant": tenant, "created_at": time.time()}
+    if fresh:
+        conn.execute(rollouts.insert(), [{**row, **msgspec.structs.asdict(group)} for group in fresh.values()])
+        _sweep_groups(conn, run_id)
+
+
+def _sweep_groups(conn: Connection, run_id: str) -> None:
+    """Looks once at all of a run's groups: KEPT_GROUPS at most, and what a request brings."""
+    here = rollouts.c.run_id == run_id
+    count, total = conn.execute(sa.select(sa.func.count(), sa.func.sum(rollouts.c.bytes)).where(here)).one()
+    if count <= KEPT_GROUPS and total <= KEPT_BYTES:
+        return
+    sizes = sa.select(*rollouts.c["step", "number", "bytes"]).where(here)
+    left = KEPT_BYTES
+    for rank, row in enumerate(conn.execute(sizes.order_by(rollouts.c.step.desc(), rollouts.c.number.desc()))):
+        left -= row.bytes
+        if left < 0 or rank >= KEPT_GROUPS:
+            older = (rollouts.c.step < row.step) | ((rollouts.c.step == row.step) & (rollouts.c.number <= row.number))
+            conn.execute(rollouts.delete().where(here & older))
+            return
+
+
+def list_groups(
+    conn: Connection, tenant: str, run_id: str, step: int | None = None, limit: int = 1000, after: tuple[int, int] | None = None
+) -> list[Group]:
+    """Of one step, or of all, newest step first; behind step and number `after`; without their bodies."""
     where = (rollouts.c.run_id == run_id) & (rollouts.c.tenant == tenant)
     if step is not None:
         where &= rollouts.c.step == step
+    if after is not None:
+        where &= (rollouts.c.step < after[0]) | ((rollouts.c.step == after[0]) & (rollouts.c.number > after[1]))
     columns = rollouts.c["step", "number", "summary", "bytes", "created_at"]
     query = sa.select(*columns).where(where).order_by(rollouts.c.step.desc(), rollouts.c.number).limit(limit)
     return [Group(**row._mapping) for row in conn.execute(query)]
+
+
+def played_steps(conn: Connection, tenant: str, run_id: str) -> list[int]:
+    """The steps of which groups are kept, in their order."""
+    where = (rollouts.c.run_id == run_id) & (rollouts.c.tenant == tenant)
+    return list(conn.execute(sa.select(rollouts.c.step).distinct().where(where).order_by(rollouts.c.step)).scalars())
+
+
+def group_numbers(conn: Connection, tenant: str, run_id: str, step: int) -> list[int]:
+    """Of one step, in their order."""
+    where = (rollouts.c.run_id == run_id) & (rollouts.c.tenant == tenant) & (rollouts.c.step == step)
+    return list(conn.execute(sa.select(rollouts.c.number).where(where).order_by(rollouts.c.number)).scalars())
 
 
 def get_group(conn: Connection, tenant: str, run_id: str, step: int, number: int) -> Group:

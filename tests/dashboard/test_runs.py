@@ -155,11 +155,57 @@ def test_a_group_is_shown_side_by_side_with_reasons_and_shades(dashboard: LiveSe
     assert twin(dashboard, f"/v1/runs/{run}/rollouts/1/0")["record"]["members"] == ours["members"]
 
 
+def post_to(server: LiveServer, path: str, body: Any) -> int:
+    return ask(server, f"/v1/runs/{path}", "POST", json.dumps(body).encode(), content_type="application/json")[0]
+
+
+def test_groups_are_reached_however_many_there_are(dashboard: LiveServer, service: tinker.ServiceClient) -> None:
+    run = aside(lambda: service.create_lora_training_client("tiny", rank=4).result()).model_id
+    for step, count in ((3, 2), (5, 450), (6, 1)):
+        groups = [{"number": number, "record": {"members": []}} for number in range(count)]
+        assert post_to(dashboard, f"{run}/rollouts", {"step": step, "groups": groups}) == 204
+    place = f"/dashboard/rollouts.json?run={urllib.parse.quote(run)}"
+    shown = twin(dashboard, place)
+    assert (shown["steps"], shown["step"], shown["before"], shown["after"]) == ([3, 5, 6], 6, 5, None)
+    for group, first, before, after in ((0, 0, None, 200), (201, 200, 0, 400), (449, 400, 200, None)):
+        shown = twin(dashboard, f"{place}&step=5&group={group}")
+        assert shown["group"]["number"] == group and shown["groups"][0]["number"] == first
+        assert (shown["groups_before"], shown["groups_after"], shown["before"], shown["after"]) == (before, after, 3, 6)
+    status, html = dashboard.get(f"/dashboard/rollouts?run={urllib.parse.quote(run)}&step=5&group=201")
+    assert status == 200 and b"group=400" in html
+    listed, more = [], "?limit=300"
+    while more:
+        found = twin(dashboard, f"/v1/runs/{run}/rollouts{more}")
+        listed += [one["id"] for one in found["data"]]
+        more = f"?limit=300&after={found['last_id']}" if found["has_more"] else ""
+    assert listed == ["6/0", *[f"5/{number}" for number in range(450)], "3/0", "3/1"]
+
+
+def test_a_number_that_no_database_holds_is_refused(dashboard: LiveServer, trained: Any) -> None:
+    run, huge = trained[0].model_id, 2**70
+    for path in (
+        f"/v1/runs/{run}/rollouts/{huge}/0", f"/v1/runs/{run}/rollouts/0/{huge}", f"/v1/runs/{run}/rollouts/0/-1",
+        f"/v1/runs/{run}/rollouts?after={huge}/0", f"/v1/runs/{run}/rollouts?after=x", f"/v1/memories/none/turns?after={huge}",
+        f"/dashboard/memory/none/turns.json?after={huge}", f"/dashboard/memory/none/turns/{huge}.json",
+    ):  # fmt: skip
+        assert dashboard.get(path)[0] == 400, path
+    assert dashboard.get(f"/v1/memories/none/turns/{huge}")[0] == 404
+
+    def told(token: Any) -> int:
+        action = {"tokens": [token], "logprobs": [None], "stop_reason": "stop"}
+        turn = {"continues": False, "prompt": [], "action": action, "reward": {"total": 0.0, "parts": []}, "metrics": {}, "logs": {}}
+        member = {"failure": None, "reward": None, "turns": [turn]}
+        return post_to(dashboard, f"{run}/rollouts", {"step": 1, "groups": [{"number": 0, "record": {"members": [member]}}]})
+
+    assert [told(token) for token in (-3, huge, 2**32 - 1)] == [400, 400, 204]
+    assert dashboard.get(f"/dashboard/rollouts.json?run={urllib.parse.quote(run)}&step=1")[0] == 200
+
+
 def test_what_is_no_step_and_no_group_is_refused(dashboard: LiveServer, trained: Any, open_page: Callable[..., Any]) -> None:
     run = trained[0].model_id
 
     def post(path: str, body: Any) -> int:
-        return ask(dashboard, f"/v1/runs/{path}", "POST", json.dumps(body).encode(), content_type="application/json")[0]
+        return post_to(dashboard, path, body)
 
     assert post(f"{run}/steps", {"steps": [{"step": -1, "metrics": {}}]}) == 400
     assert post(f"{run}/steps", {"steps": [{"step": 1, "metrics": {"x": "high"}}]}) == 400
@@ -169,7 +215,7 @@ def test_what_is_no_step_and_no_group_is_refused(dashboard: LiveServer, trained:
     evil = {"kind": "<script>alert(1)</script>", "message": "</pre><img src=x onerror=alert(2)>"}
     member = {"failure": evil, "reward": None, "turns": []}
     assert post(f"{run}/rollouts", {"step": 0, "groups": [{"number": 0, "record": {"members": [member], "tags": ["<b>"]}}]}) == 204
-    page = open_page(dashboard, f"/dashboard/rollouts?run={run}")
+    page = open_page(dashboard, f"/dashboard/rollouts?run={run}&step=0")
     assert "onerror=alert(2)" in page.get_by_role("article").inner_text() and page.locator("article img, article script").count() == 0
     page.complaints.expect("404")
     page.goto(f"/dashboard/rollouts?run={run}&step=77")

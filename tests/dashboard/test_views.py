@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from everlearn.api.dashboard import rollouts
 from everlearn.api.dashboard.deploy_views import asks, course_of, past_json, span
 from everlearn.api.dashboard.looks import Looks, past
 from everlearn.api.dashboard.review_views import conversation, merged
@@ -17,6 +18,7 @@ from everlearn.loop.parts import Part
 from everlearn.loop.rule import DEFAULT_RULE, Rule, read_rule, rule_of
 from everlearn.store.deployments import Deployment, Event
 from everlearn.store.review import Waiting
+from everlearn.store.steps import Group
 
 RULE = rule_of(
     {"owner": "maria", "corrections": {}, "canary": {"steps": [{"share": 0.5, "min_feedback": 4}], "alpha": 0.2, "alpha_stop": 0.2}}
@@ -118,3 +120,13 @@ def test_conversations_of_every_route_are_shown() -> None:
     completion = conversation({"messages": "once upon", "answer": ["a time", "a mattress"]}, 1)
     assert (completion["asked"], completion["answer"], completion["earlier"]) == ("once upon", "a mattress", [])
     assert conversation({}, 0) == {"earlier": [], "asked": None, "answer": None, "calls": []}
+
+
+def test_a_page_draws_so_many_tokens_and_short_answers_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollouts, "MAX_DRAWN", 10)
+    members = [{"turns": [{"action": {"tokens": [7] * length, "logprobs": [-0.1] * length}}]} for length in (2, 9, 30)]
+    shown = rollouts.shown(Group(0, 0, {}, 1, 0.0, {"members": members}), None)
+    turns = [member["turns"][0] for member in shown["members"]]
+    assert [(len(turn["drawn"]), turn["left_out"]) for turn in turns] == [(2, 0), (4, 5), (4, 26)]
+    assert shown["tokens_left_out"] == 31
+    assert rollouts.fair([], 10) == 0 and rollouts.fair([3, 4], 10) == 4

@@ -55,12 +55,37 @@ def test_both_are_bounded_for_each_run(db: Database, monkeypatch: pytest.MonkeyP
     do(db, lambda conn: steps.tell(conn, "a", run, [(number, {"x": 1.0}) for number in range(41)]))
     kept = db.read(lambda conn: steps.list_steps(conn, "a", run, steps.CLIENT, 100))
     assert [step.number for step in kept] == list(range(31, 41))
+    odd = range(1, 301, 2)
+    do(db, lambda conn: [steps.tell(conn, "a", run, [(number, {"x": 1.0})]) for number in odd])
+    assert len(db.read(lambda conn: steps.list_steps(conn, "a", run, steps.CLIENT, 1000))) == 10
+    do(db, lambda conn: [steps.note(conn, "a", run, number, "optim_step", "", {}) for number in odd])
+    assert len(db.read(lambda conn: steps.list_steps(conn, "a", run, steps.LOG, 1000))) < 100, "not by the numbers that a client gives"
+
+
+def test_groups_have_a_room_and_a_number(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = new_run(db)
     body = {"members": [], "text": "y" * 1000}
+
+    def add(step: int, *numbers: int, summary: dict[str, object] | None = None) -> list[tuple[int, int]]:
+        packed = [steps.pack(step, number, body, summary or {}) for number in numbers]
+        do(db, lambda conn: steps.add_groups(conn, "a", run, step, packed))
+        return [(group.step, group.number) for group in db.read(lambda conn: steps.list_groups(conn, "a", run))]
+
     monkeypatch.setattr(steps, "KEPT_BYTES", 3500)
-    for number in range(6):
-        do(db, lambda conn, n=number: steps.add_group(conn, "a", run, n, 0, body, {}))  # type: ignore[misc]
-    assert [group.step for group in db.read(lambda conn: steps.list_groups(conn, "a", run))] == [5, 4, 3]
-    assert db.read(lambda conn: steps.get_group(conn, "a", run, 5, 0)).body == body
+    for number in range(5):
+        add(number, 0)
+    assert add(5, 0) == [(5, 0), (4, 0), (3, 0)]
+    assert add(6, 0, 1, 2, 3) == [(6, 1), (6, 2), (6, 3)], "a step that takes more than the room keeps its newest"
+    assert db.read(lambda conn: steps.get_group(conn, "a", run, 6, 3)).body == body
+    assert add(7, 0, summary={"tags": ["z" * 2000]}) == [(7, 0)], "summaries count"
     with pytest.raises(NotFound):
-        db.read(lambda conn: steps.get_group(conn, "b", run, 5, 0))
-    assert do(db, lambda conn: steps.forget_rollouts(conn, 1e12)) == 3
+        db.read(lambda conn: steps.get_group(conn, "b", run, 7, 0))
+    monkeypatch.setattr(steps, "KEPT_BYTES", 10**6)
+    monkeypatch.setattr(steps, "KEPT_GROUPS", 4)
+    assert add(8, 0, 1, 2) == [(8, 0), (8, 1), (8, 2), (7, 0)]
+    assert add(9, 1, 0) == [(9, 0), (9, 1), (8, 1), (8, 2)]
+    behind = db.read(lambda conn: steps.list_groups(conn, "a", run, after=(9, 0), limit=2))
+    assert [(group.step, group.number) for group in behind] == [(9, 1), (8, 1)]
+    assert db.read(lambda conn: (steps.played_steps(conn, "a", run), steps.group_numbers(conn, "a", run, 8))) == ([8, 9], [1, 2])
+    assert db.read(lambda conn: steps.played_steps(conn, "b", run)) == []
+    assert do(db, lambda conn: steps.forget_rollouts(conn, 1e12)) == 4

@@ -7,6 +7,7 @@ the pages has changed (everlearn/api/dashboard/live.py).
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import time
 from collections.abc import Awaitable, Callable, Coroutine
@@ -97,7 +98,8 @@ def twin(router: APIRouter, path: str, template: str) -> Callable[[Read], Read]:
         async def as_page(**given: Any) -> Response:
             request: Request = given["request"]
             seen = await live.seen(request)  # before the data: what changes in between is shown twice rather than missed
-            return show(request, template, {**await read(**given), "seen": seen})
+            data = {**await read(**given), "seen": seen}
+            return await asyncio.to_thread(show, request, template, data)  # a large page takes a second
 
         # The JSON first: a last part in braces would take the suffix for a part of the id.
         router.add_api_route(path + ".json", as_json, methods=["GET"], response_model=None)

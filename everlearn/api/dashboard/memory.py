@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import sqlalchemy as sa
-from fastapi import Query, Request, Response
+from fastapi import Path, Query, Request, Response
 from sqlalchemy import Connection
 
 from everlearn.api import memories as api
@@ -21,6 +21,7 @@ from everlearn.api.refilling import IMPORTANCES, REFILLS
 from everlearn.api.services import Services, services
 from everlearn.errors import InvalidRequest
 from everlearn.store import memories, tables
+from everlearn.store.memories import MAX_NUMBER
 
 router = frame.page_router()
 LEVELS = 5  # of importance, each with a colour, a pattern in the legend, and the number beside it
@@ -70,7 +71,7 @@ async def window(request: Request, memory_id: str) -> dict[str, Any]:
 
 
 @frame.twin(router, "/memory/{memory_id}/turns", "memory_archive.html")
-async def archive(request: Request, memory_id: str, limit: int = Limit, after: int = Query(-1, ge=-1)) -> dict[str, Any]:
+async def archive(request: Request, memory_id: str, limit: int = Limit, after: int = Query(-1, ge=-1, le=MAX_NUMBER)) -> dict[str, Any]:
     """Every turn as it was said, with what is left of it in the window."""
     owner = tenant(request)
 
@@ -89,7 +90,7 @@ async def archive(request: Request, memory_id: str, limit: int = Limit, after: i
 
 
 @frame.twin(router, "/memory/{memory_id}/turns/{number}", "memory_turn.html")
-async def turn(request: Request, memory_id: str, number: int) -> dict[str, Any]:
+async def turn(request: Request, memory_id: str, number: int = Path(ge=0, le=MAX_NUMBER)) -> dict[str, Any]:
     """One turn, and every rewrite of its chunk."""
     owner = tenant(request)
 
@@ -129,7 +130,7 @@ async def correct(request: Request, memory_id: str) -> Response:
 
 
 @router.delete("/memory/{memory_id}/turns/{number}", dependencies=CHANGES)
-async def forget_turn(request: Request, memory_id: str, number: int) -> Response:
+async def forget_turn(request: Request, memory_id: str, number: int = Path(ge=0, le=MAX_NUMBER)) -> Response:
     await api.forget(services(request), caller(request), memory_id, number)
     return Response(status_code=204, headers={"hx-redirect": f"/dashboard/memory/{memory_id}", **frame.PRIVATE})
 
