@@ -230,7 +230,10 @@ def weights(conn: Connection, tenant: str, model_id: str) -> tuple[bytes, bytes]
 
 
 def doubt(conn: Connection, tenant: str, deployment: str, asked: str, found: Sequence[Doubt]) -> None:
-    """Keeps what was found to be too unsure among the records up to `asked`, but what was labelled or went meanwhile."""
+    """Keeps what was found to be too unsure among the records up to `asked`, but what was labelled or went meanwhile; nothing where
+    the deployment was given up."""
+    if stream(conn, tenant, deployment) is None:
+        return
     ids = [one.record_id for one in found]
     rows, said = tables.records, tables.feedback
     there = set(conn.execute(sa.select(rows.c.record_id).where(rows.c.record_id.in_(ids))).scalars())
