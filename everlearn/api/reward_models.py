@@ -102,7 +102,13 @@ async def score(request: Request, model_id: str) -> dict[str, Any]:
 
 def find(conn: Connection, owner: str, model_id: str) -> RewardVersion:
     """By id, or the newest of a deployment."""
-    newest = None if model_id.startswith("rm_") else reward_models.latest(conn, owner, names.parse(model_id)[0])
+    if model_id.startswith("rm_"):
+        return reward_models.get(conn, owner, model_id)
+    name, number = names.parse(model_id)
+    if number is not None:
+        told = f"{model_id} is a version of a policy, and reward models have ids; GET /v1/reward-models?deployment={name} lists them"
+        raise InvalidRequest(f"{told}, and {name!r} is the newest one", param="model_id")
+    newest = reward_models.latest(conn, owner, name)
     return newest if newest is not None else reward_models.get(conn, owner, model_id)
 
 

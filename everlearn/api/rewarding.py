@@ -39,7 +39,7 @@ from everlearn.rewards.stream import RewardModel, Scores, StreamSettings
 from everlearn.rewards.stream_files import unpack
 from everlearn.store import deployments, feedback, records, reward_models, tables
 from everlearn.store.deployments import Deployment
-from everlearn.store.reward_models import Doubt, StoredLabel, Stream
+from everlearn.store.reward_models import Doubt, RewardVersion, StoredLabel, Stream
 from everlearn.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -56,27 +56,32 @@ FIRST_LABELS = 8  # of the first version
 ASKED_AT_ONCE, ASKED_BEHIND = 8, 64  # answers without labels: in one look, and of a longer backlog the newest
 FEATURE_SECONDS = 60.0
 FIT_SECONDS = 1800.0
+FITS_AT_ONCE = 2  # processes
 
 Key = tuple[str, str]  # tenant and deployment
 
 
 class Live(msgspec.Struct):
-    """The newest version of a deployment, and in `model` the same with all labels up to the change `cursor`."""
+    """The newest version of a deployment, and in `model` the same with all labels up to the change `cursor`. `changed`: the stream's when
+    it was made; a deletion makes that grow."""
 
     model_id: str
     model: RewardModel
     cursor: int
     counts: Counter[Key]
+    changed: int
 
 
 class Rewarding:
-    """Owns the task and the living models; the event loop's alone."""
+    """Owns the tasks and the living models; the event loop's alone."""
 
     def __init__(self, svc: Services):
         self.svc = svc
         self.live: dict[Key, Live] = {}
         self.lock = asyncio.Lock()  # held while a living model learns or scores
         self._task: asyncio.Task[None] | None = None
+        self._fits: dict[Key, asyncio.Task[None]] = {}
+        self._pauses: dict[Key, float] = {}  # of those that failed: until when, by the monotonic clock
         self._seen: tuple[int, ...] = ()
 
     def start(self) -> None:
@@ -86,6 +91,10 @@ class Rewarding:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        fits = list(self._fits.values())
+        for one in fits:
+            one.cancel()
+        await asyncio.gather(*fits, return_exceptions=True)
 
     async def _run(self) -> None:
         while True:
@@ -108,27 +117,65 @@ class Rewarding:
             return
         more = False
         for one in found:
-            described = description.of(one.description)
-            if described.reward.learn:
-                stream = await self._advance(one)
-                await self._refit(stream, described.reward)
-                more |= await self._ask(stream, described.reward)
+            key = (one.tenant, one.name)
+            if key in self._fits or time.monotonic() < self._pauses.get(key, 0.0):
+                more = True
+                continue
+            self._pauses.pop(key, None)
+            try:
+                more |= await self._look_at(one)
+            except Exception as error:  # the others go on
+                self._pause(key, error)
+                more = True
+            if not self._room():
+                more = True
+                break
         self._seen = () if more else seen
+
+    async def _look_at(self, one: Deployment) -> bool:
+        """What is to be done for one deployment; whether there may be more. While a version is fitted its stream rests."""
+        asked = description.of(one.description).reward
+        if not asked.learn:
+            return False
+        stream, done = await self._advance(one)
+        if not done:
+            return True
+        if await self._is_due(stream, asked):
+            if len(self._fits) < FITS_AT_ONCE:
+                self._fits[one.tenant, one.name] = asyncio.create_task(self._fitting(stream, asked))
+            return True
+        return await self._ask(stream, asked)
+
+    async def _fitting(self, stream: Stream, asked: description.Reward) -> None:
+        """The task of one fit."""
+        key = (stream.tenant, stream.deployment)
+        try:
+            await self._refit(stream, asked)
+        except Exception as error:
+            self._pause(key, error)
+        finally:
+            del self._fits[key]
+
+    def _pause(self, key: Key, error: Exception) -> None:
+        """What fails once is tried again."""
+        log.warning("the reward model of %s waits: %s", key[1], error)
+        self._pauses[key] = time.monotonic() + RETRY_SECONDS
 
     # -- labels ------------------------------------------------------------------------------------------------------------
 
-    async def _advance(self, one: Deployment) -> Stream:
-        """Takes the feedback that came since the last look; the stream then."""
+    async def _advance(self, one: Deployment) -> tuple[Stream, bool]:
+        """Takes the feedback that came since the last look, while serving leaves room; the stream then, and whether that was all."""
         svc = self.svc
         stream = await svc.read(lambda conn: reward_models.stream(conn, one.tenant, one.name))
         if stream is None:
             stream = await svc.write(lambda conn: reward_models.open_stream(conn, one.tenant, one.name, one.base_model))
-        while True:
+        while self._room():
             further = await self._piece(stream)
             if further is None:
-                return stream
+                return stream, True
             stream = further
             await self._learn(stream)
+        return stream, False
 
     async def _piece(self, stream: Stream) -> Stream | None:
         """The stream behind the next changes; None where there are none."""
@@ -184,26 +231,38 @@ class Rewarding:
     # -- models ------------------------------------------------------------------------------------------------------------
 
     async def _learn(self, stream: Stream) -> None:
-        """The living model learns what arrived, one label at a time."""
-        live, settings = self.live.get((stream.tenant, stream.deployment)), self.svc.settings.feedback
+        """The living model learns what arrived, one label at a time. What it knows in other words already is for the next version: a
+        label can't be taken out of it."""
+        key, settings = (stream.tenant, stream.deployment), self.svc.settings.feedback
+        live = self.live.get(key)
         if live is None:
             return
         async with self.lock:
             behind = live.cursor
             if behind >= stream.cursor:
                 return
-            fresh = await self.svc.read(lambda conn: reward_models.labels(conn, stream.tenant, stream.deployment, behind))
-            labels = rewarded.later(fresh, live.counts, settings.source_cap, factors(settings))
-            await asyncio.to_thread(lambda: [live.model.add(label) for label in labels])
+
+            def read(conn: Connection) -> list[StoredLabel]:
+                return reward_models.unheard(conn, *key, reward_models.labels(conn, *key, behind), behind)
+
+            fresh = await self.svc.read(read)
+
+            def learn() -> None:
+                for label in rewarded.later(fresh, live.counts, settings.source_cap, factors(settings)):
+                    live.model.add(label)
+
+            await asyncio.to_thread(learn)
             live.cursor = max([stream.cursor, *(one.arrived for one in fresh)])
 
-    async def _refit(self, stream: Stream, asked: description.Reward) -> None:
-        """A new version, if it is time for one: after so many labels, while there are few whenever they doubled, and after each
+    async def _is_due(self, stream: Stream, asked: description.Reward) -> bool:
+        """Whether it is time for a new version: after so many labels, while there are few whenever they doubled, and after each
         deletion."""
         total = await self.svc.read(lambda conn: reward_models.num_labels(conn, stream.tenant, stream.deployment))
         often = stream.changed >= min(asked.refit_every, max(FIRST_LABELS, total // 2))
-        if not (stream.forgets or (often and total >= FIRST_LABELS)):
-            return
+        return stream.forgets or (often and total >= FIRST_LABELS)
+
+    async def _refit(self, stream: Stream, asked: description.Reward) -> None:
+        """A new version of all labels."""
         key = (stream.tenant, stream.deployment)
         self.live.pop(key, None)  # it may know what was deleted
         stored = await self.svc.read(lambda conn: reward_models.labels(conn, *key))
@@ -211,46 +270,49 @@ class Rewarding:
         if not stored:
             await self.svc.write(lambda conn: reward_models.emptied(conn, stream))
             return
-        settings = self.svc.settings.feedback
-        labels = rewarded.labels_of(stored, settings.source_cap, factors(settings))
+        settings, number = self.svc.settings.feedback, newest.number + 1 if newest else 1
         size = len(stored[0].features) // 4
         wished = StreamSettings(size=size, refit_every=asked.refit_every, review_sd=asked.review_sd)
+
+        def packed() -> tuple[bytes, str]:  # seconds of 10,000 labels
+            labels = rewarded.labels_of(stored, settings.source_cap, factors(settings))
+            return job(stream.tenant, number, wished, labels), reward_models.hash_of(stored)
+
         began = time.monotonic()
-        made = await fitted(job(stream.tenant, newest.number + 1 if newest else 1, wished, labels))
+        sent, labels_hash = await asyncio.to_thread(packed)
+        made = await fitted(sent)
         seconds = round(time.monotonic() - began, 3)
         report = msgspec.json.decode(made.manifest)["report"]
         published = await self.svc.write(
-            lambda conn: reward_models.publish(conn, stream, stored, report, made.manifest, made.tensors, seconds)
+            lambda conn: reward_models.publish(conn, stream, stored, labels_hash, report, made.manifest, made.tensors, seconds)
         )
         if published is not None:
             log.info("reward model %s of %s: version %d, %s", published.model_id, stream.deployment, published.number, published.why)
 
     async def model(self, tenant: str, deployment: str) -> Live:
-        """The newest version with all labels that came since. Raises NotFound where there is none."""
+        """The newest version with all labels that came since: one that learned what was deleted since is made again. Raises NotFound
+        where there is none."""
         key = (tenant, deployment)
-
         known = self.live.get(key)
 
-        def read(conn: Connection) -> tuple[str, int, tuple[bytes, bytes] | None]:
-            newest = reward_models.latest(conn, *key)
-            if newest is None or not newest.has_weights:
+        def read(conn: Connection) -> tuple[RewardVersion, Stream, tuple[bytes, bytes] | None]:
+            newest, stream = reward_models.latest(conn, *key), reward_models.stream(conn, *key)
+            if newest is None or stream is None or not newest.has_weights:
                 told = f"it has {reward_models.num_labels(conn, *key)} labels, and the first version comes with {FIRST_LABELS}"
                 raise NotFound(f"deployment {deployment[:100]!r} has no reward model now: {told}", param="model_id")
-            if known is not None and known.model_id == newest.model_id:
-                return newest.model_id, newest.cursor, None
-            return newest.model_id, newest.cursor, reward_models.weights(conn, tenant, newest.model_id)
+            if known is not None and known.model_id == newest.model_id and (not stream.forgets or known.changed == stream.changed):
+                return newest, stream, None
+            return newest, stream, reward_models.weights(conn, tenant, newest.model_id)
 
-        model_id, cursor, packed = await self.svc.read(read)
+        newest, stream, packed = await self.svc.read(read)
         if packed is None:
             assert known is not None
             return known
-        model = await asyncio.to_thread(unpack, *packed, tenant, model_id)
+        model = await asyncio.to_thread(unpack, *packed, tenant, newest.model_id)
         before = await self.svc.read(lambda conn: reward_models.labels(conn, *key))
-        counts = Counter((one.source, one.source_id) for one in before if one.arrived <= cursor)
-        made = self.live[key] = Live(model_id, model, cursor, counts)
-        stream = await self.svc.read(lambda conn: reward_models.stream(conn, *key))
-        if stream is not None:
-            await self._learn(stream)
+        counts = Counter((one.source, one.source_id) for one in before if one.arrived <= newest.cursor)
+        made = self.live[key] = Live(newest.model_id, model, newest.cursor, counts, stream.changed)
+        await self._learn(stream)
         return made
 
     # -- answers without labels --------------------------------------------------------------------------------------------

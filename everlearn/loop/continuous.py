@@ -233,7 +233,12 @@ class Mover:
         pull = update.pull_of(described)
         rng = random.Random(f"states:{described.update.seed}:{number}")
         states = [one.prompt for one in rng.sample(self.reservoir or [], min(pull.batch, len(self.reservoir or [])))]
-        moved = grpo.step(trainer, made.result(), score, states, pull, [tokens.end], rng.randrange(2**31))
+        try:
+            moved = grpo.step(trainer, made.result(), score, states, pull, [tokens.end], rng.randrange(2**31))
+        except Conflict as error:  # raised before a gradient is sent
+            if error.code != update.UNEARNED:
+                raise
+            return 0
         return moved.tokens
 
     def _opened(self, now: Deployed, described: Description, moving: Moving) -> Any:

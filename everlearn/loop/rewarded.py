@@ -63,9 +63,11 @@ def wanted(conn: Connection, stream: Stream, changes: Sequence[Change], implicit
         came.pop(change.feedback_id, None)
         if change.act == "expired":
             continue
-        went[change.feedback_id] = None
+        if change.act == "deleted":
+            went[change.feedback_id] = None
         try:
             said = feedback.get(conn, stream.tenant, change.feedback_id)
+            went[change.feedback_id] = None  # what is neither there nor deleted has expired since
             found = _wanted(conn, stream, said, change.id, implicit)
         except NotFound:
             continue

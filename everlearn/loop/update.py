@@ -208,24 +208,43 @@ def reward_version(api: Api, name: str) -> str | None:
 
 
 def reward_of(api: Api, name: str) -> grpo.Score:
-    """What the newest version of the deployment's reward model, as it is now, says of prompts with answers. Raises Conflict (code
-    UNEARNED) where there is none, or where it hasn't earned to be a reward."""
+    """What the newest version of the deployment's reward model, as it is now, says of prompts with answers; once that one can't score any
+    more, for something that it learned from was deleted or newer ones came, the newest then. Raises Conflict (code UNEARNED) where there
+    is none, or where it hasn't earned to be a reward; what is returned does, too."""
+    found = _earned(api, name)
+
+    def score(inputs: list[list[int]]) -> list[float]:
+        nonlocal found
+        said: list[float] = []
+        for first in range(0, len(inputs), SCORED_AT_ONCE):
+            body = {"input": inputs[first : first + SCORED_AT_ONCE], "as_reward": True}
+            try:
+                scored = api.post(f"/v1/reward-models/{found}/score", body)
+            except NotFound:
+                newest = _earned(api, name)
+                if newest == found:  # it isn't that version that isn't there
+                    raise
+                found = newest
+                return score(inputs)  # one model says all of it
+            said += [float(one["chance"]) for one in scored["data"]]
+        return said
+
+    return score
+
+
+def _earned(api: Api, name: str) -> str:
+    """The id of the newest version, which can score and may be a reward. Raises as `reward_of` does."""
     try:
         found = api.get(f"/v1/reward-models/{quote(name, safe='')}")
     except NotFound:
         raise Conflict(f"{name} has no reward model yet, so there is no reward to learn from; collect feedback", code=UNEARNED) from None
+    if not found["has_weights"]:
+        told = "something that it learned from was deleted, and the next version isn't there yet"
+        raise Conflict(f"the reward model of {name} is no reward now: {told}; try again in a while", code=UNEARNED)
     if not found["earned"]:
         told = f"the reward model of {name} isn't a reward yet: {found['why']}; collect more labels"
         raise Conflict(told, code=UNEARNED)
-
-    def score(inputs: list[list[int]]) -> list[float]:
-        said: list[float] = []
-        for first in range(0, len(inputs), SCORED_AT_ONCE):
-            body = {"input": inputs[first : first + SCORED_AT_ONCE], "as_reward": True}
-            said += [float(one["chance"]) for one in api.post(f"/v1/reward-models/{found['id']}/score", body)["data"]]
-        return said
-
-    return score
+    return str(found["id"])
 
 
 def rehearsed(service: Any, now: Deployed, tokens: Tokens) -> list[Example]:

@@ -91,7 +91,8 @@ feedback = sa.Table(
     sa.Index("feedback_slot", "tenant", "slot"),
 )
 
-# Append only. `before`: what an edit replaced; nothing once the feedback is deleted.
+# Append only; the row with the highest id is never dropped, since SQLite would give its id again. `before`: what an edit replaced; nothing
+# once the feedback is deleted.
 feedback_changes = sa.Table(
     "feedback_changes",
     metadata,

@@ -87,11 +87,19 @@ def mark(conn: Connection, tenant: str, kind: str, ids: Sequence[str]) -> list[s
 
 
 def forgotten_feedback(conn: Connection, before: float, limit: int = 1000) -> list[str]:
-    """Feedback whose history nobody needs any longer: it went before that time, so whoever follows the changes has seen it go."""
-    gone = changes.c.act.in_(("deleted", "expired")) & (changes.c.created_at < before)
+    """Feedback whose history nobody needs any longer: it went before that time, so whoever follows the changes has seen it go. Not that
+    of the newest change, which stays."""
+    gone = changes.c.act.in_(("deleted", "expired")) & (changes.c.created_at < before) & _not_newest()
     return list(conn.execute(sa.select(changes.c.feedback_id).where(gone).order_by(changes.c.id).limit(limit)).scalars())
 
 
 def drop_history(conn: Connection, feedback_ids: Sequence[str]) -> None:
-    """The changes of feedback that is gone."""
-    conn.execute(changes.delete().where(changes.c.feedback_id.in_(feedback_ids)))
+    """The changes of feedback that is gone, but for the newest change of all."""
+    conn.execute(changes.delete().where(changes.c.feedback_id.in_(feedback_ids) & _not_newest()))
+
+
+def _not_newest() -> sa.ColumnElement[bool]:
+    """SQLite gives the highest number that is there plus one: without the newest change, later ones would get numbers that whoever
+    follows them has passed."""
+    newest = changes.alias()
+    return changes.c.id < sa.select(sa.func.max(newest.c.id)).scalar_subquery()

@@ -24,6 +24,7 @@ from everlearn.store import tables
 
 streams, label_rows, model_rows, doubt_rows = tables.reward_streams, tables.reward_labels, tables.reward_models, tables.doubts
 KEPT_VERSIONS = 3  # of a deployment, with their weights
+KEPT_FIGURES = 200  # of a deployment, versions that are listed with what they were worth
 MAX_LABELS = 10_000  # of a deployment, the newest
 MAX_DOUBTS = 500  # of a deployment, the newest
 
@@ -143,6 +144,16 @@ def labels(conn: Connection, tenant: str, deployment: str, behind: int = 0) -> l
     return [StoredLabel(**row._mapping) for row in conn.execute(query)][::-1]
 
 
+def unheard(conn: Connection, tenant: str, deployment: str, found: Sequence[StoredLabel], upto: int) -> list[StoredLabel]:
+    """Those of these labels whose feedback is newer than the change `upto`: the others are of words that were edited, or count again."""
+    changes = tables.feedback_changes
+    place = _here(label_rows, tenant, deployment) & (label_rows.c.arrived > upto)
+    ids = sa.select(label_rows.c.feedback_id).where(place)
+    known = sa.select(changes.c.feedback_id).where((changes.c.tenant == tenant) & (changes.c.id <= upto) & changes.c.feedback_id.in_(ids))
+    heard = set(conn.execute(known).scalars())
+    return [one for one in found if one.feedback_id not in heard]
+
+
 def num_labels(conn: Connection, tenant: str, deployment: str) -> int:
     return int(conn.execute(sa.select(sa.func.count()).select_from(label_rows).where(_here(label_rows, tenant, deployment))).scalar_one())
 
@@ -156,11 +167,12 @@ def hash_of(found: Sequence[StoredLabel]) -> str:
 
 
 def publish(
-    conn: Connection, was: Stream, found: Sequence[StoredLabel], report: dict[str, Any], manifest: bytes, tensors: bytes, seconds: float
-) -> RewardVersion | None:
-    """A version fitted from these labels, which are those of the stream `was`; of older ones the weights of the newest few stay. None, and
-    nothing is kept, where something that it was fitted from was deleted meanwhile, or somebody moved the stream: then it is to be fitted
-    again."""
+    conn: Connection, was: Stream, found: Sequence[StoredLabel], labels_hash: str, report: dict[str, Any], manifest: bytes, tensors: bytes,
+    seconds: float,
+) -> RewardVersion | None:  # fmt: skip
+    """A version fitted from these labels, which are those of the stream `was` and have the hash `hash_of` (made before: it takes long for
+    a transaction); of older ones the weights of the newest few and the figures of some more stay. None, and nothing is kept, where
+    something that it was fitted from was deleted meanwhile, or somebody moved the stream: then it is to be fitted again."""
     now = stream(conn, was.tenant, was.deployment)
     if now is None or (now.cursor, now.changed, now.forgets) != (was.cursor, was.changed, was.forgets):
         return None
@@ -170,13 +182,15 @@ def publish(
     at = time.time()
     made = RewardVersion(
         f"rm_{int(1000 * at):011x}{secrets.token_hex(6)}", was.tenant, was.deployment, was.base_model, newest.number + 1 if newest else 1,
-        was.cursor, "deleted" if was.forgets else "labels", hash_of(found), int(report["labels"]), float(report["effective_labels"]),
+        was.cursor, "deleted" if was.forgets else "labels", labels_hash, int(report["labels"]), float(report["effective_labels"]),
         bool(report["earned"]), str(report["why"]), report, seconds, at,
     )  # fmt: skip
     row = {name: getattr(made, name) for name in RewardVersion.__struct_fields__ if name != "has_weights"}
     with around("reward.version"):
         conn.execute(model_rows.insert().values(**row, manifest=manifest, tensors=tensors))
         _drop_weights(conn, was.tenant, was.deployment, model_rows.c.number <= made.number - KEPT_VERSIONS)
+        here = _here(model_rows, was.tenant, was.deployment)
+        conn.execute(model_rows.delete().where(here & (model_rows.c.number <= made.number - KEPT_FIGURES)))
         if len(found) >= MAX_LABELS:
             old = _here(label_rows, was.tenant, was.deployment) & (label_rows.c.arrived < found[0].arrived)
             conn.execute(label_rows.delete().where(old))
@@ -230,7 +244,10 @@ def weights(conn: Connection, tenant: str, model_id: str) -> tuple[bytes, bytes]
 
 
 def doubt(conn: Connection, tenant: str, deployment: str, asked: str, found: Sequence[Doubt]) -> None:
-    """Keeps what was found to be too unsure among the records up to `asked`, but what was labelled or went meanwhile."""
+    """Keeps what was found to be too unsure among the records up to `asked`, but what was labelled or went meanwhile; nothing where
+    the deployment was given up."""
+    if stream(conn, tenant, deployment) is None:
+        return
     ids = [one.record_id for one in found]
     rows, said = tables.records, tables.feedback
     there = set(conn.execute(sa.select(rows.c.record_id).where(rows.c.record_id.in_(ids))).scalars())

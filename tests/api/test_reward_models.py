@@ -109,6 +109,8 @@ def test_it_is_no_reward_before_it_has_earned_that(server: LiveServer) -> None:
     refused = product.http.post("/v1/reward-models/early/score", json={"input": "paris", "as_reward": True})
     assert (refused.status_code, refused.json()["error"]["code"]) == (409, "reward_not_earned")
     assert product.post("/v1/reward-models/early/score", {"input": "paris"})["earned"] is False
+    refused = product.http.post("/v1/reward-models/early@1/score", json={"input": "paris"})
+    assert refused.status_code == 400 and "have ids" in refused.json()["error"]["message"], "that is a version of the policy"
 
 
 def test_what_it_is_unsure_of_becomes_a_doubt_until_somebody_says(server: LiveServer) -> None:

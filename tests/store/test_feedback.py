@@ -155,12 +155,28 @@ def test_edits_keep_history_and_are_the_last_word(db: Database, made: Made) -> N
 def test_a_history_outlives_its_feedback_by_a_while_and_no_longer(db: Database, made: Made) -> None:
     kept, gone = add(db, made[0]), add(db, made[1])
     do(db, lambda conn: feedback.delete(conn, "a", gone.feedback_id))
+    last = add(db, made[1])
     went = db.read(lambda conn: feedback.history(conn, "a", gone.feedback_id))[-1].created_at
     assert not db.read(lambda conn: forgetting.forgotten_feedback(conn, went)), "who follows the changes has yet to see that it went"
     ids = db.read(lambda conn: forgetting.forgotten_feedback(conn, went + 1.0))
     assert ids == [gone.feedback_id]
     do(db, lambda conn: forgetting.drop_history(conn, ids))
-    assert acts(db, gone) == [] and acts(db, kept) == ["created"]
+    assert acts(db, gone) == [] and acts(db, kept) == acts(db, last) == ["created"]
+
+
+def test_a_change_never_gets_the_number_of_one_that_was_dropped(db: Database, made: Made) -> None:
+    gone = [add(db, one) for one in made[:2]]
+    for one in gone:
+        do(db, lambda conn, one=one: feedback.delete(conn, "a", one.feedback_id))
+    cursor = db.read(lambda conn: feedback.changes_after(conn, "a"))[-1].id
+    for _ in range(2):
+        ids = db.read(lambda conn: forgetting.forgotten_feedback(conn, 1e12))
+        do(db, lambda conn, ids=ids: forgetting.drop_history(conn, ids))
+    assert not db.read(lambda conn: forgetting.forgotten_feedback(conn, 1e12)), "the sweep comes to an end"
+    do(db, lambda conn: forgetting.drop_history(conn, [one.feedback_id for one in gone]))
+    said = add(db, made[0])
+    assert said.feedback_id in [one.feedback_id for one in db.read(lambda conn: feedback.changes_after(conn, "a", cursor))]
+    assert len(db.read(lambda conn: forgetting.forgotten_feedback(conn, 1e12))) == 1, "what was the newest goes when it isn't any more"
 
 
 def test_an_idempotency_key_stands_for_one_body(db: Database, made: Made) -> None:

@@ -57,7 +57,7 @@ def known(db: Database) -> list[str]:
 
 def publish(db: Database, stream: Stream) -> Any:
     stored = db.read(lambda conn: reward_models.labels(conn, "a", "desk"))
-    return do(db, lambda conn: reward_models.publish(conn, stream, stored, REPORT, b"m", b"t", 0.1))
+    return do(db, lambda conn: reward_models.publish(conn, stream, stored, reward_models.hash_of(stored), REPORT, b"m", b"t", 0.1))
 
 
 def test_labels_come_once_and_the_last_word_counts(db: Database) -> None:
@@ -113,6 +113,40 @@ def test_what_only_grew_old_stays_until_it_is_deleted(db: Database) -> None:
     assert known(db) == [], "also of what has expired"
 
 
+def test_what_was_edited_and_then_expired_before_anybody_looked_stays(db: Database) -> None:
+    stream = opened(db)
+    said = say(db, answered(db, 1))
+    stream = follow(db, stream)
+    do(db, lambda conn: feedback.edit(conn, "a", said.feedback_id, value=0.0))
+    do(db, lambda conn: records.sweep(conn, before=1e12))
+    follow(db, stream)
+    assert known(db) == [said.feedback_id]
+
+
+def test_an_edited_word_is_not_heard_twice(db: Database) -> None:
+    stream = opened(db)
+    said = say(db, answered(db, 1))
+    stream = follow(db, stream)
+    do(db, lambda conn: feedback.edit(conn, "a", said.feedback_id, value=0.0))
+    fresh = say(db, answered(db, 2))
+    behind = stream.cursor
+    follow(db, stream)
+    found = db.read(lambda conn: reward_models.labels(conn, "a", "desk", behind))
+    assert [one.feedback_id for one in found] == [said.feedback_id, fresh.feedback_id]
+    assert db.read(lambda conn: reward_models.unheard(conn, "a", "desk", found, behind)) == found[1:]
+
+
+def test_figures_of_old_versions_go(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reward_models, "KEPT_FIGURES", 4)
+    stream = opened(db)
+    say(db, answered(db, 1))
+    stream = follow(db, stream)
+    for _ in range(6):
+        publish(db, db.read(lambda conn: reward_models.stream(conn, "a", "desk")))
+    listed = db.read(lambda conn: reward_models.list_versions(conn, "a", deployment="desk"))
+    assert sorted((one.number, one.has_weights) for one in listed) == [(3, False), (4, True), (5, True), (6, True)]
+
+
 def test_a_doubt_goes_with_a_word_and_with_its_record(db: Database) -> None:
     stream = opened(db)
     ids = [answered(db, number) for number in range(1, 4)]
@@ -126,3 +160,5 @@ def test_a_doubt_goes_with_a_word_and_with_its_record(db: Database) -> None:
     assert shown() == [ids[2]]
     do(db, lambda conn: reward_models.drop(conn, "a", "desk"))
     assert shown() == [] and db.read(lambda conn: reward_models.stream(conn, "a", "desk")) is None
+    do(db, lambda conn: reward_models.doubt(conn, "a", "desk", ids[-1], doubts))
+    assert shown() == [], "who was scoring when it was given up comes too late"
