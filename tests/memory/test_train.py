@@ -18,7 +18,7 @@ from everlearn.memory.environment import ANSWER, DECISION, REFILL, Judge, Memory
 from everlearn.memory.generate import Generate
 from everlearn.memory.mask import Masking
 from everlearn.memory.methods import method
-from everlearn.memory.moments import SQUEEZE, moments, pieces_of
+from everlearn.memory.moments import SQUEEZE, Moment, moments, pieces_of
 from everlearn.memory.plan import planned
 from everlearn.memory.scores import kept
 from everlearn.memory.synthetic import synthetic
@@ -86,6 +86,22 @@ def test_moments_press_a_window_that_can_answer():
         assert moment.questions and all(kept(question, pieces_of(plan.chunks)) for question in moment.questions)
     with pytest.raises(InvalidRequest, match="num is 0"):
         moments(case, encode, 256, 0)
+
+
+def test_a_history_without_a_moment_gives_its_place_to_the_next(chat):
+    """Wherever a run is taken up again, and whatever was asked for before."""
+
+    def sometimes(number: int):
+        return history(number)._replace(questions=[]) if number in (1, 2) else history(number)
+
+    def dealt(numbers: range | list[int]) -> list[Moment]:
+        tasks = MemoryTasks(sometimes, chat, None, budgets=(300, 350), per_history=2)
+        return [tasks.moment(number) for number in numbers]
+
+    found = dealt(range(8))
+    assert [moment.case for moment in found] == [f"synthetic-60-{5000 + number}" for number in (0, 0, 3, 3, 3, 3, 3, 3)]
+    assert [moment.window.budget for moment in found] == [300, 300, 350, 350, 300, 300, 350, 350]
+    assert dealt([4, 2, 7]) == [found[4], found[2], found[7]]
 
 
 # ---- episodes ----
@@ -269,7 +285,7 @@ def test_what_a_run_can_t_be_is_refused(service, server, chat, judge, tmp_path):
         train(service, Training(run, answer_weight=1.0), tasks, tmp_path)
     with pytest.raises(InvalidRequest, match="budgets is 0"):
         MemoryTasks(history, chat, judge, budgets=())
-    with pytest.raises(InvalidRequest, match="never presses"):
+    with pytest.raises(InvalidRequest, match="16 histories in a row, the last synthetic-60-5015, never press"):
         MemoryTasks(history, chat, judge, budgets=(100_000,)).moment(0)
 
 
