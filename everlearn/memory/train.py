@@ -24,6 +24,7 @@ from everlearn.errors import Conflict, InvalidRequest
 from everlearn.memory.credit import Advantages, best_of, levelled, separated
 from everlearn.memory.environment import ANSWER, MemoryTasks
 from everlearn.rl import measures
+from everlearn.rl.advantages import ESTIMATORS
 from everlearn.rl.datums import datums_of
 from everlearn.rl.policy import seed_of
 from everlearn.rl.records import Decode, write_records
@@ -32,12 +33,15 @@ from everlearn.rl.trajectory import TrajectoryGroup
 
 KINDS = ("memory", "answer")
 SAVED = "memory"  # what the finished adapter's sampler weights are called
+LOSSES = ("importance_sampling", "ppo", "cispo")  # that ask for nothing but a turn's tokens, their log-probabilities and advantages
+UNUSED = ("value_function", "mask_over_long", "substeps", "epochs", "temperature", "ptx_weight", "ptx_batch", "pace")
 
 
 class Training(msgspec.Struct, frozen=True):
     """`run`: steps, rank, learning rate, loss and so on, the warm steps counted in; these have the learning rate `warm_rate`, if that is
-    above 0. `by_word` takes off what the word of a decision earns on average (`levelled`); without, costs such as `rewrites` can teach how
-    often a word is said. `memory_weight` and `answer_weight` multiply the advantages of each kind; 0 leaves its tokens out."""
+    above 0. What no step here reads (`UNUSED`) must be left as it is. `by_word` takes off what the word of a decision earns on average
+    (`levelled`); without, costs such as `rewrites` can teach how often a word is said. `memory_weight` and `answer_weight` multiply the
+    advantages of each kind; 0 leaves its tokens out."""
 
     run: Settings
     warm_steps: int = 0
@@ -47,7 +51,15 @@ class Training(msgspec.Struct, frozen=True):
     answer_weight: float = 0.0
 
     def check(self) -> Training:
-        """Itself. Raises InvalidRequest for what can't be meant."""
+        """Itself. Raises InvalidRequest for what can't be meant, and for settings of `run` that would have no effect."""
+        run = self.run.check()
+        plain = Settings(run.base_model, run.steps)
+        for name in UNUSED:
+            if getattr(run, name) != getattr(plain, name):
+                raise InvalidRequest(f"{name} is {getattr(run, name)!r}; it has no effect on training a memory, leave it out", param=name)
+        for name, known in (("estimator", tuple(ESTIMATORS)), ("loss", LOSSES)):
+            if getattr(run, name) not in known:
+                raise InvalidRequest(f"{name} is {getattr(run, name)!r}; memories are trained by {', '.join(known)}", param=name)
         if self.warm_steps < 0 or not 0.0 <= self.warm_rate < float("inf"):
             told = f"warm_steps is {self.warm_steps} and warm_rate {self.warm_rate}"
             raise InvalidRequest(f"{told}; both must be finite and at least 0", param="warm_steps")
@@ -154,7 +166,7 @@ class MemoryLearner(Learner):
     def imitate(self, groups: Sequence[TrajectoryGroup], step: int) -> Metrics:
         """One optimizer step of cross-entropy on the memory tokens of each group's best member."""
         data = imitated(groups)
-        row: Metrics = {"warm/datums": float(len(data))}
+        row: Metrics = {"warm/datums": float(len(data)), **self.distance(groups)}
         if data:
             gradient = self.client.forward_backward(data, "cross_entropy")
             rate = self.training.warm_rate or self.settings.learning_rate

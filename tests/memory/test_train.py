@@ -28,7 +28,7 @@ from everlearn.rewards.reward import Part, Reward
 from everlearn.rl.policy import TinkerPolicy
 from everlearn.rl.prompts import ChatMl
 from everlearn.rl.rollouts import play_now
-from everlearn.rl.train import Settings
+from everlearn.rl.train import Pace, Settings
 from everlearn.rl.trajectory import Action, Trajectory, TrajectoryGroup, Transition
 from tests.live import KEY, LiveServer
 from tests.memory.spelling import encode
@@ -232,11 +232,14 @@ def test_the_gradient_of_memory_tokens_does_not_depend_on_answers(service, serve
 
 
 def test_a_run_warms_up_goes_on_and_ends_in_an_adapter(service, server, tasks, chat, tmp_path):
-    run = Settings(server.model, steps=2, rank=2, learning_rate=1e-3, loss="ppo", estimator="group_mean_std", max_tokens=12, save_every=1)
+    run = Settings(
+        server.model, steps=2, rank=2, learning_rate=1e-3, loss="ppo", estimator="group_mean_std", max_tokens=12, save_every=1, kl_budget=1e9
+    )
     training = Training(run, warm_steps=1, answer_weight=0.5)
     first = train(service, training, tasks, tmp_path, decode=chat.decode)
     assert [row["step"] for row in first.rows] == [0, 1] and "warm/datums" in first.rows[0] and "memory/tokens/trained" in first.rows[1]
     assert {"reward/likelihood", "reward/correct", "env/kept", "env/undecided"} <= set(first.rows[1])
+    assert all("kl/base" in row for row in first.rows)  # a budget binds in the warm steps too
     longer = msgspec.structs.replace(training, run=msgspec.structs.replace(run, steps=3))
     again = train(service, longer, tasks, tmp_path)
     assert [row["step"] for row in again.rows] == [0, 1, 2] and again.path != first.path
@@ -247,6 +250,30 @@ def test_a_run_warms_up_goes_on_and_ends_in_an_adapter(service, server, tasks, c
     for role, text in history(1).turns[:12]:
         policy.read(role, text)
     assert sum(len(chat.encode(piece)) for piece in policy.pieces("")) <= 200
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"temperature": 0.5},
+        {"substeps": 2},
+        {"epochs": 2},
+        {"mask_over_long": True},
+        {"ptx_weight": 0.1},
+        {"pace": Pace()},
+        {"estimator": "per_turn"},
+        {"estimator": "gae"},
+        {"loss": "gspo"},
+        {"loss": "mirror_descent"},
+        {"loss": "stable_reinforce"},
+        {"steps": 0},
+    ],
+    ids=str,
+)
+def test_settings_that_no_step_reads_are_refused_before_the_first(setting):
+    with pytest.raises(InvalidRequest) as told:
+        Training(Settings(**{"base_model": "any", "steps": 1, **setting}), warm_steps=8).check()
+    assert told.value.param == next(iter(setting))
 
 
 @pytest.mark.slow
