@@ -232,6 +232,11 @@ class MemoryTasks:
     def __len__(self) -> int:
         return self.batches
 
+    def told(self) -> dict[str, Any]:
+        """All that settles which moments are dealt and how they are paid, but for the histories and for how many batches there are."""
+        names = ("budgets", "groups_per_batch", "group_size", "per_history", "most_questions", "pay", "masking", "seed")
+        return {name: getattr(self, name) for name in names}
+
     def get_batch(self, index: int) -> Sequence[EnvGroup]:
         return deal(index, self.batches, self.groups_per_batch, self.group)
 

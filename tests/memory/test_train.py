@@ -243,13 +243,30 @@ def test_a_run_warms_up_goes_on_and_ends_in_an_adapter(service, server, tasks, c
     longer = msgspec.structs.replace(training, run=msgspec.structs.replace(run, steps=3))
     again = train(service, longer, tasks, tmp_path)
     assert [row["step"] for row in again.rows] == [0, 1, 2] and again.path != first.path
-    with pytest.raises(Conflict, match="other settings"):
+    with pytest.raises(Conflict, match="other settings .warm_steps 1 -> 2"):
         train(service, msgspec.structs.replace(longer, warm_steps=2), tasks, tmp_path)
+    others = MemoryTasks(history, chat, tasks.judge, budgets=(200,), pay=PAY, masking=tasks.masking, groups_per_batch=2, group_size=3, most_questions=2)
+    with pytest.raises(Conflict, match=r"budgets \[300\] -> \[200\]\)"):
+        train(service, longer, others, tmp_path)
+    (tmp_path / "training.json").write_bytes(b"{")
+    with pytest.raises(InvalidRequest, match="training.json can't be read"):
+        train(service, longer, tasks, tmp_path)
     sampler = service.create_sampling_client(model_path=again.path).result()
     policy = method("policy", chat.encode, 200, decided=Decided(sampler, chat, once=True), refill=Generate(sampler, chat))
     for role, text in history(1).turns[:12]:
         policy.read(role, text)
     assert sum(len(chat.encode(piece)) for piece in policy.pieces("")) <= 200
+
+
+def test_a_run_that_never_came_to_a_state_binds_nobody(service, server, tmp_path):
+    training = Training(Settings(server.model, steps=2, rank=2), warm_steps=1)
+    MemoryLearner(service, training, tmp_path)
+    assert not (tmp_path / "training.json").exists()
+    (tmp_path / "training.json").write_bytes(b'{"warm_')  # of one that was killed before its state
+    learner = MemoryLearner(service, msgspec.structs.replace(training, warm_steps=2), tmp_path)
+    learner._save(0, "")
+    with pytest.raises(Conflict, match="warm_steps 2 -> 1"):
+        MemoryLearner(service, training, tmp_path)
 
 
 @pytest.mark.parametrize(
