@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from everlearn.cli.console import Console, Verb, pass_console
+from everlearn.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from everlearn.memory.suites import Case
     from everlearn.types import BaseModelInfo
 
 LOCAL_KEY = "tml-local"  # the SDK wants a key of this form; a server without keys takes any
-HELD_OUT = 1000  # added to the seed of histories that are looked at and not trained on
+HELD_OUT = 0.1  # the last cases of a file, which are looked at and not trained on
+EVALUATE_EVERY = 15  # steps: however many are asked for, so that a run can be made longer
 
 
 @click.command("train", cls=Verb)
@@ -42,7 +46,8 @@ def train(console: Console, out: Path, model: str, data: Path | None, **options:
 
     Each step takes windows under pressure and lets the policy decide and write from each of them several times; what is left of the window
     is judged by how likely the right answers still are under the base model. Starts a server of its own on this home, or uses the one named
-    by --url (the model's folder must be on this machine too, for its tokenizer).
+    by --url (the model's folder must be on this machine too, for its tokenizer). Histories that aren't trained on are looked at every 15
+    steps: the last tenth of --data, or synthetic ones of their own.
     """
     from everlearn.memory.environment import Judge, MemoryTasks, Pay
     from everlearn.memory.train import Training
@@ -52,7 +57,7 @@ def train(console: Console, out: Path, model: str, data: Path | None, **options:
     from everlearn.rl.train import Settings
 
     logging.getLogger("tinker").setLevel(logging.ERROR)  # it warns of every answer that takes longer than one poll
-    history = _histories(data, options["turns"], options["facts"], options["seed"])
+    trained_on, held_out, told = _histories(data, options["turns"], options["facts"], options["seed"])
     info, weight = _model(console, model), options["answer_weight"]
     tokenizer = load(Path(info.path))
     chat = ChatMl(tokenizer.encode, lambda ids: tokenizer.decode(ids, skip_special=True))
@@ -65,15 +70,15 @@ def train(console: Console, out: Path, model: str, data: Path | None, **options:
         estimator="group_mean",
         max_tokens=options["max_tokens"],
         seed=options["seed"],
-        evaluate_every=max(1, options["steps"] // 4),
+        evaluate_every=EVALUATE_EVERY,
     )
     with ExitStack() as stack:
         service = stack.enter_context(_service(console, info, stack))
         judge = Judge(service.create_sampling_client(base_model=info.name).result(), chat)
 
-        def tasks(first: int, batches: int, members: int) -> MemoryTasks:
+        def tasks(history: Callable[[int], Case], batches: int, members: int) -> MemoryTasks:
             return MemoryTasks(
-                lambda number: history(first + number),
+                history,
                 chat,
                 judge,
                 budgets=(options["budget"],),
@@ -84,9 +89,9 @@ def train(console: Console, out: Path, model: str, data: Path | None, **options:
                 seed=options["seed"],
             )
 
-        training = Training(settings, warm_steps=min(options["warm"], options["steps"]), answer_weight=weight)
-        mine, others = tasks(0, options["steps"], options["members"]), tasks(HELD_OUT, 1, 1)
-        done = run(service, training, mine, out, others, chat.decode, lambda row: console.note(_told(row)))
+        training = Training(settings, warm_steps=options["warm"], answer_weight=weight)
+        mine, others = tasks(trained_on, options["steps"], options["members"]), tasks(held_out, 1, 1)
+        done = run(service, training, mine, out, others, chat.decode, lambda row: console.note(_told(row)), told)
     console.result({"path": done.path, "steps": options["steps"]})
     console.note(f"name it with: everlearn adapter name NAME {done.path}")
 
@@ -96,14 +101,22 @@ def _told(row: dict[str, float]) -> str:
     return f"step {row['step']:.0f}: " + ", ".join(f"{said} {row[name]:.3f}" for name, said in names.items() if name in row)
 
 
-def _histories(data: Path | None, turns: int, facts: int, seed: int) -> Callable[[int], Case]:
+def _histories(data: Path | None, turns: int, facts: int, seed: int) -> tuple[Callable[[int], Case], Callable[[int], Case], dict[str, Any]]:
+    """By their numbers the histories to train on and the others to look at, of which none is both, and what a run notes of them."""
     from everlearn.memory.suites import longmemeval
     from everlearn.memory.synthetic import synthetic
 
     if data is None:
-        return lambda number: synthetic(turns, 10_000 * (seed + 1) + number, facts)
+        first = 10_000 * (seed + 1)  # those to look at count down from -first: no run, whatever its seed and length, is trained on one
+        told: dict[str, Any] = {"data": None, "turns": turns, "facts": facts}
+        return lambda number: synthetic(turns, first + number, facts), lambda number: synthetic(turns, -first - number, facts), told
     cases = longmemeval(data)
-    return lambda number: cases[number % len(cases)]
+    if len(cases) < 2:
+        raise InvalidRequest(f"{data} has {len(cases)} histories; bring at least two: one to train on and one to look at", param="data")
+    kept = math.ceil(HELD_OUT * len(cases))
+    mine, others = cases[:-kept], cases[-kept:]
+    told = {"data": sha256(data.read_bytes()).hexdigest()}
+    return lambda number: mine[number % len(mine)], lambda number: others[number % len(others)], told
 
 
 def _model(console: Console, model: str) -> BaseModelInfo:

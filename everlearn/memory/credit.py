@@ -3,8 +3,8 @@
 A window that lost the evidence makes every answer wrong, and a good answer doesn't make a window better than that of the other members who
 answered as well. So there are two advantages for each member of a group, each 0 on the tokens of the other kind:
 
-- **memory** (decisions and refills): the member's whole reward against the group's, which all began at the same window;
-  Of a decision, what its word earned more than the other words is taken off (`levelled`);
+- **memory** (decisions and refills): the member's whole reward against the group's, which all began at the same window; of a
+  decision, what its word earned more than the other words is taken off (`levelled`);
 - **answer**: whether the answer to a question is right, against the members whose windows still held its evidence.
 """
 

@@ -41,6 +41,7 @@ from everlearn.rl.env import Env, EnvGroup, StepResult, StopCondition, deal
 from everlearn.rl.prompts import ChatMl
 
 DECISION, REFILL, ANSWER = "decision", "refill", "answer"  # what a turn of an episode is, in its logs
+IN_VAIN = 16  # histories in a row without a moment, after which the rest is expected to have none either
 
 
 class Pay(msgspec.Struct, frozen=True):
@@ -200,7 +201,8 @@ class MemoryGroup(EnvGroup):
 
 
 class MemoryTasks:
-    """A dataset of moments: `history(n)` makes history n, of which at most `per_history` moments are taken, at one of the `budgets`."""
+    """A dataset of moments: `history(n)` makes history n, of which at most `per_history` moments are taken, at one of the `budgets`. In
+    place of a history that has none at this budget stands the next that has, so what is played is the same whenever it is asked for."""
 
     def __init__(
         self,
@@ -230,6 +232,11 @@ class MemoryTasks:
     def __len__(self) -> int:
         return self.batches
 
+    def told(self) -> dict[str, Any]:
+        """All that settles which moments are dealt and how they are paid, but for the histories and for how many batches there are."""
+        names = ("budgets", "groups_per_batch", "group_size", "per_history", "most_questions", "pay", "masking", "seed")
+        return {name: getattr(self, name) for name in names}
+
     def get_batch(self, index: int) -> Sequence[EnvGroup]:
         return deal(index, self.batches, self.groups_per_batch, self.group)
 
@@ -246,12 +253,13 @@ class MemoryTasks:
         return found._replace(questions=tuple(found.questions[i] for i in chosen))
 
     def _moments(self, history: int) -> list[Moment]:
-        case, budget = self.history(history), self.budgets[history % len(self.budgets)]
-        found = moments(case, self.chat.encode, budget, self.per_history, seed=self.seed, masking=self.masking)
-        if not found:
-            raise InvalidRequest(
-                f"history {case.name} never presses a window of {budget} tokens that can answer one of its questions; "
-                "take longer histories with more facts, or a smaller budget",
-                param="history",
-            )
-        return found
+        budget = self.budgets[history % len(self.budgets)]
+        for number in range(history, history + IN_VAIN):
+            case = self.history(number)
+            if found := moments(case, self.chat.encode, budget, self.per_history, seed=self.seed, masking=self.masking):
+                return found
+        raise InvalidRequest(
+            f"{IN_VAIN} histories in a row, the last {case.name}, never press a window of {budget} tokens that can answer one of their "
+            "questions; take longer histories with more facts, or another budget",
+            param="history",
+        )

@@ -11,9 +11,9 @@ What comes out is an adapter: `Decided` and `Generate` take a sampler of it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -24,20 +24,26 @@ from everlearn.errors import Conflict, InvalidRequest
 from everlearn.memory.credit import Advantages, best_of, levelled, separated
 from everlearn.memory.environment import ANSWER, MemoryTasks
 from everlearn.rl import measures
+from everlearn.rl.advantages import ESTIMATORS
 from everlearn.rl.datums import datums_of
 from everlearn.rl.policy import seed_of
 from everlearn.rl.records import Decode, write_records
+from everlearn.rl.runfolder import note, noted
 from everlearn.rl.train import SHOWN_GROUPS, Learner, Metrics, Sent, Settings
 from everlearn.rl.trajectory import TrajectoryGroup
 
 KINDS = ("memory", "answer")
 SAVED = "memory"  # what the finished adapter's sampler weights are called
+NOTES = "training.json"  # what a run is besides its settings: written beside its state, and compared when it goes on
+LOSSES = ("importance_sampling", "ppo", "cispo")  # that ask for nothing but a turn's tokens, their log-probabilities and advantages
+UNUSED = ("value_function", "mask_over_long", "substeps", "epochs", "temperature", "ptx_weight", "ptx_batch", "pace")
 
 
 class Training(msgspec.Struct, frozen=True):
     """`run`: steps, rank, learning rate, loss and so on, the warm steps counted in; these have the learning rate `warm_rate`, if that is
-    above 0. `by_word` takes off what the word of a decision earns on average (`levelled`); without, costs such as `rewrites` can teach how
-    often a word is said. `memory_weight` and `answer_weight` multiply the advantages of each kind; 0 leaves its tokens out."""
+    above 0. What no step here reads (`UNUSED`) must be left as it is. `by_word` takes off what the word of a decision earns on average
+    (`levelled`); without, costs such as `rewrites` can teach how often a word is said. `memory_weight` and `answer_weight` multiply the
+    advantages of each kind; 0 leaves its tokens out."""
 
     run: Settings
     warm_steps: int = 0
@@ -47,7 +53,15 @@ class Training(msgspec.Struct, frozen=True):
     answer_weight: float = 0.0
 
     def check(self) -> Training:
-        """Itself. Raises InvalidRequest for what can't be meant."""
+        """Itself. Raises InvalidRequest for what can't be meant, and for settings of `run` that would have no effect."""
+        run = self.run.check()
+        plain = Settings(run.base_model, run.steps)
+        for name in UNUSED:
+            if getattr(run, name) != getattr(plain, name):
+                raise InvalidRequest(f"{name} is {getattr(run, name)!r}; it has no effect on training a memory, leave it out", param=name)
+        for name, known in (("estimator", tuple(ESTIMATORS)), ("loss", LOSSES)):
+            if getattr(run, name) not in known:
+                raise InvalidRequest(f"{name} is {getattr(run, name)!r}; memories are trained by {', '.join(known)}", param=name)
         if self.warm_steps < 0 or not 0.0 <= self.warm_rate < float("inf"):
             told = f"warm_steps is {self.warm_steps} and warm_rate {self.warm_rate}"
             raise InvalidRequest(f"{told}; both must be finite and at least 0", param="warm_steps")
@@ -75,26 +89,16 @@ def train(
     held_out: MemoryTasks | None = None,
     decode: Decode | None = None,
     on_step: Callable[[Metrics], None] = lambda _: None,
+    history: Mapping[str, Any] = {},
 ) -> Trained:
-    """Runs, or continues what `folder` holds. Raises what everlearn/rl/train.py's `train` raises."""
+    """Runs, or continues what `folder` holds. `history` says in JSON where the histories of `tasks` come from; a run goes on only with the
+    same, and with tasks that deal the same moments. Raises what everlearn/rl/train.py's `train` raises."""
     training.check()
     if training.answer_weight and not tasks.pay.correct:
         raise InvalidRequest("answer_weight is above 0 and `correct` pays nothing, so nobody answers; set both or neither", param="pay")
-    _same(folder, training)
-    learner = MemoryLearner(service, training, folder, held_out, decode)
+    learner = MemoryLearner(service, training, folder, held_out, decode, {**tasks.told(), **history})
     rows = learner.run(lambda step: _step(learner, tasks, step), on_step)
     return Trained(rows, learner.client.save_weights_for_sampler(SAVED).result().path)
-
-
-def _same(folder: Path, training: Training) -> None:
-    """Writes down what the run is besides its `run`, or raises Conflict where the folder holds one that is another."""
-    folder.mkdir(parents=True, exist_ok=True)
-    names = ("warm_steps", "warm_rate", "by_word", "memory_weight", "answer_weight")
-    path, own = folder / "training.json", {name: getattr(training, name) for name in names}
-    old = msgspec.json.decode(path.read_bytes()) if path.exists() else own
-    if old != own:
-        raise Conflict(f"{folder} holds a run with other settings ({old}); use another folder, or the settings of that run", param="folder")
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(own), indent=1))
 
 
 def _step(learner: MemoryLearner, tasks: MemoryTasks, step: int) -> Metrics:
@@ -123,9 +127,23 @@ class MemoryLearner(Learner):
         folder: Path,
         held_out: MemoryTasks | None = None,
         decode: Decode | None = None,
+        told: Mapping[str, Any] = {},
     ):
+        """Raises Conflict if the folder holds a run whose training, or what was `told` of its tasks, is other."""
+        self.training = training.check()
+        parts = {name: getattr(training, name) for name in training.__struct_fields__ if name != "run"}
+        self.notes: dict[str, Any] = msgspec.json.decode(msgspec.json.encode({**parts, **told}))
+        pairs = [(name, old, self.notes.get(name)) for name, old in noted(folder, NOTES).items()]
+        if changed := [f"{name} {old!r} -> {new!r}" for name, old, new in pairs if old != new]:
+            raise Conflict(
+                f"{folder} holds a run with other settings ({', '.join(changed)}); use another folder, or the settings of that run",
+                param="folder",
+            )
         super().__init__(service, training.run, folder, held_out, decode)
-        self.training = training
+
+    def _save(self, step: int, stopped: str) -> None:
+        note(self.folder, NOTES, self.notes)  # before the state: without one, notes bind nobody
+        super()._save(step, stopped)
 
     def reinforce(self, groups: Sequence[TrajectoryGroup], step: int) -> Metrics:
         """One optimizer step from both kinds of tokens, each sent by itself."""
@@ -154,7 +172,7 @@ class MemoryLearner(Learner):
     def imitate(self, groups: Sequence[TrajectoryGroup], step: int) -> Metrics:
         """One optimizer step of cross-entropy on the memory tokens of each group's best member."""
         data = imitated(groups)
-        row: Metrics = {"warm/datums": float(len(data))}
+        row: Metrics = {"warm/datums": float(len(data)), **self.distance(groups)}
         if data:
             gradient = self.client.forward_backward(data, "cross_entropy")
             rate = self.training.warm_rate or self.settings.learning_rate

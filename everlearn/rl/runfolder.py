@@ -29,12 +29,28 @@ def read_state(folder: Path, type_: type[T]) -> T | None:
 
 def write_state(folder: Path, state: Any) -> None:
     """Whole or not at all: who is killed meanwhile continues from what was there before."""
-    new = folder / "state.json.new"
+    note(folder, "state.json", state)
+
+
+def note(folder: Path, name: str, what: Any) -> None:
+    """A JSON file, whole or not at all."""
+    new = folder / f"{name}.new"
     with new.open("wb") as file:
-        file.write(msgspec.json.format(msgspec.json.encode(state), indent=1))
+        file.write(msgspec.json.format(msgspec.json.encode(what), indent=1))
         file.flush()
         os.fsync(file.fileno())
-    new.replace(folder / "state.json")
+    new.replace(folder / name)
+
+
+def noted(folder: Path, name: str) -> dict[str, Any]:
+    """What `note` wrote beside the state, or nothing where the folder has no state to go on from."""
+    path = folder / name
+    if not path.exists() or not (folder / "state.json").exists():
+        return {}
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except (msgspec.DecodeError, OSError) as error:
+        raise InvalidRequest(f"{path} can't be read ({error}); continue from another folder, or remove it", param="folder") from None
 
 
 def note_run(folder: Path, run_id: str, settings: Any) -> None:

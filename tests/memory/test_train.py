@@ -18,7 +18,7 @@ from everlearn.memory.environment import ANSWER, DECISION, REFILL, Judge, Memory
 from everlearn.memory.generate import Generate
 from everlearn.memory.mask import Masking
 from everlearn.memory.methods import method
-from everlearn.memory.moments import SQUEEZE, moments, pieces_of
+from everlearn.memory.moments import SQUEEZE, Moment, moments, pieces_of
 from everlearn.memory.plan import planned
 from everlearn.memory.scores import kept
 from everlearn.memory.synthetic import synthetic
@@ -28,7 +28,7 @@ from everlearn.rewards.reward import Part, Reward
 from everlearn.rl.policy import TinkerPolicy
 from everlearn.rl.prompts import ChatMl
 from everlearn.rl.rollouts import play_now
-from everlearn.rl.train import Settings
+from everlearn.rl.train import Pace, Settings
 from everlearn.rl.trajectory import Action, Trajectory, TrajectoryGroup, Transition
 from tests.live import KEY, LiveServer
 from tests.memory.spelling import encode
@@ -86,6 +86,22 @@ def test_moments_press_a_window_that_can_answer():
         assert moment.questions and all(kept(question, pieces_of(plan.chunks)) for question in moment.questions)
     with pytest.raises(InvalidRequest, match="num is 0"):
         moments(case, encode, 256, 0)
+
+
+def test_a_history_without_a_moment_gives_its_place_to_the_next(chat):
+    """Wherever a run is taken up again, and whatever was asked for before."""
+
+    def sometimes(number: int):
+        return history(number)._replace(questions=[]) if number in (1, 2) else history(number)
+
+    def dealt(numbers: range | list[int]) -> list[Moment]:
+        tasks = MemoryTasks(sometimes, chat, None, budgets=(300, 350), per_history=2)
+        return [tasks.moment(number) for number in numbers]
+
+    found = dealt(range(8))
+    assert [moment.case for moment in found] == [f"synthetic-60-{5000 + number}" for number in (0, 0, 3, 3, 3, 3, 3, 3)]
+    assert [moment.window.budget for moment in found] == [300, 300, 350, 350, 300, 300, 350, 350]
+    assert dealt([4, 2, 7]) == [found[4], found[2], found[7]]
 
 
 # ---- episodes ----
@@ -216,21 +232,65 @@ def test_the_gradient_of_memory_tokens_does_not_depend_on_answers(service, serve
 
 
 def test_a_run_warms_up_goes_on_and_ends_in_an_adapter(service, server, tasks, chat, tmp_path):
-    run = Settings(server.model, steps=2, rank=2, learning_rate=1e-3, loss="ppo", estimator="group_mean_std", max_tokens=12, save_every=1)
+    run = Settings(
+        server.model, steps=2, rank=2, learning_rate=1e-3, loss="ppo", estimator="group_mean_std", max_tokens=12, save_every=1, kl_budget=1e9
+    )
     training = Training(run, warm_steps=1, answer_weight=0.5)
     first = train(service, training, tasks, tmp_path, decode=chat.decode)
     assert [row["step"] for row in first.rows] == [0, 1] and "warm/datums" in first.rows[0] and "memory/tokens/trained" in first.rows[1]
     assert {"reward/likelihood", "reward/correct", "env/kept", "env/undecided"} <= set(first.rows[1])
+    assert all("kl/base" in row for row in first.rows)  # a budget binds in the warm steps too
     longer = msgspec.structs.replace(training, run=msgspec.structs.replace(run, steps=3))
     again = train(service, longer, tasks, tmp_path)
     assert [row["step"] for row in again.rows] == [0, 1, 2] and again.path != first.path
-    with pytest.raises(Conflict, match="other settings"):
+    with pytest.raises(Conflict, match="other settings .warm_steps 1 -> 2"):
         train(service, msgspec.structs.replace(longer, warm_steps=2), tasks, tmp_path)
+    others = MemoryTasks(history, chat, tasks.judge, budgets=(200,), pay=PAY, masking=tasks.masking, groups_per_batch=2, group_size=3, most_questions=2)
+    with pytest.raises(Conflict, match=r"budgets \[300\] -> \[200\]\)"):
+        train(service, longer, others, tmp_path)
+    (tmp_path / "training.json").write_bytes(b"{")
+    with pytest.raises(InvalidRequest, match="training.json can't be read"):
+        train(service, longer, tasks, tmp_path)
     sampler = service.create_sampling_client(model_path=again.path).result()
     policy = method("policy", chat.encode, 200, decided=Decided(sampler, chat, once=True), refill=Generate(sampler, chat))
     for role, text in history(1).turns[:12]:
         policy.read(role, text)
     assert sum(len(chat.encode(piece)) for piece in policy.pieces("")) <= 200
+
+
+def test_a_run_that_never_came_to_a_state_binds_nobody(service, server, tmp_path):
+    training = Training(Settings(server.model, steps=2, rank=2), warm_steps=1)
+    MemoryLearner(service, training, tmp_path)
+    assert not (tmp_path / "training.json").exists()
+    (tmp_path / "training.json").write_bytes(b'{"warm_')  # of one that was killed before its state
+    learner = MemoryLearner(service, msgspec.structs.replace(training, warm_steps=2), tmp_path)
+    learner._save(0, "")
+    with pytest.raises(Conflict, match="warm_steps 2 -> 1"):
+        MemoryLearner(service, training, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"temperature": 0.5},
+        {"substeps": 2},
+        {"epochs": 2},
+        {"mask_over_long": True},
+        {"ptx_weight": 0.1},
+        {"pace": Pace()},
+        {"estimator": "per_turn"},
+        {"estimator": "gae"},
+        {"loss": "gspo"},
+        {"loss": "mirror_descent"},
+        {"loss": "stable_reinforce"},
+        {"steps": 0},
+    ],
+    ids=str,
+)
+def test_settings_that_no_step_reads_are_refused_before_the_first(setting):
+    with pytest.raises(InvalidRequest) as told:
+        Training(Settings(**{"base_model": "any", "steps": 1, **setting}), warm_steps=8).check()
+    assert told.value.param == next(iter(setting))
 
 
 @pytest.mark.slow
@@ -269,7 +329,7 @@ def test_what_a_run_can_t_be_is_refused(service, server, chat, judge, tmp_path):
         train(service, Training(run, answer_weight=1.0), tasks, tmp_path)
     with pytest.raises(InvalidRequest, match="budgets is 0"):
         MemoryTasks(history, chat, judge, budgets=())
-    with pytest.raises(InvalidRequest, match="never presses"):
+    with pytest.raises(InvalidRequest, match="16 histories in a row, the last synthetic-60-5015, never press"):
         MemoryTasks(history, chat, judge, budgets=(100_000,)).moment(0)
 
 
