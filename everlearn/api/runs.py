@@ -22,6 +22,7 @@ router = APIRouter(prefix="/v1/runs", tags=["runs"], dependencies=[scope("read",
 CHANGES = [scope("train")]
 MAX_TOLD = 1000  # steps, or groups, of one request
 SOURCES = (steps.CLIENT, steps.LOG)
+RunId = Annotated[str, Path(pattern=r"^[A-Za-z0-9:._-]{1,200}$")]
 Number = Annotated[int, Path(ge=0, le=steps.MAX_STEP)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
 
@@ -54,7 +55,7 @@ def step_json(step: steps.Step) -> dict[str, Any]:
 
 
 @router.post("/{run_id}/steps", status_code=204, dependencies=CHANGES)
-async def tell_steps(request: Request, run_id: str) -> Response:
+async def tell_steps(request: Request, run_id: RunId) -> Response:
     """Metrics of steps, and the settings of the loop. A step that is told again replaces what was told of it."""
     form, owner = await bodies.read(request, StepsForm), tenant(request)
     if len(form.steps) > MAX_TOLD:
@@ -71,7 +72,7 @@ async def tell_steps(request: Request, run_id: str) -> Response:
 
 @router.get("/{run_id}/steps")
 async def list_steps(
-    request: Request, run_id: str, limit: int = Limit, after: int | None = Query(None, ge=0, le=steps.MAX_STEP), source: str = steps.CLIENT
+    request: Request, run_id: RunId, limit: int = Limit, after: int | None = Query(None, ge=0, le=steps.MAX_STEP), source: str = steps.CLIENT
 ) -> dict[str, Any]:
     """In their order. `source`: `client` for what the loop told, `log` for the run's own finished requests."""
     refuse_unknown(request, "limit", "after", "source")
@@ -83,7 +84,7 @@ async def list_steps(
 
 
 @router.post("/{run_id}/rollouts", status_code=204, dependencies=CHANGES)
-async def tell_rollouts(request: Request, run_id: str) -> Response:
+async def tell_rollouts(request: Request, run_id: RunId) -> Response:
     """Groups that were played in one step. The newest of each run are kept (10,000 and 64 MiB, and as long as records are)."""
     form, owner = await bodies.read(request, RolloutsForm), tenant(request)
     if len(form.groups) > MAX_TOLD:
@@ -101,7 +102,7 @@ def pack(form: RolloutsForm) -> list[steps.Packed]:
 
 @router.get("/{run_id}/rollouts")
 async def list_rollouts(
-    request: Request, run_id: str, step: int | None = Query(None, ge=0, le=steps.MAX_STEP), limit: int = Limit, after: str | None = After
+    request: Request, run_id: RunId, step: int | None = Query(None, ge=0, le=steps.MAX_STEP), limit: int = Limit, after: str | None = After
 ) -> dict[str, Any]:
     """What was played, newest step first, behind the one whose id is `after`: summaries. /v1/runs/{id}/rollouts/{step}/{number} has one
     whole."""
@@ -120,7 +121,7 @@ def place_of(group_id: str) -> tuple[int, int]:
 
 
 @router.get("/{run_id}/rollouts/{step}/{number}")
-async def get_rollouts(request: Request, run_id: str, step: Number, number: Number) -> dict[str, Any]:
+async def get_rollouts(request: Request, run_id: RunId, step: Number, number: Number) -> dict[str, Any]:
     owner = tenant(request)
     found = await services(request).read(lambda conn: steps.get_group(conn, owner, run_id, step, number))
     return {**group_json(found), "record": found.body}

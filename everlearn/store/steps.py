@@ -221,7 +221,9 @@ def _sweep_groups(conn: Connection, run_id: str) -> None:
 def list_groups(
     conn: Connection, tenant: str, run_id: str, step: int | None = None, limit: int = 1000, after: tuple[int, int] | None = None
 ) -> list[Group]:
-    """Of one step, or of all, newest step first; behind step and number `after`; without their bodies."""
+    """Of one step, or of all, newest step first; behind step and number `after`; without their bodies. Raises NotFound for a run that isn't
+    the tenant's."""
+    runs.get_run(conn, tenant, run_id)
     where = (rollouts.c.run_id == run_id) & (rollouts.c.tenant == tenant)
     if step is not None:
         where &= rollouts.c.step == step

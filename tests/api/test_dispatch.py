@@ -346,7 +346,7 @@ def test_an_idle_adapter_leaves_memory_and_comes_back(tmp_path: Path) -> None:
             model = await r.create()
             await r.step(model, 1)
             await r.outcome(f"{model}:1")
-            svc = Services(r.settings, r.db, None, r.engine, r.dispatcher, r.dispatcher.metrics, None, None, None, None, None)  # type: ignore[arg-type]
+            svc = Services(r.settings, r.db, None, r.engine, r.dispatcher, r.dispatcher.metrics, *[None] * 6)  # type: ignore[arg-type]
             housekeeping = Housekeeping(svc)
             housekeeping.start()
             await r.until(lambda: model not in r.dispatcher.feeds)

@@ -62,7 +62,8 @@ def told(rule: Rule, evidence: Evidence) -> dict[str, Any]:
         ("guardrail:refusal", "at most +0.02", [0.02]),
         ("guardrail:length", "within ±0.1", [-0.1, 0.1]),
         ("alarm:length", "no veto", []),
-        ("safety", "", []),
+        ("safety", "at least -0.05", [-0.05]),
+        ("parity", "at most 0.05", [0.05]),
         ("owner", "signed by its owner, and promote = automatic", []),
     ],
 )
