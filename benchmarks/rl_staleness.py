@@ -214,7 +214,8 @@ def one_run(args: argparse.Namespace) -> None:
     import tinker
 
     from everlearn.rl.rollouts import Limits
-    from everlearn.rl.train import Settings, train
+    from everlearn.rl.settings import Settings
+    from everlearn.rl.train import train
 
     kind, amount, arm = args.only.split("-", 2)
     subject = SUBJECTS[args.subject](args)

@@ -27,7 +27,8 @@ from everlearn.rl import measures
 from everlearn.rl.datums import datums_of
 from everlearn.rl.policy import seed_of
 from everlearn.rl.records import Decode, write_records
-from everlearn.rl.train import SHOWN_GROUPS, Learner, Metrics, Sent, Settings
+from everlearn.rl.settings import Settings
+from everlearn.rl.train import SHOWN_GROUPS, Learner, Metrics, Sent
 from everlearn.rl.trajectory import TrajectoryGroup
 
 KINDS = ("memory", "answer")

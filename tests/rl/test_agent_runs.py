@@ -12,7 +12,8 @@ from everlearn.errors import InvalidRequest
 from everlearn.rl.agent_runs import AgentHost, AgentTasks
 from everlearn.rl.agents import Chat
 from everlearn.rl.rollouts import Limits
-from everlearn.rl.train import Settings, train
+from everlearn.rl.settings import Settings
+from everlearn.rl.train import train
 from tests.live import KEY, LiveServer
 from tests.rl.test_train import lines, played, without_time
 

@@ -15,8 +15,9 @@ from everlearn.errors import InvalidRequest
 from everlearn.rl.env import SameTask, StepResult
 from everlearn.rl.policy import TinkerPolicy
 from everlearn.rl.rollouts import play_now
+from everlearn.rl.settings import Pace, Settings
 from everlearn.rl.temperature import Temperature, at_temperature
-from everlearn.rl.train import Pace, Settings, train
+from everlearn.rl.train import train
 from tests.rl.run_first import First, Starts
 
 COOL = Temperature(1.5, 0.5, steps=2)
