@@ -172,7 +172,7 @@ def credited(group: TrajectoryGroup, advantages: Advantages, weight: float) -> l
         datum
         for trajectory, own in zip(group.trajectories_G, advantages, strict=True)
         if weight and any(own)
-        for datum in datums_of(trajectory, [weight * value for value in own])
+        for datum in datums_of(trajectory, [weight * value for value in own], sequence_mask=True)
         if np.any(datum.loss_fn_inputs["advantages"].to_numpy())
     ]
 

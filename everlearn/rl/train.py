@@ -23,7 +23,7 @@ from everlearn.rl import measures
 from everlearn.rl.advantages import advantages_of
 from everlearn.rl.agent_runs import AgentHost
 from everlearn.rl.agents import AgentServer, agent_metrics
-from everlearn.rl.datums import datums_of_group
+from everlearn.rl.datums import datums_of_group, without_mask
 from everlearn.rl.env import Dataset
 from everlearn.rl.policy import TinkerPolicy, seed_of
 from everlearn.rl.ptx import Ptx
@@ -37,6 +37,7 @@ from everlearn.rl.trajectory import TrajectoryGroup
 from everlearn.rl.values import GAE, valued
 
 SHOWN_GROUPS = 2  # of each batch in rollouts.jsonl
+MASKED = ("gspo", "mirror_descent")  # losses that have to know which tokens were sampled
 FREE = ("steps", "kl_budget")  # settings in which a run that goes on may differ from what it was
 Metrics = dict[str, float]
 Sampler: TypeAlias = tinker.SamplingClient | AgentServer
@@ -105,7 +106,7 @@ def _step(learner: Learner, dataset: Dataset, step: int, sampler_of: SamplerOf |
 
 
 class Sent(msgspec.Struct, frozen=True):
-    """Datums whose gradient was asked for, and the answer to come."""
+    """Datums whose gradient was asked for, each with its `sequence_ratio_mask`, and the answer to come."""
 
     data: list[types.Datum]
     output: tinker.APIFuture[types.ForwardBackwardOutput]
@@ -219,10 +220,9 @@ class Learner:
     def data_of(
         self, groups: Sequence[TrajectoryGroup], advantages: Sequence[list[list[float]]], temperature: float = 1.0
     ) -> list[list[types.Datum]]:
-        """For each group its datums, with all that the loss wants to know of the weights as they are now."""
-        loss = self.settings.loss
-        provenance, sequence_mask = loss == "stable_reinforce", loss in ("gspo", "mirror_descent")
-        data_G = [datums_of_group(group, own, provenance, sequence_mask) for group, own in zip(groups, advantages, strict=True)]
+        """For each group its datums, with all that the loss wants to know of the weights as they are now, and what was sampled."""
+        provenance = self.settings.loss == "stable_reinforce"
+        data_G = [datums_of_group(group, own, provenance, sequence_mask=True) for group, own in zip(groups, advantages, strict=True)]
         self._complete(data_G, temperature)
         return data_G
 
@@ -231,7 +231,8 @@ class Learner:
         loss = self.settings.loss
         data = [datum for members in data_G for datum in members]
         if data and self.settings.decoupled:
-            for datum, output in zip(data, self.client.forward(data, loss, at(temperature)).result().loss_fn_outputs, strict=True):
+            outputs = self.client.forward(self._asked(data), loss, at(temperature)).result().loss_fn_outputs
+            for datum, output in zip(data, outputs, strict=True):
                 datum.loss_fn_inputs["old_logprobs"] = output["logprobs"]
         if data and loss != "stable_reinforce" and self.loss_config.get("kl_coeff"):
             for datum, logprobs in zip(data, self.reference.logprobs(data, temperature), strict=True):
@@ -240,7 +241,12 @@ class Learner:
     def send(self, data: list[types.Datum], temperature: float = 1.0) -> Sent:
         """Asks for the gradient of these datums, which joins those that were asked for since the last optimizer step."""
         config = self.loss_config | (at(temperature) or {})
-        return Sent(data, self.client.forward_backward(data, self.settings.loss, config or None))
+        return Sent(data, self.client.forward_backward(self._asked(data), self.settings.loss, config or None))
+
+    def _asked(self, data: Sequence[types.Datum]) -> list[types.Datum]:
+        """As the loss takes them. A mask that it can do without may be unknown to it, or change what it corrects and measures."""
+        masked = self.settings.loss in MASKED or self.settings.estimator == GAE
+        return list(data) if masked else [without_mask(datum) for datum in data]
 
     def update(self, sent: Sequence[Sent], number: int) -> Metrics:
         """Optimizer step `number` of the run, with the gradients of all that was sent."""
