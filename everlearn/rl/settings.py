@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias, get_args
 
 import msgspec
 
@@ -12,6 +12,8 @@ from everlearn.rl.rollouts import Limits
 from everlearn.rl.temperature import Temperature, check_temperature
 from everlearn.rl.values import GAE, ValueFunction
 
+Distance: TypeAlias = Literal["base", "sampler"]
+DISTANCES: tuple[str, ...] = get_args(Distance)
 DECOUPLED = ("importance_sampling", "ppo", "cispo", "gspo")  # losses that take old_logprobs
 
 
@@ -61,7 +63,7 @@ class Settings(msgspec.Struct, frozen=True):
     max_failed: float = 0.5
     decoupled: bool = False
     kl_budget: float = 0.0  # 0: none
-    kl_budget_of: Literal["base", "sampler"] = "base"
+    kl_budget_of: Distance = "base"
     ptx_weight: float = 0.0
     ptx_batch: int = 8
     pace: Pace | None = None
@@ -83,6 +85,8 @@ class Settings(msgspec.Struct, frozen=True):
             raise InvalidRequest(f"{self.loss} takes no old_logprobs; decoupled goes with {', '.join(DECOUPLED)}", param="decoupled")
         if not 0 <= self.kl_budget < float("inf") or not 0 <= self.ptx_weight < float("inf") or self.ptx_batch < 1:
             raise InvalidRequest("kl_budget and ptx_weight must be finite and at least 0, ptx_batch at least 1", param="kl_budget")
+        if self.kl_budget_of not in DISTANCES:
+            raise InvalidRequest(f"kl_budget_of is {self.kl_budget_of!r}; it must be {' or '.join(DISTANCES)}", param="kl_budget_of")
         if self.pace is not None:
             if self.pace.staleness < 0 or self.pace.minibatches < 1:
                 raise InvalidRequest(f"{self.pace} can't be kept; staleness must be at least 0, minibatches at least 1", param="pace")
