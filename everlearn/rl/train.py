@@ -128,7 +128,7 @@ class Learner:
         """Opens the run that the folder holds where it can be continued, or a new one."""
         self.settings, self.folder, self.held_out, self.decode, self.agents = settings.check(), folder, held_out, decode, agents
         if agents is not None:
-            agents.check(settings.loss)
+            agents.check(settings.loss, settings.temperature)
         if bool(ptx) != bool(settings.ptx_weight):
             raise InvalidRequest("ptx are datums to imitate and ptx_weight is what they weigh; give both or neither", param="ptx")
         self.ptx = Ptx(ptx, settings.ptx_weight, settings.ptx_batch, settings.seed) if ptx else None
