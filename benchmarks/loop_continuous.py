@@ -333,15 +333,15 @@ def main() -> None:
         args.days, args.asks, args.people, args.pretraining, args.changes = 2, 24, 8, 200, 3
     logging.getLogger("tinker").setLevel(logging.ERROR)
     world = World(args.seed, args.people)
-    folder = Path(tempfile.mkdtemp(prefix="everlearn-continuous-")) / "subject"
-    began = time.monotonic()
-    known = make_model(folder, world, args.pretraining)
-    print(f"the subject knows {known:.2f} of it, made in {time.monotonic() - began:.0f} s", flush=True)
-    args.model = str(folder)
-    with common.server(args, **{"engine.kv_tokens": 16384}) as live, tinker.ServiceClient(
-        base_url=live.url, api_key="tml-benchmark"
-    ) as service:  # fmt: skip
-        results = Study(live, service, world, args).run()
+    with tempfile.TemporaryDirectory(prefix="everlearn-continuous-") as made:
+        folder, began = Path(made) / "subject", time.monotonic()
+        known = make_model(folder, world, args.pretraining)
+        print(f"the subject knows {known:.2f} of it, made in {time.monotonic() - began:.0f} s", flush=True)
+        args.model = str(folder)
+        with common.server(args, **{"engine.kv_tokens": 16384}) as live, tinker.ServiceClient(
+            base_url=live.url, api_key="tml-benchmark"
+        ) as service:  # fmt: skip
+            results = Study(live, service, world, args).run()
     results |= {
         "seed": args.seed,
         "known_at_first": known,

@@ -52,7 +52,7 @@ from everlearn.memory.synthetic import synthetic
 from everlearn.memory.train import Training, train
 from everlearn.render.tokenizer import load
 from everlearn.rl.prompts import ChatMl
-from everlearn.rl.train import Settings
+from everlearn.rl.settings import Settings
 
 PARTS = ("trained", "head", "untrained", "rules", "writers")
 SEEDS = (0, 1, 2)

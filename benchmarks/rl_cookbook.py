@@ -110,7 +110,8 @@ def everlearn(live: Server, args: argparse.Namespace, seed: int, folder: Path) -
     from tinker_cookbook.tokenizer_utils import get_tokenizer
 
     from everlearn.rl.adapters import CookbookTasks
-    from everlearn.rl.train import Settings, train
+    from everlearn.rl.settings import Settings
+    from everlearn.rl.train import train
 
     settings = Settings(
         MODEL,

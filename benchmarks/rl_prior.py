@@ -169,7 +169,8 @@ def one_run(args: argparse.Namespace) -> None:
 
     from everlearn.rl.envs.arithmetic import Sums
     from everlearn.rl.rollouts import Limits
-    from everlearn.rl.train import Settings, train
+    from everlearn.rl.settings import Settings
+    from everlearn.rl.train import train
 
     arm = ARMS[args.only]
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -47,8 +47,8 @@ ARMS: dict[str, dict[str, Any]] = {
 COLOURS = {"decoupled": "#1d4ed8", "tis": "#0d9488", "icepop": "#7c3aed", "plain": "#dc2626", "plain-ppo": "#f59e0b"}
 LAGS = (1, 4, 8)
 STRENGTHS = (4e-3,)
-RATE, STEPS = 1e-4, 96  # of the runs with stale samples
-NOISY_RATE, NOISY_STEPS = 4e-4, 48
+RATE, STEPS = 1e-4, 64
+NOISY = ((4e-4, 48), (RATE, STEPS))  # rates and steps of the runs with a disturbed sampler
 LAST = 3  # evaluations whose mean is what a run came to; one alone, of 64 problems, is off by 4 points (standard error)
 MEASURED = "held_out/env/right"  # the share of held-out problems whose likeliest answer is right
 KEPT = (
@@ -75,7 +75,7 @@ def commands(seeds: int) -> list[str]:
     return [
         run.format(name, seed, steps, rate)
         for seed in range(seeds)
-        for names, steps, rate in ((noise, NOISY_STEPS, NOISY_RATE), (stale, STEPS, RATE))
+        for names, rate, steps in (*((noise, *own) for own in NOISY), (stale, RATE, STEPS))
         for name in names
     ]
 
@@ -214,7 +214,8 @@ def one_run(args: argparse.Namespace) -> None:
     import tinker
 
     from everlearn.rl.rollouts import Limits
-    from everlearn.rl.train import Settings, train
+    from everlearn.rl.settings import Settings
+    from everlearn.rl.train import train
 
     kind, amount, arm = args.only.split("-", 2)
     subject = SUBJECTS[args.subject](args)

@@ -73,7 +73,8 @@ def one_run(args: argparse.Namespace, arm: str, luck: bool, seed: int) -> None:
 
     from everlearn.rl.envs.corridor import CorridorTasks
     from everlearn.rl.prompts import ChatMl
-    from everlearn.rl.train import Settings, train
+    from everlearn.rl.settings import Settings
+    from everlearn.rl.train import train
     from everlearn.rl.values import ValueFunction
 
     options = dict(ARMS[arm])

@@ -97,8 +97,9 @@ def work(url: str, folder: Path) -> dict[str, str]:
     from everlearn.rl.envs.arithmetic import Sums
     from everlearn.rl.prompts import ChatMl
     from everlearn.rl.server_sink import ServerSink
+    from everlearn.rl.settings import Settings
     from everlearn.rl.sinks import Sinks
-    from everlearn.rl.train import Settings, train
+    from everlearn.rl.train import train
 
     model = json.loads(urllib.request.urlopen(url + "/v1/models", timeout=30).read())["data"][0]["id"]
     for question in QUESTIONS:

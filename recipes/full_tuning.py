@@ -21,6 +21,7 @@ import secrets
 import shutil
 import sys
 import tempfile
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -106,6 +107,7 @@ class FullClient:
         from transformers import AutoTokenizer
 
         self.service, self.folder = service, folder
+        self.model_id = f"full-{uuid.uuid4().hex}"  # a run's folder notes which training run its steps are of; no server knows this one
         self.model = load(folder, service.device)
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         self.optimizer = torch.optim.AdamW(self.model.parameters())

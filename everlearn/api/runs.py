@@ -1,5 +1,5 @@
 """/v1/runs: what a training run reports of its steps. Of every finished request by itself; of the steps of the loop that drives it, what
-that loop tells (everlearn/rl/sinks.py does)."""
+that loop tells (everlearn/rl/server_sink.py does)."""
 
 from __future__ import annotations
 

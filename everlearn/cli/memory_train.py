@@ -54,7 +54,7 @@ def train(console: Console, out: Path, model: str, data: Path | None, **options:
     from everlearn.memory.train import train as run
     from everlearn.render.tokenizer import load
     from everlearn.rl.prompts import ChatMl
-    from everlearn.rl.train import Settings
+    from everlearn.rl.settings import Settings
 
     logging.getLogger("tinker").setLevel(logging.ERROR)  # it warns of every answer that takes longer than one poll
     trained_on, held_out, told = _histories(data, options["turns"], options["facts"], options["seed"])

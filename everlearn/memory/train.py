@@ -29,7 +29,8 @@ from everlearn.rl.datums import datums_of
 from everlearn.rl.policy import seed_of
 from everlearn.rl.records import Decode, write_records
 from everlearn.rl.runfolder import note, noted
-from everlearn.rl.train import SHOWN_GROUPS, Learner, Metrics, Sent, Settings
+from everlearn.rl.settings import Settings
+from everlearn.rl.train import SHOWN_GROUPS, Learner, Metrics, Sent
 from everlearn.rl.trajectory import TrajectoryGroup
 
 KINDS = ("memory", "answer")
@@ -189,7 +190,7 @@ def credited(group: TrajectoryGroup, advantages: Advantages, weight: float) -> l
         datum
         for trajectory, own in zip(group.trajectories_G, advantages, strict=True)
         if weight and any(own)
-        for datum in datums_of(trajectory, [weight * value for value in own])
+        for datum in datums_of(trajectory, [weight * value for value in own], sequence_mask=True)
         if np.any(datum.loss_fn_inputs["advantages"].to_numpy())
     ]
 

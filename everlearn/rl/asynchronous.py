@@ -29,7 +29,8 @@ from everlearn.rl import measures
 from everlearn.rl.env import Dataset
 from everlearn.rl.players import Played, Players
 from everlearn.rl.records import Decode, write_records
-from everlearn.rl.train import SHOWN_GROUPS, Learner, Metrics, Pace, Sent, Settings
+from everlearn.rl.settings import Pace, Settings
+from everlearn.rl.train import SHOWN_GROUPS, Learner, Metrics, Sent
 from everlearn.rl.trajectory import TrajectoryGroup
 
 log = logging.getLogger("everlearn.rl")

@@ -9,6 +9,7 @@ T axis: positions of a datum. Position i predicts token i + 1, so inputs lose th
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -21,6 +22,7 @@ from everlearn.rl.trajectory import Trajectory, TrajectoryGroup, Transition
 
 Element: TypeAlias = Any  # int: one token; or a chunk that is an image
 Span: TypeAlias = Any  # types.PromptProvenanceSpan | types.SampledProvenanceSpan
+MASK = "sequence_ratio_mask"  # of loss_fn_inputs
 
 
 def extended(observation: tinker.ModelInput, action: Sequence[int], *more: Element) -> tinker.ModelInput:
@@ -37,7 +39,8 @@ def datums_of(
     """Datums with `target_tokens`, `logprobs` and `advantages`; each sampled token has its turn's advantage, all others have 0.
 
     `advantages_T` has one value for each turn. `provenance` adds the spans that `stable_reinforce` asks for; the sampling client must
-    then have been made with `record_stability_info=True`. `sequence_mask` adds `sequence_ratio_mask`, 1 on sampled tokens, for `gspo`.
+    then have been made with `record_stability_info=True`. `sequence_mask` adds `sequence_ratio_mask`, 1 on sampled tokens, for `gspo` and
+    for `sampled_of`.
     Turns whose advantage is 0 stay in, as context of the later ones.
     """
     if len(advantages_T) != len(trajectory.transitions):
@@ -64,6 +67,18 @@ def datums_of_group(
         if any(own)
         for datum in datums_of(trajectory, own, provenance, sequence_mask)
     ]
+
+
+def sampled_of(datum: types.Datum) -> np.ndarray:
+    """Which positions' targets were sampled: bool [T], of a datum with `sequence_mask`. Nothing else tells: where a policy is certain a
+    sampled token's log-probability is exactly 0, as that of a shown one is here."""
+    return datum.loss_fn_inputs[MASK].to_numpy() != 0
+
+
+def without_mask(datum: types.Datum) -> types.Datum:
+    """The same datum for a loss that takes no `sequence_ratio_mask`, or would do something else with it."""
+    inputs = {name: value for name, value in datum.loss_fn_inputs.items() if name != MASK}
+    return dataclasses.replace(datum, loss_fn_inputs=inputs)
 
 
 class _Row:
@@ -103,7 +118,7 @@ class _Row:
             "advantages": types.TensorData.from_numpy(np.array(self.advantages[1:], dtype=np.float32)),
         }
         if sequence_mask:
-            inputs["sequence_ratio_mask"] = types.TensorData.from_numpy(np.array(self.sampled[1:], dtype=np.float32))
+            inputs[MASK] = types.TensorData.from_numpy(np.array(self.sampled[1:], dtype=np.float32))
         datum = types.Datum(model_input=_model_input(self.elements[:-1]), loss_fn_inputs=inputs)
         if not provenance:
             return datum

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from everlearn.rl.advantages import is_collapsed
+from everlearn.rl.datums import sampled_of
 from everlearn.rl.rollouts import count
 from everlearn.rl.trajectory import TrajectoryGroup
 
@@ -47,12 +48,12 @@ def of_rollouts(groups: Sequence[TrajectoryGroup], advantages: Sequence[Sequence
 
 
 def of_training(data: Sequence[Any], outputs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """How far the policy had moved from the one that sampled. `data` are datums, `outputs` the `loss_fn_outputs` of the same, in order."""
+    """How far the policy had moved from the one that sampled. `data` are datums with `sequence_mask`, `outputs` the `loss_fn_outputs` of
+    the same, in order."""
     mu, pi = [], []
     for datum, output in zip(data, outputs, strict=True):
-        recorded = datum.loss_fn_inputs["logprobs"].to_numpy()
-        sampled = recorded != 0.0  # a token whose probability was exactly 1 tells nothing here
-        mu.append(recorded[sampled])
+        sampled = sampled_of(datum)
+        mu.append(datum.loss_fn_inputs["logprobs"].to_numpy()[sampled])
         pi.append(np.asarray(output["logprobs"].to_numpy())[sampled])
     gap = np.concatenate(pi).astype(np.float64) - np.concatenate(mu).astype(np.float64) if mu else np.zeros(0)
     if not gap.size:

@@ -12,7 +12,7 @@ import numpy as np
 import tinker
 from tinker import types
 
-from everlearn.rl.datums import datums_of
+from everlearn.rl.datums import datums_of, sampled_of
 from everlearn.rl.measures import CAP
 from everlearn.rl.temperature import at
 from everlearn.rl.trajectory import TrajectoryGroup
@@ -50,13 +50,12 @@ class Reference:
             datum
             for group in groups
             for index in group.scored
-            for datum in datums_of(group.trajectories_G[index], [0.0] * len(group.trajectories_G[index].transitions))
+            for datum in datums_of(group.trajectories_G[index], [0.0] * len(group.trajectories_G[index].transitions), sequence_mask=True)
         ]
         if not data:
             return {}
         gaps = []
         for datum, base in zip(data, self.logprobs(data, temperature), strict=True):
-            recorded = datum.loss_fn_inputs["logprobs"].to_numpy()
-            gaps.append((recorded - base.to_numpy())[recorded != 0.0])
+            gaps.append((datum.loss_fn_inputs["logprobs"].to_numpy() - base.to_numpy())[sampled_of(datum)])
         gap = np.clip(np.concatenate(gaps).astype(np.float64), -CAP, CAP)
         return {"kl/base": float((np.exp(-gap) - 1.0 + gap).mean())} if gap.size else {}

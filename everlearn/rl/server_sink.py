@@ -1,7 +1,7 @@
 """A sink that tells the server of a run's steps, so that its dashboard draws their curves and shows what was played.
 
 It reads what the run's folder holds (everlearn/rl/runfolder.py), from the beginning: a run that went on after it was killed is shown whole.
-While the server doesn't answer, the run goes on and everything is told later.
+While the server doesn't answer, the run goes on and everything is told later. A group that the server can't keep stays in the folder.
 
     with Sinks([Terminal(), ServerSink(folder, "http://127.0.0.1:8000")]) as sinks:
         train(service, settings, dataset, folder, on_step=sinks)
@@ -21,7 +21,8 @@ import httpx
 from everlearn.errors import Unavailable
 
 AT_ONCE = 500  # steps of one request
-MAX_LINE = 2 * 2**20  # the server keeps no larger group
+MAX_LINE = 2 * 2**20  # bytes; the server keeps no larger group
+REFUSED = (400, 413)  # what a group may be answered whose text the server can't store, or that is too large
 MAX_FAILURES = 100  # in a row; then the sink raises, and is switched off
 
 
@@ -55,7 +56,7 @@ class ServerSink:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Tells what is new in the folder. Raises Unavailable when the server hasn't answered for very long, and httpx.HTTPStatusError for
-        what it refuses."""
+        what it refuses, but for single groups."""
         try:
             self._tell()
             self.failures = 0
@@ -81,22 +82,33 @@ class ServerSink:
             self._post(f"{address}/steps", {"steps": [{"step": int(row["step"]), "metrics": _finite(row)} for row in rows]})
             self.steps.offset = batch[-1][0][0]
         for at, line in self.groups.lines():
-            if len(line) <= MAX_LINE:
+            if (size := len(line.encode())) <= MAX_LINE:
                 self._group(address, json.loads(line))
-            elif not self.skipped:
-                self.skipped += 1
-                warnings.warn(f"a group of {len(line):,} bytes is too large for the server's pages; it stays in the folder", stacklevel=4)
+            else:
+                self._skip(f"a group of {size:,} bytes is too large for the server's pages")
             self.groups.offset = at
 
     def _group(self, address: str, record: dict[str, Any]) -> None:
         step = int(record.pop("step", 0))
         number = self.numbers.get(step, 0)
-        self._post(f"{address}/rollouts", {"step": step, "groups": [{"number": number, "record": record}]})
-        self.numbers[step] = number + 1
+        try:
+            self._post(f"{address}/rollouts", {"step": step, "groups": [{"number": number, "record": record}]})
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code not in REFUSED:
+                raise
+            self._skip(f"the server refuses a group of step {step} ({error.response.text[:300]})")
+        else:
+            self.numbers[step] = number + 1
+
+    def _skip(self, why: str) -> None:
+        """Leaves one group out; the first is told of."""
+        self.skipped += 1
+        if self.skipped == 1:
+            warnings.warn(f"{why}; it stays in the folder, as others may after it", stacklevel=5)
 
     def _post(self, path: str, body: dict[str, Any]) -> None:
         reply = self.client.post(path, json=body)
-        if reply.status_code in (429, 503):
+        if reply.status_code == 429 or reply.status_code >= 500:
             raise Unavailable(f"the server answers {reply.status_code}: {reply.text[:200]}")
         reply.raise_for_status()
 

@@ -11,17 +11,19 @@ It takes the server's extension `temperature`, and weights that haven't moved si
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, get_args
 
 import msgspec
 import numpy as np
 import tinker
 
 from everlearn.errors import InvalidRequest
-from everlearn.rl.datums import datums_of
+from everlearn.rl.datums import datums_of, sampled_of
 from everlearn.rl.trajectory import Trajectory, TrajectoryGroup
 
 LOWEST, HIGHEST = 1e-3, 1e3  # what the loss takes
+Shape: TypeAlias = Literal["linear", "exponential"]
+SHAPES: tuple[str, ...] = get_args(Shape)
 WITHOUT = ("stable_reinforce",)  # losses of which another part than `logprobs` says how tokens were drawn
 
 
@@ -32,7 +34,7 @@ class Temperature(msgspec.Struct, frozen=True):
     first: float
     last: float
     steps: int
-    shape: Literal["linear", "exponential"] = "linear"
+    shape: Shape = "linear"
 
     def at(self, step: int) -> float:
         share = min(step / self.steps, 1.0)
@@ -62,6 +64,8 @@ def check_temperature(temperature: float | Temperature, loss: str, loss_config: 
         )
     if isinstance(temperature, Temperature) and temperature.steps < 1:
         raise InvalidRequest(f"temperature.steps is {temperature.steps}; a schedule takes at least 1 step", param="temperature")
+    if isinstance(temperature, Temperature) and temperature.shape not in SHAPES:
+        raise InvalidRequest(f"temperature.shape is {temperature.shape!r}; it must be {' or '.join(SHAPES)}", param="temperature")
     if all(one == 1.0 for one in ends):
         return
     if loss in WITHOUT:
@@ -92,7 +96,7 @@ def at_temperature(client: tinker.TrainingClient, groups: Sequence[TrajectoryGro
     outputs = iter(client.forward(data, "importance_sampling", at(temperature)).result().loss_fn_outputs)
     members = [list(group.trajectories_G) for group in groups]
     for (number, index), own in zip(places, data_E, strict=True):
-        sampled = [datum.loss_fn_inputs["sequence_ratio_mask"].to_numpy() != 0 for datum in own]
+        sampled = [sampled_of(datum) for datum in own]
         told = np.concatenate([next(outputs)["logprobs"].to_numpy()[mask] for mask in sampled])
         members[number][index] = _retold(members[number][index], [float(value) for value in told])
     return [msgspec.structs.replace(group, trajectories_G=own) for group, own in zip(groups, members, strict=True)]
@@ -100,7 +104,7 @@ def at_temperature(client: tinker.TrainingClient, groups: Sequence[TrajectoryGro
 
 def _datums(trajectory: Trajectory) -> list[tinker.types.Datum]:
     data = datums_of(trajectory, [0.0] * len(trajectory.transitions), sequence_mask=True)
-    if sum(int((datum.loss_fn_inputs["sequence_ratio_mask"].to_numpy() != 0).sum()) for datum in data) != trajectory.num_tokens:
+    if sum(int(sampled_of(datum).sum()) for datum in data) != trajectory.num_tokens:
         message = "an action without a prompt can't be asked for at another temperature; let the environment show at least one token"
         raise InvalidRequest(message, param="initial_observation")
     return data

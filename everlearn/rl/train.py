@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import msgspec
 import tinker
@@ -20,122 +20,29 @@ from tinker import types
 
 from everlearn.errors import Conflict, InvalidRequest, Unavailable
 from everlearn.rl import measures
-from everlearn.rl.advantages import NAMES, advantages_of
+from everlearn.rl.advantages import advantages_of
 from everlearn.rl.agent_runs import AgentHost
 from everlearn.rl.agents import AgentServer, agent_metrics
-from everlearn.rl.datums import datums_of_group
+from everlearn.rl.datums import datums_of_group, without_mask
 from everlearn.rl.env import Dataset
 from everlearn.rl.policy import TinkerPolicy, seed_of
 from everlearn.rl.ptx import Ptx
 from everlearn.rl.records import Decode, write_records
 from everlearn.rl.reference import Reference
-from everlearn.rl.rollouts import Limits, count, play_now
+from everlearn.rl.rollouts import count, play_now
 from everlearn.rl.runfolder import append, cut_back, note_run, read_state, write_state
-from everlearn.rl.temperature import Temperature, at, at_temperature, check_temperature, temperature_at
+from everlearn.rl.settings import Settings, State
+from everlearn.rl.temperature import at, at_temperature, temperature_at
 from everlearn.rl.trajectory import TrajectoryGroup
-from everlearn.rl.values import GAE, ValueFunction, valued
+from everlearn.rl.values import GAE, valued
 
 SHOWN_GROUPS = 2  # of each batch in rollouts.jsonl
-DECOUPLED = ("importance_sampling", "ppo", "cispo", "gspo")  # losses that take old_logprobs
+MASKED = ("gspo", "mirror_descent")  # losses that have to know which tokens were sampled
 FREE = ("steps", "kl_budget")  # settings in which a run that goes on may differ from what it was
 Metrics = dict[str, float]
 Sampler: TypeAlias = tinker.SamplingClient | AgentServer
 SamplerOf = Callable[[tinker.TrainingClient, int], Sampler]
 log = logging.getLogger("everlearn.rl")
-
-
-class Pace(msgspec.Struct, frozen=True):
-    """How an asynchronous run goes: `staleness` bounds how many versions old a group may be when it is trained on (0: as old as the
-    weights, and playing waits for training), `minibatches` is in how many parts a batch is sent, each as soon as its groups are there.
-    """
-
-    staleness: int = 4
-    minibatches: int = 1
-
-
-class Settings(msgspec.Struct, frozen=True):
-    """What a run is. `substeps` cuts each batch into so many optimizer steps, and each batch is gone through `epochs` times; all but the
-    first step are slightly off policy (see `ppo`).
-
-    `max_failed`: the run stops when a larger share of a batch's episodes failed, since a policy that learns from the rest would learn
-    something else than was meant; so does an evaluation, whose means would be those of other tasks. `temperature` is that of the sampling
-    and of the policy that is trained, a number or a schedule; at another one than 1 a batch costs a forward pass more (temperature.py).
-    With the estimator `max_rl`, an environment that ever gives a negative reward ends the run at that step: what a reward may be is only
-    known when it comes.
-
-    `decoupled` asks for the batch's log-probabilities under the weights that a step starts from, and sends them as `old_logprobs`: the
-    ratio is to those, and the drift from what sampled weighs apart (docs/design/objectives.md). `kl_budget`, in nats for each sampled
-    token, ends the run after the step whose KL is above it: `kl/base`, from the policy that sampled to the base model, or `kl/k3`, from
-    the policy that sampled to the one that is trained (`kl_budget_of="sampler"`). `ptx_weight` and `ptx_batch`: see `Ptx`.
-    `pace` is for `train_asynchronously`, `value_function` for the estimator `gae`.
-    """
-
-    base_model: str
-    steps: int
-    rank: int = 32
-    learning_rate: float = 1e-4
-    loss: str = "importance_sampling"
-    loss_config: dict[str, float | str] = {}
-    estimator: str = "group_mean"
-    value_function: ValueFunction = ValueFunction()
-    mask_over_long: bool = False
-    substeps: int = 1
-    epochs: int = 1
-    max_tokens: int = 64
-    temperature: float | Temperature = 1.0
-    limits: Limits = Limits()
-    seed: int = 0
-    evaluate_every: int = 0  # steps; 0: only at the end, if there is something to evaluate on
-    save_every: int = 10
-    max_failed: float = 0.5
-    decoupled: bool = False
-    kl_budget: float = 0.0  # 0: none
-    kl_budget_of: Literal["base", "sampler"] = "base"
-    ptx_weight: float = 0.0
-    ptx_batch: int = 8
-    pace: Pace | None = None
-
-    def check(self) -> Settings:
-        """Itself. Raises InvalidRequest for what can't be meant."""
-        for name in ("steps", "rank", "substeps", "epochs", "max_tokens", "save_every", "evaluate_every"):
-            if getattr(self, name) < (least := int(name != "evaluate_every")):
-                raise InvalidRequest(f"{name} is {getattr(self, name)}; it must be at least {least}", param=name)
-        if self.estimator not in (*NAMES, GAE):
-            raise InvalidRequest(f"there is no estimator {self.estimator!r}; there are {', '.join((*NAMES, GAE))}", param="estimator")
-        self.value_function.check(self.estimator, self.loss, self.loss_config)
-        if self.loss == "dro":
-            raise InvalidRequest("dro needs log-probabilities of prompts too, which rollouts don't have; take another loss", param="loss")
-        check_temperature(self.temperature, self.loss, self.loss_config, asynchronous=self.pace is not None)
-        if self.learning_rate <= 0 or not 0 <= self.max_failed <= 1:
-            raise InvalidRequest("learning_rate must be above 0, and max_failed a share from 0 to 1", param="learning_rate")
-        if self.decoupled and self.loss not in DECOUPLED:
-            raise InvalidRequest(f"{self.loss} takes no old_logprobs; decoupled goes with {', '.join(DECOUPLED)}", param="decoupled")
-        if not 0 <= self.kl_budget < float("inf") or not 0 <= self.ptx_weight < float("inf") or self.ptx_batch < 1:
-            raise InvalidRequest("kl_budget and ptx_weight must be finite and at least 0, ptx_batch at least 1", param="kl_budget")
-        if self.pace is not None:
-            if self.pace.staleness < 0 or self.pace.minibatches < 1:
-                raise InvalidRequest(f"{self.pace} can't be kept; staleness must be at least 0, minibatches at least 1", param="pace")
-            if self.estimator == GAE:
-                raise InvalidRequest(
-                    "gae reads the values of a whole batch, and an asynchronous run has none at once; use train", param="pace"
-                )
-            if self.substeps * self.epochs != 1:
-                raise InvalidRequest(
-                    f"substeps {self.substeps}, epochs {self.epochs}: an asynchronous run makes one step of each batch", param="pace"
-                )
-        return self
-
-
-class State(msgspec.Struct, frozen=True):
-    """Where a run can be continued: `step` steps were made, and `path` holds the weights and the optimizer's state after them.
-
-    `stopped` says why it ended before its last step, if it did.
-    """
-
-    step: int
-    path: str
-    settings: Settings
-    stopped: str = ""
 
 
 def train(
@@ -199,7 +106,7 @@ def _step(learner: Learner, dataset: Dataset, step: int, sampler_of: SamplerOf |
 
 
 class Sent(msgspec.Struct, frozen=True):
-    """Datums whose gradient was asked for, and the answer to come."""
+    """Datums whose gradient was asked for, each with its `sequence_ratio_mask`, and the answer to come."""
 
     data: list[types.Datum]
     output: tinker.APIFuture[types.ForwardBackwardOutput]
@@ -221,7 +128,7 @@ class Learner:
         """Opens the run that the folder holds where it can be continued, or a new one."""
         self.settings, self.folder, self.held_out, self.decode, self.agents = settings.check(), folder, held_out, decode, agents
         if agents is not None:
-            agents.check(settings.loss)
+            agents.check(settings.loss, settings.temperature)
         if bool(ptx) != bool(settings.ptx_weight):
             raise InvalidRequest("ptx are datums to imitate and ptx_weight is what they weigh; give both or neither", param="ptx")
         self.ptx = Ptx(ptx, settings.ptx_weight, settings.ptx_batch, settings.seed) if ptx else None
@@ -313,10 +220,9 @@ class Learner:
     def data_of(
         self, groups: Sequence[TrajectoryGroup], advantages: Sequence[list[list[float]]], temperature: float = 1.0
     ) -> list[list[types.Datum]]:
-        """For each group its datums, with all that the loss wants to know of the weights as they are now."""
-        loss = self.settings.loss
-        provenance, sequence_mask = loss == "stable_reinforce", loss in ("gspo", "mirror_descent")
-        data_G = [datums_of_group(group, own, provenance, sequence_mask) for group, own in zip(groups, advantages, strict=True)]
+        """For each group its datums, with all that the loss wants to know of the weights as they are now, and what was sampled."""
+        provenance = self.settings.loss == "stable_reinforce"
+        data_G = [datums_of_group(group, own, provenance, sequence_mask=True) for group, own in zip(groups, advantages, strict=True)]
         self._complete(data_G, temperature)
         return data_G
 
@@ -325,7 +231,8 @@ class Learner:
         loss = self.settings.loss
         data = [datum for members in data_G for datum in members]
         if data and self.settings.decoupled:
-            for datum, output in zip(data, self.client.forward(data, loss, at(temperature)).result().loss_fn_outputs, strict=True):
+            outputs = self.client.forward(self._asked(data), loss, at(temperature)).result().loss_fn_outputs
+            for datum, output in zip(data, outputs, strict=True):
                 datum.loss_fn_inputs["old_logprobs"] = output["logprobs"]
         if data and loss != "stable_reinforce" and self.loss_config.get("kl_coeff"):
             for datum, logprobs in zip(data, self.reference.logprobs(data, temperature), strict=True):
@@ -334,7 +241,12 @@ class Learner:
     def send(self, data: list[types.Datum], temperature: float = 1.0) -> Sent:
         """Asks for the gradient of these datums, which joins those that were asked for since the last optimizer step."""
         config = self.loss_config | (at(temperature) or {})
-        return Sent(data, self.client.forward_backward(data, self.settings.loss, config or None))
+        return Sent(data, self.client.forward_backward(self._asked(data), self.settings.loss, config or None))
+
+    def _asked(self, data: Sequence[types.Datum]) -> list[types.Datum]:
+        """As the loss takes them. A mask that it can do without may be unknown to it, or change what it corrects and measures."""
+        masked = self.settings.loss in MASKED or self.settings.estimator == GAE
+        return list(data) if masked else [without_mask(datum) for datum in data]
 
     def update(self, sent: Sequence[Sent], number: int) -> Metrics:
         """Optimizer step `number` of the run, with the gradients of all that was sent."""

@@ -22,7 +22,7 @@ from tinker import types
 
 from everlearn.errors import InvalidRequest
 from everlearn.rl.advantages import EPSILON, gae, turn_rewards
-from everlearn.rl.datums import datums_of
+from everlearn.rl.datums import datums_of, sampled_of
 from everlearn.rl.trajectory import TrajectoryGroup
 
 GAE = "gae"
@@ -118,7 +118,7 @@ def valued(
 def _episode(group: TrajectoryGroup, index: int) -> _Episode:
     trajectory = group.trajectories_G[index]
     data = datums_of(trajectory, [0.0] * len(trajectory.transitions), sequence_mask=True)
-    if sum(int(_sampled(datum).sum()) for datum in data) != trajectory.num_tokens:
+    if sum(int(sampled_of(datum).sum()) for datum in data) != trajectory.num_tokens:
         message = "an action without a prompt has no value before it; let the environment show at least one token"
         raise InvalidRequest(message, param="initial_observation")
     rewards: list[float] = []
@@ -127,19 +127,14 @@ def _episode(group: TrajectoryGroup, index: int) -> _Episode:
     return _Episode(data, np.array(rewards))
 
 
-def _sampled(datum: types.Datum) -> np.ndarray:
-    """Which positions' targets were sampled: bool, one for each position."""
-    return datum.loss_fn_inputs["sequence_ratio_mask"].to_numpy() != 0
-
-
 def _values(client: tinker.TrainingClient, episodes: Sequence[_Episode]) -> list[np.ndarray]:
     """The value at each sampled token [N], for each episode."""
     data = [datum for episode in episodes for datum in episode.data]
     for datum in data:
-        datum.loss_fn_inputs["value_targets"] = _tensor(np.zeros(len(_sampled(datum))))
+        datum.loss_fn_inputs["value_targets"] = _tensor(np.zeros(len(sampled_of(datum))))
     outputs = iter(client.forward(data, "importance_sampling").result().loss_fn_outputs)
     return [
-        np.concatenate([next(outputs)["values"].to_numpy()[_sampled(datum)] for datum in episode.data]).astype(np.float64)
+        np.concatenate([next(outputs)["values"].to_numpy()[sampled_of(datum)] for datum in episode.data]).astype(np.float64)
         for episode in episodes
     ]
 
@@ -148,7 +143,7 @@ def _fill(episode: _Episode, name: str, numbers_N: np.ndarray) -> None:
     """Puts an episode's numbers to its sampled tokens, 0 elsewhere."""
     begin = 0
     for datum in episode.data:
-        sampled = _sampled(datum)
+        sampled = sampled_of(datum)
         row = np.zeros(len(sampled))
         row[sampled] = numbers_N[begin : begin + int(sampled.sum())]
         begin += int(sampled.sum())

@@ -13,8 +13,9 @@ import tinker
 from tinker import types
 
 from everlearn.rl.server_sink import ServerSink
+from everlearn.rl.settings import Settings
 from everlearn.rl.sinks import Sinks
-from everlearn.rl.train import Settings, train
+from everlearn.rl.train import train
 from tests.dashboard.conftest import aside
 from tests.dashboard.test_frame import ask, expect
 from tests.live import KEY, LiveServer

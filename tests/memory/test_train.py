@@ -28,7 +28,7 @@ from everlearn.rewards.reward import Part, Reward
 from everlearn.rl.policy import TinkerPolicy
 from everlearn.rl.prompts import ChatMl
 from everlearn.rl.rollouts import play_now
-from everlearn.rl.train import Pace, Settings
+from everlearn.rl.settings import Pace, Settings
 from everlearn.rl.trajectory import Action, Trajectory, TrajectoryGroup, Transition
 from tests.live import KEY, LiveServer
 from tests.memory.spelling import encode

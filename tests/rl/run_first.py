@@ -11,7 +11,8 @@ import tinker
 
 from everlearn.rl.env import SameTask, StepResult
 from everlearn.rl.rollouts import Limits
-from everlearn.rl.train import Settings, train
+from everlearn.rl.settings import Settings
+from everlearn.rl.train import train
 
 SETTINGS = Settings(
     "tiny",

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tinker
 
+from everlearn.api import bounds
 from everlearn.errors import InvalidRequest
-from everlearn.rl.agent_runs import AgentHost, AgentTasks
+from everlearn.rl.agent_runs import HIGHEST, AgentHost, AgentTasks
 from everlearn.rl.agents import Chat
 from everlearn.rl.rollouts import Limits
-from everlearn.rl.train import Settings, train
+from everlearn.rl.settings import Settings
+from everlearn.rl.temperature import Temperature
+from everlearn.rl.train import train
 from tests.live import KEY, LiveServer
 from tests.rl.test_train import lines, played, without_time
 
@@ -51,6 +55,9 @@ def test_agents_are_trained_in_the_loop_and_go_on_bit_for_bit(service: tinker.Se
         assert row["kl/k3"] < 1e-8 and row["ratio/max"] == pytest.approx(1.0, abs=1e-4), "sampler and trainer agree"
         assert row["agents/continued"] == 0.0 and 0 < row["env/letters"] <= 1
     assert [row["step"] for row in rows if "held_out/env/letters" in row] == [0, 2, 4]
+    training = json.loads((calm / "run.json").read_text())["run_id"]
+    kept = tinker.RestClient(base_url=server.url, api_key=KEY).list_checkpoints(training).result().checkpoints
+    assert [one.checkpoint_id for one in kept if "agents-" in one.checkpoint_id] == ["sampler_weights/agents-000004"], "only the last is left"
 
     def stops(row: dict[str, float]) -> None:
         if row["step"] == 2:
@@ -59,8 +66,8 @@ def test_agents_are_trained_in_the_loop_and_go_on_bit_for_bit(service: tinker.Se
     with pytest.raises(KeyboardInterrupt):
         run(service, host, hit, on_step=stops)
     assert without_time(run(service, host, hit)) == without_time(rows) == without_time(lines(calm / "metrics.jsonl"))
-    kept = [[without_names(row) for row in played(folder)] for folder in (calm, hit)]
-    assert kept[0] == kept[1]
+    records = [[without_names(row) for row in played(folder)] for folder in (calm, hit)]
+    assert records[0] == records[1]
 
 
 def without_names(row: dict[str, Any]) -> dict[str, Any]:
@@ -75,5 +82,9 @@ def without_names(row: dict[str, Any]) -> dict[str, Any]:
 def test_what_cannot_be_meant(service: tinker.ServiceClient, tmp_path: Path):
     with pytest.raises(InvalidRequest, match="records don't have"):
         run(service, AgentHost("http://127.0.0.1:9/v1", KEY), tmp_path, Settings("tiny", steps=1, loss="stable_reinforce"))
+    for hot in (2.5, Temperature(1.0, 3.0, 5), Temperature(3.0, 1.0, 5)):
+        with pytest.raises(InvalidRequest, match="takes at most 2"):
+            run(service, AgentHost("http://127.0.0.1:9/v1", KEY), tmp_path, Settings("tiny", steps=1, temperature=hot))
+    assert HIGHEST == bounds.MAX_TEMPERATURE
     with pytest.raises(InvalidRequest, match="group_size is 0"):
         AgentTasks(agent, 1, 1, 0)

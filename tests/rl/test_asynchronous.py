@@ -19,7 +19,8 @@ from everlearn.rl.env import SameTask, StepResult
 from everlearn.rl.measures import merged, of_staleness
 from everlearn.rl.players import Players
 from everlearn.rl.rollouts import Limits
-from everlearn.rl.train import Pace, Settings, train
+from everlearn.rl.settings import Pace, Settings
+from everlearn.rl.train import train
 from tests.rl.run_first import First, Starts
 
 BASE = Settings("tiny", steps=4, rank=4, learning_rate=1e-2, max_tokens=1, seed=5)  # one token an action, so tokens can be counted

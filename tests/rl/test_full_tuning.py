@@ -17,8 +17,9 @@ from tinker import types
 
 from everlearn.errors import InvalidRequest, Unsupported
 from everlearn.rl.rollouts import Limits
+from everlearn.rl.settings import Settings
 from everlearn.rl.temperature import Temperature
-from everlearn.rl.train import Settings, train
+from everlearn.rl.train import train
 from recipes import full_tuning
 from recipes.full_tuning import FullClient, FullService
 from tests.rl.run_first import Starts

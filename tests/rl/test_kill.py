@@ -14,7 +14,7 @@ import pytest
 import tinker
 from tinker import types
 
-from everlearn.rl.train import State
+from everlearn.rl.settings import State
 from tests.live import LiveServer
 from tests.rl.run_first import SETTINGS, run
 from tests.rl.test_train import lines, played, whole_lines, without_time

@@ -40,7 +40,7 @@ def test_rollouts_are_measured_by_part_and_failures_are_only_counted():
 
 
 def test_the_distance_of_policies_is_its_formula():
-    data = [datum for logprobs in ([-1.0, -2.0], [-0.5]) for datum in datums_of(Trajectory([turn(logprobs, 1.0)]), [1.0])]
+    data = [datum for logprobs in ([-1.0, -2.0], [-0.5]) for datum in datums_of(Trajectory([turn(logprobs, 1.0)]), [1.0], sequence_mask=True)]
     moved = [[-9.0, -1.5, -2.5], [-9.0, -0.25]]  # the first position of each belongs to the prompt
     outputs = [{"logprobs": types.TensorData.from_numpy(np.array(row, np.float32))} for row in moved]
     found = measures.of_training(data, outputs)
@@ -54,3 +54,11 @@ def test_the_distance_of_policies_is_its_formula():
     same = [{"logprobs": datum.loss_fn_inputs["logprobs"]} for datum in data]
     assert measures.of_training(data, same) == {"tokens/trained": 3, "kl/k1": 0, "kl/k3": 0, "ratio/max": 1, "ratio/min": 1, "ess": 1}
     assert measures.of_training([], []) == {"tokens/trained": 0.0}
+
+
+def test_a_token_of_which_the_policy_was_certain_counts():
+    """Its log-probability is exactly 0, which below temperature 1 is common; a prompt's positions have 0 too, and don't count."""
+    data = datums_of(Trajectory([turn([0.0, -1.0], 1.0)]), [1.0], sequence_mask=True)
+    outputs = [{"logprobs": types.TensorData.from_numpy(np.array([-9.0, -2.0, -1.0], np.float32))}]
+    found = measures.of_training(data, outputs)
+    assert found["tokens/trained"] == 2 and found["kl/k1"] == 1.0 and found["ratio/min"] == pytest.approx(math.exp(-2.0))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import warnings
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import httpx
@@ -32,6 +34,11 @@ def told(server: LiveServer, folder: Path, what: str) -> list[dict[str, Any]]:
 
 def record(step: int, text: str = "") -> str:
     return json.dumps({"step": step, "tags": ["t"], "failures": [], "members": [], "text": text}) + "\n"
+
+
+def wide(step: int, text: str) -> str:
+    """As everlearn/rl/records.py writes it: characters beyond ASCII as they are."""
+    return json.dumps({"step": step, "tags": [], "failures": [], "members": [], "text": text}, ensure_ascii=False) + "\n"
 
 
 def test_a_folder_is_told_whole_and_once(server: LiveServer, folder: Path):
@@ -64,6 +71,34 @@ def test_a_server_that_is_away_is_told_later(server: LiveServer, folder: Path):
         sinks({"step": 0})
         assert sink.failures == 0
     assert [row["number"] for row in told(server, folder, "steps")] == [0]
+
+
+def test_a_group_that_the_server_cannot_keep_is_left_out(server: LiveServer, folder: Path):
+    """Text that no database takes, and text whose characters are few enough and whose bytes are not: what comes after is told."""
+    append(folder / "metrics.jsonl", {"step": 0, "reward/total": 1.0})
+    (folder / "rollouts.jsonl").write_text(record(0) + record(0, "a\0b") + wide(0, "é" * (MAX_LINE * 2 // 3)) + record(0) + record(1))
+    with pytest.warns(UserWarning, match="the server refuses a group of step 0 .*NUL") as warned, Sinks([ServerSink(folder, server.url)]) as sinks:
+        sinks({"step": 0})
+        assert sinks.names == ["ServerSink"]
+    assert len(warned) == 1, "it is said once"
+    assert [(row["step"], row["number"]) for row in told(server, folder, "rollouts")] == [(1, 0), (0, 0), (0, 1)]
+
+
+@pytest.mark.parametrize("status", [500, 502, 504])
+def test_a_server_in_trouble_is_told_later(folder: Path, status: int):
+    class Trouble(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_error(status)
+
+    with HTTPServer(("127.0.0.1", 0), Trouble) as proxy:
+        thread = Thread(target=proxy.serve_forever, daemon=True)
+        thread.start()
+        sink = ServerSink(folder, f"http://127.0.0.1:{proxy.server_port}")
+        sink.write(0, {})
+        proxy.shutdown()
+        thread.join()
+    assert sink.failures == 1
+    sink.client.close()
 
 
 def test_one_that_never_answers_and_one_that_refuses_are_switched_off(server: LiveServer, folder: Path):

@@ -13,8 +13,9 @@ import pytest
 import tinker
 
 from everlearn.errors import Unsupported
+from everlearn.rl.settings import Settings
 from everlearn.rl.sinks import Sinks, TensorBoard, Terminal, WeightsAndBiases
-from everlearn.rl.train import Settings, train
+from everlearn.rl.train import train
 from tests.rl.run_first import Starts
 
 

@@ -12,11 +12,16 @@ import tinker
 from tinker import types
 
 from everlearn.errors import InvalidRequest
+from everlearn.rewards.reward import Reward
+from everlearn.rl.datums import datums_of
 from everlearn.rl.env import SameTask, StepResult
 from everlearn.rl.policy import TinkerPolicy
+from everlearn.rl.reference import Reference
 from everlearn.rl.rollouts import play_now
+from everlearn.rl.settings import Pace, Settings
 from everlearn.rl.temperature import Temperature, at_temperature
-from everlearn.rl.train import Pace, Settings, train
+from everlearn.rl.train import train
+from everlearn.rl.trajectory import Action, Trajectory, TrajectoryGroup, Transition
 from tests.rl.run_first import First, Starts
 
 COOL = Temperature(1.5, 0.5, steps=2)
@@ -75,6 +80,16 @@ def test_the_log_probabilities_are_those_of_what_was_drawn(service: tinker.Servi
     ]
 
 
+def test_the_distance_to_the_base_model_counts_certain_tokens(service: tinker.ServiceClient):
+    """kl/base is a mean over all sampled tokens, those with a log-probability of exactly 0 included."""
+    reference = Reference(service, "tiny")
+    certain = Trajectory([Transition(types.ModelInput.from_ints([20, 30]), Action([7, 8, 9], [0.0, 0.0, 0.0]), Reward(), True)])
+    (base,) = reference.logprobs(datums_of(certain, [0.0]))
+    gaps = -base.to_numpy()[1:].astype(np.float64)
+    found = reference.distance([TrajectoryGroup([certain], [Reward()])])
+    assert found["kl/base"] == pytest.approx(float((np.exp(-gaps) - 1 + gaps).mean()), rel=1e-6) and found["kl/base"] > 1
+
+
 def test_episodes_that_failed_keep_what_they_had(service: tinker.ServiceClient):
     class Breaks(First):
         async def step(self, action: list[int], *, extra: Any = None) -> StepResult:
@@ -90,6 +105,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"temperature": -1.0}, "it must lie in"),
     ({"temperature": Temperature(1.0, 0.0, steps=3)}, "it must lie in"),
     ({"temperature": Temperature(1.0, 0.5, steps=0)}, "at least 1 step"),
+    ({"temperature": Temperature(1.0, 0.5, steps=3, shape="cosine")}, "temperature.shape is 'cosine'; it must be linear or exponential"),  # type: ignore[arg-type]
+    ({"kl_budget_of": "sampled"}, "kl_budget_of is 'sampled'; it must be base or sampler"),
     ({"temperature": 0.7, "loss": "stable_reinforce"}, "stable_reinforce reads the log-probabilities that the server recorded"),
     ({"temperature": 0.7, "pace": Pace()}, "an asynchronous run samples at temperature 1"),
     ({"loss_config": {"temperature": 0.7}}, "is the run's temperature"),

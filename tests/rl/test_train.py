@@ -16,7 +16,8 @@ import tinker
 
 from everlearn.errors import Conflict, InvalidRequest, Unavailable
 from everlearn.rl.env import SameTask, StepResult
-from everlearn.rl.train import Settings, State, train
+from everlearn.rl.settings import Settings, State
+from everlearn.rl.train import train
 from tests.live import LiveServer
 from tests.rl.run_first import SETTINGS, First, Starts, run
 

@@ -17,7 +17,8 @@ from everlearn.rl.policy import TinkerPolicy
 from everlearn.rl.ptx import Ptx
 from everlearn.rl.reference import Reference
 from everlearn.rl.rollouts import play_now
-from everlearn.rl.train import Settings, State, train
+from everlearn.rl.settings import Settings, State
+from everlearn.rl.train import train
 from tests.rl.run_first import Starts
 
 BASE = Settings("tiny", steps=3, rank=4, learning_rate=1e-2, max_tokens=4, seed=5)

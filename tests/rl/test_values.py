@@ -17,7 +17,8 @@ from everlearn.rl.datums import extended
 from everlearn.rl.env import SameTask, StepResult
 from everlearn.rl.policy import TinkerPolicy
 from everlearn.rl.rollouts import play_now
-from everlearn.rl.train import Settings, train
+from everlearn.rl.settings import Settings
+from everlearn.rl.train import train
 from everlearn.rl.trajectory import Failure, Trajectory, TrajectoryGroup
 from everlearn.rl.values import ValueFunction, valued
 from tests.live import LiveServer
