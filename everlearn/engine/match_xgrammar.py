@@ -25,6 +25,8 @@ from everlearn.types import Grammar
 
 PLACE = re.compile(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ")  # of the library's own source, in its errors
 NO_TEXT = b"\xff"  # no UTF-8
+# Added tokens that stand for something although they aren't called special (Qwen3's <tool_call>); others (runs of spaces, words) are text.
+SIGN = re.compile(r"<.*>|\[.*\]", re.DOTALL)
 # Its work may grow with the square of these (4,096 signs of `a?` take 15 s), and a thread that is given up on goes on until it is done.
 MAX_SOURCE = {"regex": 2**12, "ebnf": 2**13}
 
@@ -70,7 +72,8 @@ class XGrammar:
     def __init__(self, base: BaseModel, threads: int):
         assert base.tokenizer is not None
         self.base, self.words = base, num_words(base)
-        self.added = {token.content: number for number, token in base.tokenizer.get_added_tokens_decoder().items() if token.special}
+        added = base.tokenizer.get_added_tokens_decoder().items()
+        self.added = {token.content: number for number, token in added if token.special or SIGN.fullmatch(token.content)}
         self.batch = xgrammar.BatchGrammarMatcher(max_threads=threads)
         # One thread: the one that asks, which has a deep stack and whose processor time is counted. The cache is grammar.py's.
         self.compiler = xgrammar.GrammarCompiler(self._vocabulary(base), max_threads=1, cache_enabled=False)
@@ -80,7 +83,7 @@ class XGrammar:
         self.others_U = others_U.view(np.int32)
 
     def _vocabulary(self, base: BaseModel) -> xgrammar.TokenizerInfo:
-        """The bytes of each token. A special one has bytes that are in no text, so that it is drawn only where a grammar names it."""
+        """The bytes of each token. A sign has bytes that are in no text, so that it is drawn only where a grammar names it."""
         assert base.tokenizer is not None
         form = xgrammar.TokenizerInfo._detect_metadata_from_hf(base.tokenizer.to_str())
         if form["vocab_type"] is xgrammar.VocabType.RAW:
