@@ -1,8 +1,8 @@
 """Grammars by xgrammar, with `engine.grammar = "xgrammar"`.
 
-What this library passes over in silence (a keyword of a schema, say) is refused before it gets there (schema_subset.py), so that what is
-taken is kept. Its compiler counts no work of its own: a time limit is all that ends it, as everywhere (grammar.py). White space in JSON is
-Python's own: a space behind each comma and colon.
+What this library passes over in silence (a keyword of a schema, an anchor) is refused before it gets there (schema_subset.py,
+regex_subset.py), so that what is taken is kept. Its compiler counts no work of its own: a time limit is all that ends it, as everywhere
+(grammar.py). White space in JSON is Python's own: a space behind each comma and colon.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import xgrammar
 
 from everlearn.engine.lark_dialect import translate
 from everlearn.engine.matching import PARAM, Matcher, num_tokens, num_words, try_out
-from everlearn.engine.schema_subset import check_schema
+from everlearn.engine.regex_subset import keep
+from everlearn.engine.schema_subset import check_schema, prepare
 from everlearn.errors import InvalidRequest, TooLarge, Unsupported
 from everlearn.models.load import BaseModel
 from everlearn.types import Grammar
@@ -123,7 +124,7 @@ class XGrammar:
                 check_schema(schema, PARAM)
                 return self.compiler.compile_grammar(_json_grammar(schema))
             case "regex":
-                return self.compiler.compile_regex(grammar.source)
+                return self.compiler.compile_regex(_regex(grammar.source))
             case "lark":
                 lark = translate(grammar.source, self.added)
                 named = {name: _json_grammar(schema) for name, schema in lark.schemas.items()}
@@ -139,5 +140,14 @@ class XGrammar:
             matcher.look(allowed_NU[row])
 
 
+def _regex(source: str) -> str:
+    try:
+        return keep(source, in_json=False)
+    except ValueError as error:
+        raise ValueError(f"xgrammar, by which this server holds answers to it, can't follow {error}; say it otherwise") from None
+
+
 def _json_grammar(schema: object) -> xgrammar.Grammar:
+    """`schema` is changed: its patterns are said as the library keeps to them."""
+    prepare(schema)
     return xgrammar.Grammar.from_json_schema(json.dumps(schema), any_whitespace=False, strict_mode=False)
