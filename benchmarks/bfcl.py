@@ -133,7 +133,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch", type=int, default=10)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
-    parser.add_argument("--max-tokens", type=int, default=300)
+    parser.add_argument("--max-tokens", type=int, default=512, help="room for a strict call that repeats an item as often as it may (32)")
     parser.add_argument("--at-once", type=int, default=32)
     parser.add_argument("--free", action="store_true", help="ask without a grammar too")
     parser.add_argument("--seed", type=int, default=0)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin
 
 import click
 from pydantic import BaseModel
@@ -65,7 +65,7 @@ def _field(model: type[BaseModel], key: str) -> FieldInfo:
 
 
 def _row(name: str, field: FieldInfo) -> str:
-    annotation = field.annotation
+    annotation = _plain(field.annotation)
     kind = annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
     kind = kind.replace("typing.", "").replace("everlearn.config.", "").replace("|", "\\|")
     if kind.startswith("Literal["):
@@ -73,10 +73,20 @@ def _row(name: str, field: FieldInfo) -> str:
     if field.is_required():
         default = "(required)"
     elif field.default_factory is not None:
-        default = "`~/.everlearn`" if annotation is Path else "(empty)"
+        made = field.default_factory()  # type: ignore[call-arg]
+        default = "`~/.everlearn`" if annotation is Path else f"`{json.dumps(made)}`" if made else "(empty)"
     else:
         default = f"`{json.dumps(field.default)}`" if field.default != "" else "(empty)"
     return f"| {name} | {kind} | {default} | {(field.description or '').replace('|', chr(92) + '|')} |"
+
+
+def _plain(annotation: Any) -> Any:
+    """The type without what a value is checked for."""
+    if get_origin(annotation) is Annotated:
+        return _plain(get_args(annotation)[0])
+    if get_origin(annotation) in (dict, list):
+        return get_origin(annotation)[tuple(map(_plain, get_args(annotation)))]
+    return annotation
 
 
 def cli_page() -> str:

@@ -1,8 +1,8 @@
 """Grammars by xgrammar, with `engine.grammar = "xgrammar"`.
 
-What this library passes over in silence (a keyword of a schema, say) is refused before it gets there (schema_subset.py), so that what is
-taken is kept. Its compiler counts no work of its own: a time limit is all that ends it, as everywhere (grammar.py). White space in JSON is
-Python's own: a space behind each comma and colon.
+What this library passes over in silence (a keyword of a schema, an anchor) is refused before it gets there (schema_subset.py,
+regex_subset.py), so that what is taken is kept. Its compiler counts no work of its own: a time limit is all that ends it, as everywhere
+(grammar.py). White space in JSON is Python's own: a space behind each comma and colon.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ import xgrammar
 
 from everlearn.engine.lark_dialect import translate
 from everlearn.engine.matching import PARAM, Matcher, num_tokens, num_words, try_out
-from everlearn.engine.schema_subset import check_schema
+from everlearn.engine.regex_subset import keep
+from everlearn.engine.schema_subset import check_schema, prepare
 from everlearn.errors import InvalidRequest, TooLarge, Unsupported
 from everlearn.models.load import BaseModel
 from everlearn.types import Grammar
 
 PLACE = re.compile(r"\[\d\d:\d\d:\d\d\] \S+:\d+: ")  # of the library's own source, in its errors
 NO_TEXT = b"\xff"  # no UTF-8
+# Added tokens that stand for something although they aren't called special (Qwen3's <tool_call>); others (runs of spaces, words) are text.
+SIGN = re.compile(r"<.*>|\[.*\]", re.DOTALL)
 # Its work may grow with the square of these (4,096 signs of `a?` take 15 s), and a thread that is given up on goes on until it is done.
 MAX_SOURCE = {"regex": 2**12, "ebnf": 2**13}
 
@@ -70,7 +73,8 @@ class XGrammar:
     def __init__(self, base: BaseModel, threads: int):
         assert base.tokenizer is not None
         self.base, self.words = base, num_words(base)
-        self.added = {token.content: number for number, token in base.tokenizer.get_added_tokens_decoder().items() if token.special}
+        added = base.tokenizer.get_added_tokens_decoder().items()
+        self.added = {token.content: number for number, token in added if token.special or SIGN.fullmatch(token.content)}
         self.batch = xgrammar.BatchGrammarMatcher(max_threads=threads)
         # One thread: the one that asks, which has a deep stack and whose processor time is counted. The cache is grammar.py's.
         self.compiler = xgrammar.GrammarCompiler(self._vocabulary(base), max_threads=1, cache_enabled=False)
@@ -80,7 +84,7 @@ class XGrammar:
         self.others_U = others_U.view(np.int32)
 
     def _vocabulary(self, base: BaseModel) -> xgrammar.TokenizerInfo:
-        """The bytes of each token. A special one has bytes that are in no text, so that it is drawn only where a grammar names it."""
+        """The bytes of each token. A sign has bytes that are in no text, so that it is drawn only where a grammar names it."""
         assert base.tokenizer is not None
         form = xgrammar.TokenizerInfo._detect_metadata_from_hf(base.tokenizer.to_str())
         if form["vocab_type"] is xgrammar.VocabType.RAW:
@@ -120,7 +124,7 @@ class XGrammar:
                 check_schema(schema, PARAM)
                 return self.compiler.compile_grammar(_json_grammar(schema))
             case "regex":
-                return self.compiler.compile_regex(grammar.source)
+                return self.compiler.compile_regex(_regex(grammar.source))
             case "lark":
                 lark = translate(grammar.source, self.added)
                 named = {name: _json_grammar(schema) for name, schema in lark.schemas.items()}
@@ -136,5 +140,14 @@ class XGrammar:
             matcher.look(allowed_NU[row])
 
 
+def _regex(source: str) -> str:
+    try:
+        return keep(source, in_json=False)
+    except ValueError as error:
+        raise ValueError(f"xgrammar, by which this server holds answers to it, can't follow {error}; say it otherwise") from None
+
+
 def _json_grammar(schema: object) -> xgrammar.Grammar:
+    """`schema` is changed: its patterns are said as the library keeps to them."""
+    prepare(schema)
     return xgrammar.Grammar.from_json_schema(json.dumps(schema), any_whitespace=False, strict_mode=False)

@@ -397,5 +397,4 @@ class Sampler:
             if sequence.state is not None:
                 self._preempt(sequence)  # some layers have read their tokens and some have not
             sequence.computed = min(sequence.computed, sequence.num_tokens - 1)
-        message = f"the device ran out of memory on this request: {error}; shorten the prompt or lower engine.prefill_tokens"
-        self._fail(largest, TooLarge(message))
+        self._fail(largest, TooLarge(f"the device ran out of memory here: {error}; shorten the prompt or lower engine.prefill_tokens"))

@@ -40,13 +40,14 @@ def tokenizer(smollm2: Path) -> ChatTokenizer:  # noqa: F811
 
 @pytest.fixture(scope="session")
 def with_tokens(tokenizer: ChatTokenizer) -> Callable[..., ChatTokenizer]:
-    """A function that gives SmolLM2's tokenizer further special tokens and a template."""
+    """A function that gives SmolLM2's tokenizer further tokens, called special or not, and a template."""
 
-    def make(*tokens: str, template: str | None = None) -> ChatTokenizer:
+    def make(*tokens: str, template: str | None = None, special: bool = True) -> ChatTokenizer:
         copy = tokenizer.tokenizer
         if tokens:
             copy = Tokenizer.from_str(copy.to_str())
-            copy.add_special_tokens([AddedToken(token, special=True) for token in tokens])
+            add = copy.add_special_tokens if special else copy.add_tokens
+            add([AddedToken(token, special=special, normalized=False) for token in tokens])
         return ChatTokenizer(copy, tokenizer.config, {"default": template} if template is not None else tokenizer.templates)
 
     return make

@@ -72,3 +72,13 @@ def test_calls_match_or_the_choice_is_refused(kits: Callable[..., Kit], family: 
     text = "Hello!\n{} < 3 and <b>.\n"
     answer = f"<|channel|>final<|message|>{text}" if family == "harmony" else text
     assert kit.takes(grammar, answer) is (choice == "auto")
+
+
+def test_a_mark_is_no_text_though_the_tokenizer_does_not_call_it_special(with_tokens: Callable[..., ChatTokenizer], tiny_model: Path):
+    """Qwen3's <tool_call> is such a token; what isn't in brackets stays text."""
+    kit = Kit("hermes", with_tokens(*FORMATS["hermes"].marks, "hello world", special=False), tiny_model)
+    grammar = kit.format.grammar(TOOLS, "auto")
+    assert grammar is not None
+    assert kit.takes(grammar, "hello world " + reply("hermes", GOOD[0]))
+    assert not kit.takes(grammar, 'Hi <tool_call>{"name": "drop_tables", "arguments": {"x": 1}}\n</tool_call>')
+    assert not kit.takes(grammar, "Hi " + reply("hermes", GOOD[0]).replace("get_weather", "drop_tables"))
