@@ -80,8 +80,8 @@ class Mover:
         """One move, if something was said or is owed; the deployment then, and None where nothing was to do."""
         asked = described.continuous
         moving = moving_of(now)
-        if moving.serving != now.champion:
-            moving = self._served(moving, now)
+        if moving.serving != now.champion:  # noted at once: whatever else looks at the note must not meet weights that were rolled back
+            return self._noted(now, self._served(moving, now))
         if moving.dataset and self._deleted(moving):
             return self._anew(now, described, moving, "something that it had learned from was deleted", base=True)
         if now.state == "collect" and moving.owed <= 0 and moving.tried > moving.steps.get(moving.serving, 0):
@@ -148,7 +148,10 @@ class Mover:
         again = msgspec.structs.replace(
             moving, path="", steps=steps, serving=now.champion, tried=moving.step, owed=owed, dataset="", fresh=[], base=base
         )
-        return self.runner._note(now, {**now.cycle, "moving": msgspec.to_builtins(again)})
+        return self._noted(now, again)
+
+    def _noted(self, now: Deployed, moving: Moving) -> Deployed:
+        return self.runner._note(now, {**now.cycle, "moving": msgspec.to_builtins(moving)})
 
     def _finished(self, moving: Moving, quiet: float) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
         """The feedback behind the note, of finished episodes, in order, and the last piece that is taken; None: nothing is."""
@@ -190,7 +193,7 @@ class Mover:
         else:
             moving = msgspec.structs.replace(moving, owed=0)
         try:
-            return runner._note(now, {**now.cycle, "moving": msgspec.to_builtins(moving)})
+            return self._noted(now, moving)
         except Conflict:
             self.trainer, self.reservoir = None, None  # somebody was faster: it goes on from their note
             raise

@@ -63,6 +63,22 @@ def test_the_next_runner_goes_on_where_the_last_was_killed(http: httpx.Client, p
     assert moving_of(now).step % 4 == 0
 
 
+def test_what_was_rolled_back_doesn_t_come_back_as_a_candidate(http: httpx.Client, parts: Parts) -> None:
+    runner, user = parts("undone", DESCRIPTION)
+    user.asks_all(6, corrects=True)
+    now = runner.run()
+    assert now.champion == "undone@1"
+    user.say(http.get("/v1/records", params={"model": "undone"}).json()["data"][0]["id"], kind="demonstration", text="in france")
+    for _ in range(5):  # as far as the gate is asked, which a slower runner would do next
+        now = runner.mover.move(now, description.of(now.description)) or now
+    assert moving_of(now).step - moving_of(now).tried == 20
+    http.post("/v1/deployments/undone/rollback", json={"reason": "too curt"}).raise_for_status()
+    now = runner.run()
+    moving = moving_of(now)
+    assert (now.state, now.champion, moving.serving) == ("collect", "undone@0", "undone@0"), events(http, "undone")[-1]
+    assert (moving.path, moving.tried, events(http, "undone")[-1]["kind"]) == ("", 40, "rolled_back")
+
+
 def test_what_is_deleted_is_given_up_and_the_rest_learned_anew(http: httpx.Client, parts: Parts) -> None:
     runner, user = parts("anew", DESCRIPTION)
     user.asks_all(6, corrects=True)
