@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from everlearn.loop.runner import Runner
 
 AT_ONCE = 32  # pieces of feedback of one move
-KEPT_SECONDS = 86_400
+KEPT_SECONDS = 86_400  # how long weights are there that nobody renews; what was moved on from needs no other end
+GONE = "the weights that it had moved are gone"
 MOVES = ("collect", "gate", "shadow", "canary")  # the states in which weights move
 
 
@@ -70,6 +71,7 @@ class Mover:
         self.runner = runner
         self.trainer: Any = None
         self.at = ("", 0)  # path and step of the note that the trainer agrees with
+        self.renews = 0.0  # when the noted weights get a new time to live; the first look of a process sees whether they are there
         self.reservoir: list[Correction] | None = None
         self.examples: dict[str, list[Example]] = {}  # of a correction, by its record
         self.rehearsal: list[Example] | None = None
@@ -82,6 +84,8 @@ class Mover:
         moving = moving_of(now)
         if moving.serving != now.champion:  # noted at once: whatever else looks at the note must not meet weights that were rolled back
             return self._noted(now, self._served(moving, now))
+        if moving.path and self.runner.clock() >= self.renews and not self._renewed(moving):
+            return self._anew(now, described, moving, GONE, base=moving.base)
         if moving.dataset and self._deleted(moving):
             return self._anew(now, described, moving, "something that it had learned from was deleted", base=True)
         if now.state == "collect" and moving.owed <= 0 and moving.tried > moving.steps.get(moving.serving, 0):
@@ -109,7 +113,10 @@ class Mover:
         if any(not _there(api, f"/v1/feedback/{one}") for one in moving.fresh):
             return self._anew(now, described, moving, "something that it had learned from was deleted", base=True) is not None
         made = runner._dataset(now, described, "sft", f"{now.name}-moving-{moving.step}")
-        number = int(api.post("/v1/adapters", {"name": now.name, "path": moving.path, "note": f"step {moving.step}"})["number"])
+        try:
+            number = int(api.post("/v1/adapters", {"name": now.name, "path": moving.path, "note": f"step {moving.step}"})["number"])
+        except NotFound:
+            return self._anew(now, described, moving, GONE, base=moving.base) is not None
         version = f"{now.name}@{number}"
         if made is not None:
             parent = None if moving.base or now.champion.endswith("@0") else now.champion
@@ -133,6 +140,18 @@ class Mover:
             steps = {now.champion: moving.step}
             return msgspec.structs.replace(moving, path="", steps=steps, serving=now.champion, tried=moving.step, owed=0)
         return msgspec.structs.replace(moving, serving=now.champion, steps={now.champion: known})
+
+    def _renewed(self, moving: Moving) -> bool:
+        """Whether the noted weights are there, for KEPT_SECONDS more: a canary may take weeks, in which nothing is moved."""
+        weights = tinker.RestClient(base_url=self.runner.api.url, api_key=self.runner.api.key)
+        try:
+            weights.set_checkpoint_ttl_from_tinker_path(moving.path, KEPT_SECONDS).result()
+        except tinker.NotFoundError:
+            return False
+        except tinker.ConflictError:
+            pass  # they are a version by now, which stays
+        self.renews = self.runner.clock() + KEPT_SECONDS / 4
+        return True
 
     def _deleted(self, moving: Moving) -> bool:
         try:

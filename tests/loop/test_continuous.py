@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+import tinker
 
 from everlearn.errors import InvalidRequest
 from everlearn.loop import description
@@ -77,6 +78,25 @@ def test_what_was_rolled_back_doesn_t_come_back_as_a_candidate(http: httpx.Clien
     moving = moving_of(now)
     assert (now.state, now.champion, moving.serving) == ("collect", "undone@0", "undone@0"), events(http, "undone")[-1]
     assert (moving.path, moving.tried, events(http, "undone")[-1]["kind"]) == ("", 40, "rolled_back")
+
+
+def test_weights_that_are_gone_are_learned_anew(http: httpx.Client, parts: Parts) -> None:
+    """A day without a runner."""
+    runner, user = parts("expired", DESCRIPTION)
+    user.asks_all(2, corrects=True)
+    while not (before := moving_of(read(runner.api, "expired"))).step:
+        assert runner.step()
+    weights = tinker.RestClient(base_url=runner.api.url, api_key=runner.api.key)
+    told = [one for one in weights.list_user_checkpoints(limit=500).result().checkpoints if one.tinker_path == before.path]
+    assert Runner(runner.api, runner.service, "expired").mover._renewed(before)
+    again = [one for one in weights.list_user_checkpoints(limit=500).result().checkpoints if one.tinker_path == before.path]
+    assert again[0].expires_at > told[0].expires_at, "as long as a runner looks at them they stay"
+    weights.delete_checkpoint_from_tinker_path(before.path).result()
+    other = Runner(runner.api, runner.service, "expired")
+    assert other.step()
+    after = moving_of(read(runner.api, "expired"))
+    assert (after.path, after.step, after.owed) == ("", 4, 20)
+    assert other.step() and moving_of(read(runner.api, "expired")).step == 8
 
 
 def test_what_is_deleted_is_given_up_and_the_rest_learned_anew(http: httpx.Client, parts: Parts) -> None:
