@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from statistics import fmean
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from everlearn.errors import Conflict, EverlearnError
 from everlearn.loop import description as descriptions
@@ -19,6 +19,7 @@ from everlearn.loop import outcomes, rule
 from everlearn.loop.description import Description
 from everlearn.loop.evidence import Alarm, Evidence, Outcome
 from everlearn.loop.gate import decide
+from everlearn.loop.live import surely
 from everlearn.loop.rule import Rule, WatchRule
 from everlearn.loop.service import Api, Deployed, read, route
 from everlearn.rewards import guard
@@ -117,11 +118,13 @@ class Watch:
 
 
 def cusum(watch: WatchRule, record: Sequence[Outcome], live: Sequence[Outcome]) -> tuple[Alarm, ...]:
-    """`cusum`: Page's detector on human outcome, which the record of the version before promises (rewards/guard.py); none without a record
-    that is long enough. Its promise is another than the watch's tests': a false alarm comes once in `labels` outcomes on average."""
+    """`cusum`: Page's detector on human outcome against what the record of the version before surely promises (rewards/guard.py); none
+    without a record that is long enough. What is held against is wrong with probability `alpha` / 2; where it isn't, a false alarm comes once
+    in `labels` outcomes on average, which is another promise than the watch's tests'. (The record's own mean is above the truth half of the
+    time, and what is promised too high is crossed in the end.)"""
     if not watch.labels or len(record) < watch.min_record:
         return ()
-    promised = fmean(one.value for one in record)
+    promised = surely(np.array([one.value for one in record]), watch.alpha / 2, lower=True)
     found = guard.divergence([promised] * len(live), [one.value for one in live], watch.margin, float(watch.labels))
     reason = found.reason.replace("the model promises", "the record promises").replace("held-out labels", "outcomes")
     return (msgspec.structs.replace(found, name="cusum", reason=reason),)

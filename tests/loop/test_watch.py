@@ -6,10 +6,14 @@ import time
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
+from everlearn.loop.evidence import Outcome
 from everlearn.loop.outcomes import Traffic
+from everlearn.loop.rule import WatchRule
 from everlearn.loop.service import read
+from everlearn.loop.watch import cusum
 from tests.live import LiveServer
 from tests.loop.conftest import train
 from tests.loop.test_cycle import TRUTHS, User, events, parts, replayed  # noqa: F401  (parts is a fixture)
@@ -53,6 +57,18 @@ def test_from_seeing_it_to_the_old_answer_takes_less_than_a_second(server: LiveS
     began = time.monotonic()
     assert runner.guard.look(read(runner.api, "quick"))
     assert user.ask("who is it?") and time.monotonic() - began <= 1.0
+
+
+def test_a_false_alarm_is_as_rare_as_promised_also_behind_a_short_record() -> None:
+    """100 outcomes say little of the truth. The worst that is tolerated, the margin used up, over 2,000 outcomes."""
+    asked, false = WatchRule(margin=0.05, alpha=0.01, min_record=100, labels=100_000), 0
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        record = [Outcome(False, float(value)) for value in rng.random(100) < 0.75]
+        false += cusum(asked, record, [Outcome(True, float(value)) for value in rng.random(2000) < 0.70])[0].veto
+    assert false / 300 <= 0.01 / 2 + 2000 / 100_000, "the mean of such a record taken for the truth gives 14 %"
+    good = [Outcome(False, float(number % 4 > 0)) for number in range(400)]
+    assert cusum(asked, good, [Outcome(True, float(number % 2)) for number in range(2000)])[0].veto, "a harm is found all the same"
 
 
 def told(found: Traffic) -> list[tuple[bool, float]]:
