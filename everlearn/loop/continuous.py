@@ -22,10 +22,10 @@ import msgspec
 import tinker
 
 from everlearn.errors import Conflict, NotFound
-from everlearn.loop import grpo, lesson, paraphrase, update
+from everlearn.loop import edits, grpo, lesson, paraphrase, update
 from everlearn.loop.description import Description
 from everlearn.loop.lesson import Example, Recipe
-from everlearn.loop.service import Api, Deployed, Tokens, pages, path_of
+from everlearn.loop.service import Api, Deployed, Notes, Tokens, pages, path_of
 from everlearn.loop.update import Correction
 
 if TYPE_CHECKING:
@@ -92,14 +92,14 @@ class Mover:
             moving = msgspec.structs.replace(moving, owed=asked.gate_every)  # the last candidate was rejected: it may need more of the same
         if _used_up(moving, described, self.runner.clock()):
             return None
-        said, last = self._finished(moving, asked.quiet)
-        if last is None and moving.owed <= 0:
+        said = self._finished(moving, asked.quiet)
+        if not said and moving.owed <= 0:
             return None
         if moving.ahead + asked.steps > asked.staleness:
-            if last is None or now.state != "collect":
+            if not said or now.state != "collect":
                 return None  # it waits for the gate, or for something to learn
             return self._anew(now, described, moving, f"{moving.ahead} steps, and no candidate of them serves", base=False)
-        return self._learn(now, described, moving, said, last)
+        return self._learn(now, described, moving, said)
 
     def due(self, now: Deployed, described: Description) -> bool:
         """Whether the moving weights are to be shown to the gate."""
@@ -172,11 +172,10 @@ class Mover:
     def _noted(self, now: Deployed, moving: Moving) -> Deployed:
         return self.runner._note(now, {**now.cycle, "moving": msgspec.to_builtins(moving)})
 
-    def _finished(self, moving: Moving, quiet: float) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-        """The feedback behind the note, of finished episodes, in order, and the last piece that is taken; None: nothing is."""
+    def _finished(self, moving: Moving, quiet: float) -> list[dict[str, Any]]:
+        """The feedback behind the note, of finished episodes, in order, each with the `split` of its episode ("": that is gone)."""
         api, taken, splits = self.runner.api, [], {}
         rows = [one for one in pages(api, "/v1/feedback", moving.since, counts=True) if one["id"] > moving.behind]
-        last = None
         for one in rows[:AT_ONCE]:
             episode = one["target"]["episode_id"]
             if episode not in splits:
@@ -189,21 +188,19 @@ class Mover:
             split, over = splits[episode]
             if not over:
                 break
-            last = one
-            if split == "train":
-                taken.append(one)
-        return taken, last
+            taken.append({**one, "split": split})
+        return taken
 
-    def _learn(
-        self, now: Deployed, described: Description, moving: Moving, said: Sequence[dict[str, Any]], last: dict[str, Any] | None
-    ) -> Deployed:
+    def _learn(self, now: Deployed, described: Description, moving: Moving, said: Sequence[dict[str, Any]]) -> Deployed:
         runner, asked = self.runner, described.continuous
         tokens = Tokens(runner.api, now.base_model)
         self._remember(now, described, moving)
-        new = self._corrections(now, described, said)
+        new = self._corrections(now, described, [one for one in said if one["split"] == "train"])
+        now = self._edited(now, described, moving, said)
+        new, self.reservoir = (_for_weights(now, corrections) for corrections in (new, self.reservoir or []))
         fresh = self._worded(tokens, now, described, new)
-        if last is not None:
-            moving = msgspec.structs.replace(moving, behind=last["id"], since=float(last["created_at"]))
+        if said:
+            moving = msgspec.structs.replace(moving, behind=said[-1]["id"], since=float(said[-1]["created_at"]))
         if new:
             owed = max(moving.owed, asked.gate_every - (moving.step - moving.tried), asked.steps)
             moving = msgspec.structs.replace(moving, owed=owed, fresh=[*moving.fresh, *(one.newest for one in new)])
@@ -278,6 +275,27 @@ class Mover:
             known = [item for item in items if max(item["feedback_ids"], default="") <= moving.behind]
             self.reservoir = update.corrections(known, len(known), described.update.replay)
 
+    def _edited(self, now: Deployed, described: Description, moving: Moving, said: Sequence[dict[str, Any]]) -> Deployed:
+        """Changes memories by corrections of their users' own facts, held-out ones as well (everlearn/loop/edits.py); the deployment then,
+        whose cycle has what became of them under `remedies`."""
+        api, runner, good = self.runner.api, self.runner, bool(described.filters.get("good"))
+        if described.update.memory == "off" or not any(good or one["kind"] == "demonstration" for one in said):
+            return now
+        if not api.get("/v1/memories", limit=1)["data"]:
+            return now
+        made = runner._dataset(now, described, "sft", f"{now.name}-moving-{moving.step}")
+        if made is None:
+            return now
+        items = [*runner._items(made["id"], "train", "train"), *runner._items(made["id"], "heldout", "evaluate")]
+        there, known = {item["record_id"] for item in items}, now.cycle.get("remedies", {})
+        notes = Notes(runner._note, now)
+        done = edits.carried_out(api, items, {record: found for record, found in known.items() if record in there}, notes)
+        if count := sum(found["place"] == "memory" and record not in known for record, found in done.items()):
+            runner.say(f"{count} corrections are answered in memories, not by weights")
+        if done != notes.now.cycle.get("remedies", {}):
+            notes({"remedies": done})
+        return notes.now
+
     def _corrections(self, now: Deployed, described: Description, said: Sequence[dict[str, Any]]) -> list[Correction]:
         """The corrections among what was said of this deployment's answers. The reservoir has them afterwards, in the place of what was
         known of the same prompts; where `filters` has `good`, also answers that were called good, so that they stay as they are."""
@@ -326,6 +344,12 @@ class Mover:
             framed = paraphrase.chosen(one.question, [], 1) if one.question else []
             self.examples[one.newest] = update.examples_of(tokens, [one], {one.record_id: framed})
         return self.examples[one.newest]
+
+
+def _for_weights(now: Deployed, corrections: Sequence[Correction]) -> list[Correction]:
+    """Without those that memories have, or that were forgotten there."""
+    done = now.cycle.get("remedies", {})
+    return [one for one in corrections if done.get(one.record_id, {"place": "weights"})["place"] == "weights"]
 
 
 def moving_of(now: Deployed) -> Moving:

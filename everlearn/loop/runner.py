@@ -29,7 +29,7 @@ from everlearn.loop.description import Description
 from everlearn.loop.evidence import Evidence
 from everlearn.loop.gate import Verdict, decide
 from everlearn.loop.rule import Rule
-from everlearn.loop.service import Api, Deployed, deployed, pages, read, route
+from everlearn.loop.service import Api, Deployed, Notes, deployed, pages, read, route
 from everlearn.loop.watch import Watch
 
 REST = "collect"
@@ -135,7 +135,7 @@ class Runner:
         return True
 
     def update(self, now: Deployed, described: Description) -> bool:
-        notes = _Notes(self, now)
+        notes = Notes(self._note, now)
         try:
             items = self._items(str(now.cycle["dataset"]), "train", "train")
         except (Conflict, NotFound) as error:
@@ -171,7 +171,7 @@ class Runner:
         return True
 
     def _edited(
-        self, now: Deployed, described: Description, items: list[dict[str, Any]], notes: _Notes
+        self, now: Deployed, described: Description, items: list[dict[str, Any]], notes: Notes
     ) -> tuple[list[dict[str, Any]], int]:
         """What is left for the weights when all that belongs into memories is there, and how much that was; held-out corrections as well:
         an edit teaches no weights anything."""
@@ -307,8 +307,8 @@ class Runner:
         return self._advance(now, "dataset", why, cycle=self._cycle(now, why, self._labels(now, described)))
 
     def _cycle(self, now: Deployed, why: str, labels: int) -> dict[str, Any]:
-        moving = {"moving": now.cycle["moving"]} if "moving" in now.cycle else {}
-        return {"id": f"{now.name}-{now.revision}", "began": self.clock(), "why": why, "labels": labels, **moving}
+        kept = {name: now.cycle[name] for name in ("moving", "remedies") if name in now.cycle and "moving" in now.cycle}
+        return {"id": f"{now.name}-{now.revision}", "began": self.clock(), "why": why, "labels": labels, **kept}
 
     def _labels(self, now: Deployed, described: Description) -> int:
         """Labels that came since the last cycle began."""
@@ -348,17 +348,6 @@ class Runner:
 
     def _hours(self, since: float) -> float:
         return max(0.0, self.clock() - since) / HOUR
-
-
-class _Notes:
-    """Keeps what an update has so far with the server; `now` is the deployment behind the last note."""
-
-    def __init__(self, runner: Runner, now: Deployed):
-        self.runner, self.now = runner, now
-
-    def __call__(self, found: dict[str, Any]) -> None:
-        with around("cycle.act"):
-            self.now = self.runner._note(self.now, {**self.now.cycle, **found})
 
 
 WORK: dict[str, Callable[[Runner, Deployed, Description], bool]] = {
