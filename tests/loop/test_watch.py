@@ -87,7 +87,7 @@ def test_of_a_user_whom_chance_assigned_the_first_episode_counts() -> None:
 def test_tools_that_failed_are_counted_by_episode() -> None:
     rows = [answer(1, "a", 1), answer(2, "b", 2)]
     ended = [
-        {"id": f"f{at}", "created_at": at, "kind": "outcome", "value": value, "target": {"episode_id": episode}}
+        thumb(at, episode) | {"kind": "outcome", "source": "program", "value": value}
         for at, episode, value in ((3, "b", 0.0), (4, "b", 1.0), (5, "a", 1.0))
     ]
     assert [(one.candidate, one.value) for one in traffic(rows, ended, 10.0).guardrails(["tool_errors"])["tool_errors"]] == [
@@ -98,14 +98,20 @@ def test_tools_that_failed_are_counted_by_episode() -> None:
 
 def test_a_demonstration_of_what_was_answered_is_approval() -> None:
     """A clerk sends answers, edited or as they were."""
-    rows = [answer(1, "a", 1), answer(2, "b", 2)]
+    rows = [answer(at, one, 1 + at % 2) for at, one in enumerate("abcd", 1)]
     sent = [
-        {"id": f"f{at}", "created_at": at, "kind": "demonstration", "text": "in france ", "target": {"episode_id": one, "record_id": one}}
-        for at, one in ((3, "a"), (4, "b"))
+        thumb(at, one) | {"kind": "demonstration", "answer": text, "target": {"episode_id": one, "record_id": one, "choice": choice, "span": span}}
+        for at, one, text, choice, span in (
+            (5, "a", "in france ", 0, None),
+            (6, "b", "in france", 0, None),
+            (7, "c", "in france", 1, None),
+            (8, "d", "in france", 0, [0, 1]),
+        )
     ]
+    sent[0]["text"] = "sent as it was"
     server = Rows(rows, sent, 10.0)
-    listed, texts = server.get, {"/v1/records/a": "in france", "/v1/records/b": "in spain"}
+    listed, texts = server.get, {"a": ["in france"], "b": ["in spain"], "c": ["in spain", "in france"], "d": ["in france"]}
     server.get = lambda path, **more: (  # type: ignore[method-assign]
-        {"content": {"answer": [{"content": texts[path]}]}} if path in texts else listed(path, **more)
+        {"content": {"answer": [{"content": text} for text in texts[path[12:]]]}} if path[12:] in texts else listed(path, **more)
     )
-    assert told(Traffic(server, NOW, 0.0, 5.0, 10.0)) == [(False, 1.0), (True, 0.0)]
+    assert [value for _, value in told(Traffic(server, NOW, 0.0, 5.0, 10.0))] == [1.0, 0.0, 1.0, 0.0], "by its choice; a span is corrected"
