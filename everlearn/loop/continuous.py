@@ -9,7 +9,9 @@ one. Where the gate lets none of them through they are given up, and what was co
 model moves beside, in the server (everlearn/api/rewarding.py).
 
 All that it knows is noted in the deployment's cycle under `moving`, in the same change as the feedback that it has taken: whoever is killed
-in the middle of a move is continued by the next from the last note, and nothing is learned twice or left out. No words of users are in it.
+in the middle of a move is continued by the next from the last note, and no piece of feedback is taken twice or left out. An edit of one that
+was taken, and one that counts again, make no move: they are among the older corrections from when those are read anew (by the next process, or
+where weights begin anew). No words of users are in the note.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 AT_ONCE = 32  # pieces of feedback of one move
 KEPT_SECONDS = 86_400  # how long weights are there that nobody renews; what was moved on from needs no other end
+PATIENCE = 20  # times `quiet`: feedback of this age is taken though its episode goes on, for all that was said since waits behind it
 GONE = "the weights that it had moved are gone"
 MOVES = ("collect", "gate", "shadow", "canary")  # the states in which weights move
 
@@ -71,6 +74,7 @@ class Mover:
         self.runner = runner
         self.trainer: Any = None
         self.at = ("", 0)  # path and step of the note that the trainer agrees with
+        self.waits = ""  # for which episode
         self.renews = 0.0  # when the noted weights get a new time to live; the first look of a process sees whether they are there
         self.reservoir: list[Correction] | None = None
         self.examples: dict[str, list[Example]] = {}  # of a correction, by its record
@@ -186,10 +190,16 @@ class Mover:
                 newest = max([found["updated_at"], *(row["created_at"] for row in rows if row["target"]["episode_id"] == episode)])
                 splits[episode] = (found["split"], self.runner.clock() - newest >= quiet)
             split, over = splits[episode]
-            if not over:
+            if not over and self.runner.clock() - one["created_at"] < PATIENCE * quiet:
+                self._waits(episode, quiet)
                 break
             taken.append({**one, "split": split})
         return taken
+
+    def _waits(self, episode: str, quiet: float) -> None:
+        if self.waits != episode:
+            self.runner.say(f"waiting for episode {episode} to be finished, {quiet:g} s without a word, or {PATIENCE * quiet:g} s in all")
+        self.waits = episode
 
     def _learn(self, now: Deployed, described: Description, moving: Moving, said: Sequence[dict[str, Any]]) -> Deployed:
         runner, asked = self.runner, described.continuous

@@ -111,8 +111,8 @@ class Reward(Section, frozen=True):
 
 class Continuous(Section, frozen=True):
     """Of triggers.continuous. `steps`: optimizer steps of one move; `gate_every`: of them, until the gate is asked; `staleness`: of them,
-    that the moving weights may be ahead of the version that serves. `quiet`: seconds without a word after which an episode is finished.
-    `rewards`: the reward model pulls too, once it has earned that."""
+    that the moving weights may be ahead of the version that serves. `quiet`: seconds without a word after which an episode is finished;
+    what was said twenty times as long ago is learned from though it goes on. `rewards`: the reward model pulls too, once it has earned that."""
 
     steps: int = 4
     gate_every: int = 24

@@ -17,6 +17,7 @@ from everlearn.loop.runner import Runner
 from everlearn.loop.service import read
 from tests.loop.test_cycle import TRUTHS, User, events
 from tests.loop.test_cycle import parts as parts
+from tests.loop.test_outcomes import Rows, thumb
 
 pytestmark = [pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"), pytest.mark.timeout(900)]
 DESCRIPTION: dict[str, Any] = {
@@ -111,6 +112,24 @@ def test_what_is_deleted_is_given_up_and_the_rest_learned_anew(http: httpx.Clien
     assert (again.path, again.base, again.owed, again.dataset) == ("", True, 20, ""), "from the base model, with what is left"
     now = runner.run()
     assert moving_of(now).step > moving.step and moving_of(now).dataset not in ("", moving.dataset)
+
+
+def test_an_episode_that_goes_on_for_ever_holds_up_the_others_for_a_while_only() -> None:
+    class Busy(Rows):
+        """Somebody says something in the episode "long" every second."""
+
+        def get(self, path: str, **more: Any) -> Any:
+            if not path.startswith("/v1/episodes/"):
+                return super().get(path, **more)
+            return {"split": "train", "updated_at": self.until if path.endswith("long") else 0.0}
+
+    said = [thumb(1, "short"), thumb(2, "long"), thumb(3, "short"), thumb(90, "long")]
+    for until, taken in ((100.0, [1]), (202.0, [1, 2, 3])):
+        lines: list[str] = []
+        mover = Runner(Busy([], said, until), None, "support", lines.append, lambda now=until: now).mover  # type: ignore[misc]
+        for _ in range(2):
+            assert [one["created_at"] for one in mover._finished(Moving(), 10.0)] == taken
+        assert len(lines) == 1 and "waiting for episode long" in lines[0], "what is waited for is said, once"
 
 
 def test_weights_get_no_further_ahead_than_allowed() -> None:
