@@ -9,9 +9,9 @@ one. Where the gate lets none of them through they are given up, and what was co
 model moves beside, in the server (everlearn/api/rewarding.py).
 
 All that it knows is noted in the deployment's cycle under `moving`, in the same change as the feedback that it has taken: whoever is killed
-in the middle of a move is continued by the next from the last note, and no piece of feedback is taken twice or left out. An edit of one that
-was taken, and one that counts again, make no move: they are among the older corrections from when those are read anew (by the next process, or
-where weights begin anew). No words of users are in the note.
+in the middle of a move is continued by the next from the last note, and no piece of feedback is taken twice or left out. An edit of
+one that was taken, and one that counts again, make no move: they are among the older corrections from when those are read anew (by the next
+process, or where weights begin anew). No words of users are in the note.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ them.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
@@ -31,16 +32,20 @@ Episode = list[dict[str, Any]]  # its records, oldest first
 class Traffic:
     """What both arms answered since a time, and what was said of it. `settle`: how long after its last answer an episode's feedback has to
     come to count in the rate; what comes later counts as feedback all the same. `known`: measures of texts by record, kept between looks.
-    `each`: every episode is an outcome, whoever was assigned (of a version that everybody gets nothing was assigned)."""
+    `each`: every episode is an outcome, whoever was assigned (of a version that everybody gets nothing was assigned). `ended`: what came at
+    `until` or later is left out, for a time that is over. `listed`: the records, where the caller has them, oldest first."""
 
     def __init__(
         self, api: Api, now: Deployed, since: float, settle: float, until: float,
-        known: dict[str, dict[str, float]] | None = None, each: bool = False,
+        known: dict[str, dict[str, float]] | None = None, each: bool = False, ended: bool = False,
+        listed: Sequence[dict[str, Any]] | None = None,
     ):  # fmt: skip
         self.api, self.now, self.settle, self.until = api, now, settle, until
         self.known = {} if known is None else known
         arms = {now.champion: False, now.candidate: True}
-        records = [row for row in pages(api, "/v1/records", since, model=now.name) if row["model"] in arms]
+        end = until if ended else math.inf
+        found = pages(api, "/v1/records", since, model=now.name) if listed is None else listed
+        records = [row for row in found if row["model"] in arms and row["created_at"] < end]
         self.shadows: Episode = [row for row in records if row["route"] == SHADOW]
         self.episodes: dict[str, Episode] = {}
         for row in records:
@@ -51,6 +56,8 @@ class Traffic:
         self.tools: dict[str, Episode] = {}
         for row in pages(api, "/v1/feedback", since, counts=True):
             episode = row["target"]["episode_id"]
+            if row["created_at"] >= end:
+                continue
             if episode in self.arms and (value := self._value(row)) is not None:
                 self.said.setdefault(episode, []).append({**row, "worth": value})
             if episode in self.arms and row["kind"] == "outcome" and row.get("value") is not None:

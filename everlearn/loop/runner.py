@@ -51,7 +51,7 @@ class Runner:
         self.api, self.service, self.name, self.say, self.clock = api, service, name, say, clock
         self.mover = Mover(self)
         self.known: dict[str, dict[str, float]] = {}  # what was read of answers' texts, so that each is read once
-        self.guard = Watch(api, name, say, clock, self.known)
+        self.guard = Watch(api, name, say, clock)
         self._guarded = False
 
     # -- how it is driven --------------------------------------------------------------------------------------------------
@@ -93,6 +93,8 @@ class Runner:
             return False
         if not self._guarded and self.guard.look(now):
             return True
+        if now.state == REST:
+            self.known.clear()  # the canary that it was read for is over
         described, moved = descriptions.of(now.description), None
         with around("cycle.act"):
             if described.triggers.continuous and now.state in MOVES:
@@ -307,7 +309,8 @@ class Runner:
         return self._advance(now, "dataset", why, cycle=self._cycle(now, why, self._labels(now, described)))
 
     def _cycle(self, now: Deployed, why: str, labels: int) -> dict[str, Any]:
-        kept = {name: now.cycle[name] for name in ("moving", "remedies") if name in now.cycle and "moving" in now.cycle}
+        stays = ("moving", "remedies") if "moving" in now.cycle else ()
+        kept: dict[str, Any] = {str(name): now.cycle[name] for name in stays if name in now.cycle}
         return {"id": f"{now.name}-{now.revision}", "began": self.clock(), "why": why, "labels": labels, **kept}
 
     def _labels(self, now: Deployed, described: Description) -> int:

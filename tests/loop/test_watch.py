@@ -6,14 +6,16 @@ import time
 from typing import Any
 
 import httpx
+import msgspec
 import numpy as np
 import pytest
 
+from everlearn.loop.description import Description
 from everlearn.loop.evidence import Outcome
 from everlearn.loop.outcomes import Traffic
-from everlearn.loop.rule import WatchRule
+from everlearn.loop.rule import WatchRule, read_rule
 from everlearn.loop.service import read
-from everlearn.loop.watch import cusum
+from everlearn.loop.watch import Watch, cusum
 from tests.live import LiveServer
 from tests.loop.conftest import train
 from tests.loop.test_cycle import TRUTHS, User, events, parts, replayed  # noqa: F401  (parts is a fixture)
@@ -69,6 +71,27 @@ def test_a_false_alarm_is_as_rare_as_promised_also_behind_a_short_record() -> No
     assert false / 300 <= 0.01 / 2 + 2000 / 100_000, "the mean of such a record taken for the truth gives 14 %"
     good = [Outcome(False, float(number % 4 > 0)) for number in range(400)]
     assert cusum(asked, good, [Outcome(True, float(number % 2)) for number in range(2000)])[0].veto, "a harm is found all the same"
+
+
+def test_a_look_goes_on_behind_the_last_and_the_record_ends_with_the_promotion() -> None:
+    found = [answer(at, f"e{at}", 1) for at in range(0, 2000, 100)] + [answer(at, f"e{at}", 2) for at in range(2000, 4000, 100)]
+    said, seen = [thumb(row["created_at"] + 1, row["episode_id"]) for row in found], []
+    server = Rows([*found, answer(2050, "late", 1)], [*said, thumb(2500, "e1900") | {"value": 0.0}], 3000.0)
+    listed = server.get
+    now = msgspec.structs.replace(NOW, champion="support@2", previous="support@1")
+    watch = Watch(server, "support", clock=lambda: server.until)
+    asked = read_rule('[watch]\nmin_record = 5\n[guardrails.refusal]\nworse = "up"\nmargin = 0.1')
+    server.get = lambda path, **more: (  # type: ignore[method-assign]
+        seen.append(path) or (listed(path, **more) if path in server.listed else {"content": {"answer": [{"content": "in france"}]}})
+    )
+    for until, live in ((3000.0, 11), (3900.0, 20)):
+        server.until = until
+        shown = watch.evidence(now, Description("tiny"), asked, asked.watch or WatchRule(), 2000.0)
+        assert sum(one.candidate for one in shown.guardrails["refusal"]) == live
+        assert [one.value for one in shown.feedback if not one.candidate] == [1.0] * 20, "what was said later is none of the record's"
+    texts = [path for path in seen if path.startswith("/v1/records/")]
+    assert len(texts) == len(set(texts)) == 41, "each text is read once"
+    assert len(watch.known["refusal"]) == 21, "the record's are not kept"
 
 
 def told(found: Traffic) -> list[tuple[bool, float]]:
