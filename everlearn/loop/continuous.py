@@ -9,7 +9,9 @@ one. Where the gate lets none of them through they are given up, and what was co
 model moves beside, in the server (everlearn/api/rewarding.py).
 
 All that it knows is noted in the deployment's cycle under `moving`, in the same change as the feedback that it has taken: whoever is killed
-in the middle of a move is continued by the next from the last note, and nothing is learned twice or left out. No words of users are in it.
+in the middle of a move is continued by the next from the last note, and no piece of feedback is taken twice or left out. An edit of
+one that was taken, and one that counts again, make no move: they are among the older corrections from when those are read anew (by the next
+process, or where weights begin anew). No words of users are in the note.
 """
 
 from __future__ import annotations
@@ -22,17 +24,19 @@ import msgspec
 import tinker
 
 from everlearn.errors import Conflict, NotFound
-from everlearn.loop import grpo, lesson, paraphrase, update
+from everlearn.loop import edits, grpo, lesson, paraphrase, update
 from everlearn.loop.description import Description
 from everlearn.loop.lesson import Example, Recipe
-from everlearn.loop.service import Api, Deployed, Tokens, pages, path_of
+from everlearn.loop.service import Api, Deployed, Notes, Tokens, pages, path_of
 from everlearn.loop.update import Correction
 
 if TYPE_CHECKING:
     from everlearn.loop.runner import Runner
 
 AT_ONCE = 32  # pieces of feedback of one move
-KEPT_SECONDS = 86_400
+KEPT_SECONDS = 86_400  # how long weights are there that nobody renews; what was moved on from needs no other end
+PATIENCE = 20  # times `quiet`: feedback of this age is taken though its episode goes on, for all that was said since waits behind it
+GONE = "the weights that it had moved are gone"
 MOVES = ("collect", "gate", "shadow", "canary")  # the states in which weights move
 
 
@@ -70,6 +74,8 @@ class Mover:
         self.runner = runner
         self.trainer: Any = None
         self.at = ("", 0)  # path and step of the note that the trainer agrees with
+        self.waits = ""  # for which episode
+        self.renews = 0.0  # when the noted weights get a new time to live; the first look of a process sees whether they are there
         self.reservoir: list[Correction] | None = None
         self.examples: dict[str, list[Example]] = {}  # of a correction, by its record
         self.rehearsal: list[Example] | None = None
@@ -80,22 +86,24 @@ class Mover:
         """One move, if something was said or is owed; the deployment then, and None where nothing was to do."""
         asked = described.continuous
         moving = moving_of(now)
-        if moving.serving != now.champion:
-            moving = self._served(moving, now)
+        if moving.serving != now.champion:  # noted at once: whatever else looks at the note must not meet weights that were rolled back
+            return self._noted(now, self._served(moving, now))
+        if moving.path and self.runner.clock() >= self.renews and not self._renewed(moving):
+            return self._anew(now, described, moving, GONE, base=moving.base)
         if moving.dataset and self._deleted(moving):
             return self._anew(now, described, moving, "something that it had learned from was deleted", base=True)
         if now.state == "collect" and moving.owed <= 0 and moving.tried > moving.steps.get(moving.serving, 0):
             moving = msgspec.structs.replace(moving, owed=asked.gate_every)  # the last candidate was rejected: it may need more of the same
         if _used_up(moving, described, self.runner.clock()):
             return None
-        said, last = self._finished(moving, asked.quiet)
-        if last is None and moving.owed <= 0:
+        said = self._finished(moving, asked.quiet)
+        if not said and moving.owed <= 0:
             return None
         if moving.ahead + asked.steps > asked.staleness:
-            if last is None or now.state != "collect":
+            if not said or now.state != "collect":
                 return None  # it waits for the gate, or for something to learn
             return self._anew(now, described, moving, f"{moving.ahead} steps, and no candidate of them serves", base=False)
-        return self._learn(now, described, moving, said, last)
+        return self._learn(now, described, moving, said)
 
     def due(self, now: Deployed, described: Description) -> bool:
         """Whether the moving weights are to be shown to the gate."""
@@ -109,7 +117,10 @@ class Mover:
         if any(not _there(api, f"/v1/feedback/{one}") for one in moving.fresh):
             return self._anew(now, described, moving, "something that it had learned from was deleted", base=True) is not None
         made = runner._dataset(now, described, "sft", f"{now.name}-moving-{moving.step}")
-        number = int(api.post("/v1/adapters", {"name": now.name, "path": moving.path, "note": f"step {moving.step}"})["number"])
+        try:
+            number = int(api.post("/v1/adapters", {"name": now.name, "path": moving.path, "note": f"step {moving.step}"})["number"])
+        except NotFound:
+            return self._anew(now, described, moving, GONE, base=moving.base) is not None
         version = f"{now.name}@{number}"
         if made is not None:
             parent = None if moving.base or now.champion.endswith("@0") else now.champion
@@ -134,6 +145,18 @@ class Mover:
             return msgspec.structs.replace(moving, path="", steps=steps, serving=now.champion, tried=moving.step, owed=0)
         return msgspec.structs.replace(moving, serving=now.champion, steps={now.champion: known})
 
+    def _renewed(self, moving: Moving) -> bool:
+        """Whether the noted weights are there, for KEPT_SECONDS more: a canary may take weeks, in which nothing is moved."""
+        weights = tinker.RestClient(base_url=self.runner.api.url, api_key=self.runner.api.key)
+        try:
+            weights.set_checkpoint_ttl_from_tinker_path(moving.path, KEPT_SECONDS).result()
+        except tinker.NotFoundError:
+            return False
+        except tinker.ConflictError:
+            pass  # they are a version by now, which stays
+        self.renews = self.runner.clock() + KEPT_SECONDS / 4
+        return True
+
     def _deleted(self, moving: Moving) -> bool:
         try:
             return bool(self.runner.api.get(f"/v1/datasets/{moving.dataset}")["marks"])
@@ -148,13 +171,15 @@ class Mover:
         again = msgspec.structs.replace(
             moving, path="", steps=steps, serving=now.champion, tried=moving.step, owed=owed, dataset="", fresh=[], base=base
         )
-        return self.runner._note(now, {**now.cycle, "moving": msgspec.to_builtins(again)})
+        return self._noted(now, again)
 
-    def _finished(self, moving: Moving, quiet: float) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-        """The feedback behind the note, of finished episodes, in order, and the last piece that is taken; None: nothing is."""
+    def _noted(self, now: Deployed, moving: Moving) -> Deployed:
+        return self.runner._note(now, {**now.cycle, "moving": msgspec.to_builtins(moving)})
+
+    def _finished(self, moving: Moving, quiet: float) -> list[dict[str, Any]]:
+        """The feedback behind the note, of finished episodes, in order, each with the `split` of its episode ("": that is gone)."""
         api, taken, splits = self.runner.api, [], {}
         rows = [one for one in pages(api, "/v1/feedback", moving.since, counts=True) if one["id"] > moving.behind]
-        last = None
         for one in rows[:AT_ONCE]:
             episode = one["target"]["episode_id"]
             if episode not in splits:
@@ -165,23 +190,27 @@ class Mover:
                 newest = max([found["updated_at"], *(row["created_at"] for row in rows if row["target"]["episode_id"] == episode)])
                 splits[episode] = (found["split"], self.runner.clock() - newest >= quiet)
             split, over = splits[episode]
-            if not over:
+            if not over and self.runner.clock() - one["created_at"] < PATIENCE * quiet:
+                self._waits(episode, quiet)
                 break
-            last = one
-            if split == "train":
-                taken.append(one)
-        return taken, last
+            taken.append({**one, "split": split})
+        return taken
 
-    def _learn(
-        self, now: Deployed, described: Description, moving: Moving, said: Sequence[dict[str, Any]], last: dict[str, Any] | None
-    ) -> Deployed:
+    def _waits(self, episode: str, quiet: float) -> None:
+        if self.waits != episode:
+            self.runner.say(f"waiting for episode {episode} to be finished, {quiet:g} s without a word, or {PATIENCE * quiet:g} s in all")
+        self.waits = episode
+
+    def _learn(self, now: Deployed, described: Description, moving: Moving, said: Sequence[dict[str, Any]]) -> Deployed:
         runner, asked = self.runner, described.continuous
         tokens = Tokens(runner.api, now.base_model)
         self._remember(now, described, moving)
-        new = self._corrections(now, described, said)
+        new = self._corrections(now, described, [one for one in said if one["split"] == "train"])
+        now = self._edited(now, described, moving, said)
+        new, self.reservoir = (_for_weights(now, corrections) for corrections in (new, self.reservoir or []))
         fresh = self._worded(tokens, now, described, new)
-        if last is not None:
-            moving = msgspec.structs.replace(moving, behind=last["id"], since=float(last["created_at"]))
+        if said:
+            moving = msgspec.structs.replace(moving, behind=said[-1]["id"], since=float(said[-1]["created_at"]))
         if new:
             owed = max(moving.owed, asked.gate_every - (moving.step - moving.tried), asked.steps)
             moving = msgspec.structs.replace(moving, owed=owed, fresh=[*moving.fresh, *(one.newest for one in new)])
@@ -190,7 +219,7 @@ class Mover:
         else:
             moving = msgspec.structs.replace(moving, owed=0)
         try:
-            return runner._note(now, {**now.cycle, "moving": msgspec.to_builtins(moving)})
+            return self._noted(now, moving)
         except Conflict:
             self.trainer, self.reservoir = None, None  # somebody was faster: it goes on from their note
             raise
@@ -261,6 +290,27 @@ class Mover:
             known = [item for item in items if max(item["feedback_ids"], default="") <= moving.behind]
             self.reservoir = update.corrections(known, len(known), described.update.replay)
 
+    def _edited(self, now: Deployed, described: Description, moving: Moving, said: Sequence[dict[str, Any]]) -> Deployed:
+        """Changes memories by corrections of their users' own facts, held-out ones as well (everlearn/loop/edits.py); the deployment then,
+        whose cycle has what became of them under `remedies`."""
+        api, runner, good = self.runner.api, self.runner, bool(described.filters.get("good"))
+        if described.update.memory == "off" or not any(good or one["kind"] == "demonstration" for one in said):
+            return now
+        if not api.get("/v1/memories", limit=1)["data"]:
+            return now
+        made = runner._dataset(now, described, "sft", f"{now.name}-moving-{moving.step}")
+        if made is None:
+            return now
+        items = [*runner._items(made["id"], "train", "train"), *runner._items(made["id"], "heldout", "evaluate")]
+        there, known = {item["record_id"] for item in items}, now.cycle.get("remedies", {})
+        notes = Notes(runner._note, now)
+        done = edits.carried_out(api, items, {record: found for record, found in known.items() if record in there}, notes)
+        if count := sum(found["place"] == "memory" and record not in known for record, found in done.items()):
+            runner.say(f"{count} corrections are answered in memories, not by weights")
+        if done != notes.now.cycle.get("remedies", {}):
+            notes({"remedies": done})
+        return notes.now
+
     def _corrections(self, now: Deployed, described: Description, said: Sequence[dict[str, Any]]) -> list[Correction]:
         """The corrections among what was said of this deployment's answers. The reservoir has them afterwards, in the place of what was
         known of the same prompts; where `filters` has `good`, also answers that were called good, so that they stay as they are."""
@@ -309,6 +359,12 @@ class Mover:
             framed = paraphrase.chosen(one.question, [], 1) if one.question else []
             self.examples[one.newest] = update.examples_of(tokens, [one], {one.record_id: framed})
         return self.examples[one.newest]
+
+
+def _for_weights(now: Deployed, corrections: Sequence[Correction]) -> list[Correction]:
+    """Without those that memories have, or that were forgotten there."""
+    done = now.cycle.get("remedies", {})
+    return [one for one in corrections if done.get(one.record_id, {"place": "weights"})["place"] == "weights"]
 
 
 def moving_of(now: Deployed) -> Moving:

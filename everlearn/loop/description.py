@@ -39,6 +39,7 @@ from everlearn.loop import rule
 GUARDRAILS = ("length", "cut_off", "tool_calls", "seconds", "refusal", "tool_errors", "feedback_rate")
 # What answers that nobody saw are compared in. Not whether they were cut off or how long they took: shadows are cut short, and wait.
 IN_SHADOW = ("length", "tool_calls", "refusal")
+ALARMS = ("cusum",)  # that the runner raises (everlearn/loop/watch.py)
 SUITES = ("general", "questions", "instructions")  # of general ability (everlearn/loop/measure.py); the first is always measured
 
 
@@ -111,8 +112,9 @@ class Reward(Section, frozen=True):
 
 class Continuous(Section, frozen=True):
     """Of triggers.continuous. `steps`: optimizer steps of one move; `gate_every`: of them, until the gate is asked; `staleness`: of them,
-    that the moving weights may be ahead of the version that serves. `quiet`: seconds without a word after which an episode is finished.
-    `rewards`: the reward model pulls too, once it has earned that."""
+    that the moving weights may be ahead of the version that serves. `quiet`: seconds without a word after which an episode is finished;
+    what was said twenty times as long ago is learned from though it goes on. `rewards`: the reward model pulls too, once it
+    has earned that."""
 
     steps: int = 4
     gate_every: int = 24
@@ -220,8 +222,10 @@ def _check_continuous(found: Description) -> None:
 
 def _check_measured(asked: rule.Rule) -> None:
     """Refuses what the runner doesn't measure: its part would wait for ever, and no candidate would pass."""
-    if asked.alarms != rule.AlarmsRule():
-        raise InvalidRequest("the runner raises no alarms, so there are none to ignore; remove [gate.alarms]", param="gate.alarms")
+    raised = ALARMS if asked.watch is not None and asked.watch.labels else ()
+    if unknown := [name for name in asked.alarms.ignore if name not in raised]:
+        there = f"there is {', '.join(raised)}" if raised else "without [gate.watch] there are no alarms; remove [gate.alarms]"
+        raise InvalidRequest(f"the runner raises no alarm {unknown[0]!r}; {there}", param="gate.alarms")
     if unknown := [name for name in (asked.retained.suites if asked.retained else ()) if name not in SUITES]:
         told = f"the runner doesn't measure the suite {unknown[0]!r}; there is {', '.join(SUITES)}, or leave suites out"
         raise InvalidRequest(told, param="gate.retained.suites")

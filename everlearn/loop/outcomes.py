@@ -8,6 +8,7 @@ them.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
@@ -21,6 +22,8 @@ from everlearn.loop.service import Api, Deployed, pages
 SHADOW = "shadow"  # the route of answers that nobody saw
 SHADOW_TOKENS = 512  # where they are cut (everlearn/api/shadow.py)
 EMBEDDINGS = "embeddings"  # and of vectors, which nobody judges
+HUMAN = "human"
+REVIEW = "review"  # the name of words that settle an answer in the review (everlearn/store/review.py)
 FOUND = "ep_"  # how the id of an episode begins that no client named (everlearn/store/placing.py)
 REFUSES = re.compile(r"\b(?:I(?:'m| am) sorry|I can(?:'t|not)|I(?:'m| am) (?:unable|not able)|as an AI)\b", flags=re.IGNORECASE)
 Episode = list[dict[str, Any]]  # its records, oldest first
@@ -29,16 +32,20 @@ Episode = list[dict[str, Any]]  # its records, oldest first
 class Traffic:
     """What both arms answered since a time, and what was said of it. `settle`: how long after its last answer an episode's feedback has to
     come to count in the rate; what comes later counts as feedback all the same. `known`: measures of texts by record, kept between looks.
-    `each`: every episode is an outcome, whoever was assigned (of a version that everybody gets nothing was assigned)."""
+    `each`: every episode is an outcome, whoever was assigned (of a version that everybody gets nothing was assigned). `ended`: what came
+    after `until` is left out, for a time that is over. `listed`: the records, where the caller has them, oldest first."""
 
     def __init__(
         self, api: Api, now: Deployed, since: float, settle: float, until: float,
-        known: dict[str, dict[str, float]] | None = None, each: bool = False,
+        known: dict[str, dict[str, float]] | None = None, each: bool = False, ended: bool = False,
+        listed: Sequence[dict[str, Any]] | None = None,
     ):  # fmt: skip
         self.api, self.now, self.settle, self.until = api, now, settle, until
         self.known = {} if known is None else known
         arms = {now.champion: False, now.candidate: True}
-        records = [row for row in pages(api, "/v1/records", since, model=now.name) if row["model"] in arms]
+        end = until if ended else math.inf
+        found = pages(api, "/v1/records", since, model=now.name) if listed is None else listed
+        records = [row for row in found if row["model"] in arms and row["created_at"] <= end]
         self.shadows: Episode = [row for row in records if row["route"] == SHADOW]
         self.episodes: dict[str, Episode] = {}
         for row in records:
@@ -49,6 +56,8 @@ class Traffic:
         self.tools: dict[str, Episode] = {}
         for row in pages(api, "/v1/feedback", since, counts=True):
             episode = row["target"]["episode_id"]
+            if row["created_at"] > end:
+                continue
             if episode in self.arms and (value := self._value(row)) is not None:
                 self.said.setdefault(episode, []).append({**row, "worth": value})
             if episode in self.arms and row["kind"] == "outcome" and row.get("value") is not None:
@@ -111,21 +120,22 @@ class Traffic:
 
     def _value(self, row: dict[str, Any]) -> float | None:
         """`value_of`, but a demonstration that says what was answered, word for word, is approval: somebody sent it as it was."""
-        record = row["target"].get("record_id")
-        if row["kind"] != "demonstration" or not record or not row.get("text"):
-            return value_of(row)
+        told, target = value_of(row), row["target"]
+        if told is None or row["kind"] != "demonstration" or not target["record_id"] or target["span"] is not None or not row["answer"]:
+            return told
         kept = self.known.setdefault("as it was", {})
         if row["id"] not in kept:
-            kept[row["id"]] = float(self.content({"id": record}).strip() == str(row["text"]).strip())
+            given = self.contents({"id": target["record_id"]})[target["choice"] :][:1]
+            kept[row["id"]] = float([text.strip() for text in given] == [row["answer"].strip()])
         return kept[row["id"]]
 
-    def content(self, row: dict[str, Any]) -> str:
-        """What was answered, as text; "" where that isn't kept."""
+    def contents(self, row: dict[str, Any]) -> list[str]:
+        """What was answered, as text, choice by choice; none where that isn't kept."""
         try:
             found = self.api.get(f"/v1/records/{row['id']}")["content"]
         except NotFound:
-            return ""
-        return " ".join(str(message.get("content") or "") for message in found["answer"]) if found and found.get("answer") else ""
+            return []
+        return [str(message.get("content") or "") for message in (found or {}).get("answer") or []]
 
     def _each(self, name: str) -> tuple[Outcome, ...]:
         return self._firsts((episode, fmean(self._of(name, row) for row in rows)) for episode, rows in self.episodes.items())
@@ -160,7 +170,10 @@ def unit_of(episode: str, row: dict[str, Any]) -> str:
 
 
 def value_of(row: dict[str, Any]) -> float | None:
-    """0 bad to 1 good; None where it says neither. Whoever corrects an answer wasn't pleased with it."""
+    """0 bad to 1 good; None where it says neither, and where it isn't the word of a person who met the answer: not of programs and models,
+    nor of reviewers, who are shown answers because something seems to be wrong with them. Whoever corrects an answer wasn't pleased."""
+    if row["source"] != HUMAN or row["name"] == REVIEW:
+        return None
     if row["kind"] == "demonstration":
         return 0.0
     if row["kind"] in ("boolean", "float") and row.get("value") is not None:
@@ -174,7 +187,7 @@ MEASURES: dict[str, Callable[[Traffic, dict[str, Any]], float]] = {
     "cut_off": lambda traffic, row: float("length" in row["finish_reasons"]),
     "tool_calls": lambda traffic, row: float("tool_calls" in row["finish_reasons"]),
     "seconds": lambda traffic, row: float(row["seconds"]),
-    "refusal": lambda traffic, row: float(REFUSES.search(traffic.content(row)) is not None),
+    "refusal": lambda traffic, row: float(REFUSES.search(" ".join(traffic.contents(row))) is not None),
 }
 OF_TEXT = ("refusal",)  # each of these asks the server for the record
 OF_FEEDBACK: dict[str, Callable[[Traffic], tuple[Outcome, ...]]] = {

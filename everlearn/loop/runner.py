@@ -29,7 +29,7 @@ from everlearn.loop.description import Description
 from everlearn.loop.evidence import Evidence
 from everlearn.loop.gate import Verdict, decide
 from everlearn.loop.rule import Rule
-from everlearn.loop.service import Api, Deployed, deployed, pages, read, route
+from everlearn.loop.service import Api, Deployed, Notes, deployed, pages, read, route
 from everlearn.loop.watch import Watch
 
 REST = "collect"
@@ -51,7 +51,7 @@ class Runner:
         self.api, self.service, self.name, self.say, self.clock = api, service, name, say, clock
         self.mover = Mover(self)
         self.known: dict[str, dict[str, float]] = {}  # what was read of answers' texts, so that each is read once
-        self.guard = Watch(api, name, say, clock, self.known)
+        self.guard = Watch(api, name, say, clock)
         self._guarded = False
 
     # -- how it is driven --------------------------------------------------------------------------------------------------
@@ -93,6 +93,8 @@ class Runner:
             return False
         if not self._guarded and self.guard.look(now):
             return True
+        if now.state == REST:
+            self.known.clear()  # the canary that it was read for is over
         described, moved = descriptions.of(now.description), None
         with around("cycle.act"):
             if described.triggers.continuous and now.state in MOVES:
@@ -135,7 +137,7 @@ class Runner:
         return True
 
     def update(self, now: Deployed, described: Description) -> bool:
-        notes = _Notes(self, now)
+        notes = Notes(self._note, now)
         try:
             items = self._items(str(now.cycle["dataset"]), "train", "train")
         except (Conflict, NotFound) as error:
@@ -171,7 +173,7 @@ class Runner:
         return True
 
     def _edited(
-        self, now: Deployed, described: Description, items: list[dict[str, Any]], notes: _Notes
+        self, now: Deployed, described: Description, items: list[dict[str, Any]], notes: Notes
     ) -> tuple[list[dict[str, Any]], int]:
         """What is left for the weights when all that belongs into memories is there, and how much that was; held-out corrections as well:
         an edit teaches no weights anything."""
@@ -307,8 +309,9 @@ class Runner:
         return self._advance(now, "dataset", why, cycle=self._cycle(now, why, self._labels(now, described)))
 
     def _cycle(self, now: Deployed, why: str, labels: int) -> dict[str, Any]:
-        moving = {"moving": now.cycle["moving"]} if "moving" in now.cycle else {}
-        return {"id": f"{now.name}-{now.revision}", "began": self.clock(), "why": why, "labels": labels, **moving}
+        stays = ("moving", "remedies") if "moving" in now.cycle else ()
+        kept: dict[str, Any] = {str(name): now.cycle[name] for name in stays if name in now.cycle}
+        return {"id": f"{now.name}-{now.revision}", "began": self.clock(), "why": why, "labels": labels, **kept}
 
     def _labels(self, now: Deployed, described: Description) -> int:
         """Labels that came since the last cycle began."""
@@ -348,17 +351,6 @@ class Runner:
 
     def _hours(self, since: float) -> float:
         return max(0.0, self.clock() - since) / HOUR
-
-
-class _Notes:
-    """Keeps what an update has so far with the server; `now` is the deployment behind the last note."""
-
-    def __init__(self, runner: Runner, now: Deployed):
-        self.runner, self.now = runner, now
-
-    def __call__(self, found: dict[str, Any]) -> None:
-        with around("cycle.act"):
-            self.now = self.runner._note(self.now, {**self.now.cycle, **found})
 
 
 WORK: dict[str, Callable[[Runner, Deployed, Description], bool]] = {

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 from urllib.parse import quote
 
 import msgspec
+
+from everlearn.faultpoints import around
 
 
 class Api(Protocol):
@@ -68,6 +70,17 @@ def pages(api: Api, path: str, since: float = 0.0, **params: Any) -> list[dict[s
         if not page["has_more"] or len(fresh) < len(page["data"]):
             return rows[::-1]
         after = page["last_id"]
+
+
+class Notes:
+    """Keeps what a cycle has so far with the server; `now` is the deployment behind the last note. `keep(now, cycle)` sends one."""
+
+    def __init__(self, keep: Callable[[Deployed, dict[str, Any]], Deployed], now: Deployed):
+        self.keep, self.now = keep, now
+
+    def __call__(self, found: dict[str, Any]) -> None:
+        with around("cycle.act"):
+            self.now = self.keep(self.now, {**self.now.cycle, **found})
 
 
 class Tokens:

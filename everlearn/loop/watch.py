@@ -1,17 +1,19 @@
 """Watching what was promoted: its outcomes and guardrails against the record of the version before, and the way back where one is crossed.
 
-A client like the runner, of which it is a part (everlearn/loop/live.py judges). A look costs one listing of records and one of feedback; a
-crossing that is seen is one request to roll back, which the next request of a user meets.
+A client like the runner, of which it is a part (everlearn/loop/live.py judges). A look costs a listing of the records since the look before
+and one of the feedback since the promotion, which may have been edited; the first one after a promotion or a start reads the record too,
+with each answer's text where a guardrail needs it (outcomes.OF_TEXT). A crossing that is seen is one request to roll back, which the next
+request of a user meets.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from statistics import fmean
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from everlearn.errors import Conflict, EverlearnError
 from everlearn.loop import description as descriptions
@@ -19,24 +21,24 @@ from everlearn.loop import outcomes, rule
 from everlearn.loop.description import Description
 from everlearn.loop.evidence import Alarm, Evidence, Outcome
 from everlearn.loop.gate import decide
+from everlearn.loop.live import surely
 from everlearn.loop.rule import Rule, WatchRule
-from everlearn.loop.service import Api, Deployed, read, route
+from everlearn.loop.service import Api, Deployed, pages, read, route
 from everlearn.rewards import guard
 
 HOUR = 3600.0
 MOVES = ("promoted", "rolled_back", "created")  # kinds of events that may change what serves
+BACK = 600  # seconds that a listing goes back behind what is known: an answer is kept when it ends, and counts from when it began
 TURNED = 50  # events on one page
 
 
 class Watch:
-    """Looks after what serves under `name`. `known`: see outcomes.Traffic."""
+    """Looks after what serves under `name`."""
 
-    def __init__(
-        self, api: Api, name: str, say: Callable[[str], None] = print, clock: Callable[[], float] = time.time,
-        known: dict[str, dict[str, float]] | None = None,
-    ):  # fmt: skip
+    def __init__(self, api: Api, name: str, say: Callable[[str], None] = print, clock: Callable[[], float] = time.time):
         self.api, self.name, self.say, self.clock = api, name, say, clock
-        self.known = {} if known is None else known
+        self.known: dict[str, dict[str, float]] = {}  # what was read of the live version's texts
+        self._listed: dict[str, dict[str, Any]] = {}  # its records, by id; those that are deleted stay until the next promotion
         self._since: tuple[tuple[str, str | None], float | None] = (("", None), None)  # of which champion and previous, and when it came
         self._record: tuple[float, dict[str, tuple[Outcome, ...]]] = (0.0, {})  # of which promotion, and by guardrail
 
@@ -77,14 +79,15 @@ class Watch:
         """What everybody got since the promotion, behind the record of the version before."""
         assert now.previous is not None
         arms = msgspec.structs.replace(now, champion=now.previous, candidate=now.champion)
-        live = outcomes.Traffic(self.api, arms, since, described.settle, self.clock(), self.known, each=True)
         names = list(asked.guardrails)
         if self._record[0] != since:
+            self.known, self._listed = {}, {}  # another promotion: what was known of the last is past
             begin = since - watch.record_hours * HOUR
-            before = outcomes.Traffic(self.api, arms, begin, described.settle, since, self.known, each=True)
+            before = outcomes.Traffic(self.api, arms, begin, described.settle, since, each=True, ended=True)
             found = {"feedback": before.feedback(), **before.guardrails(names)}
             self._record = (since, {name: tuple(one for one in told if not one.candidate) for name, told in found.items()})
         record = self._record[1]
+        live = outcomes.Traffic(self.api, arms, since, described.settle, self.clock(), self.known, each=True, listed=self._records(since))
         feedback = tuple(one for one in live.feedback() if one.candidate)
         since_then = {name: tuple(one for one in told if one.candidate) for name, told in live.guardrails(names).items()}
         return Evidence(
@@ -96,6 +99,12 @@ class Watch:
             guardrails={name: (*record.get(name, ()), *since_then[name]) for name in names},
             alarms=cusum(watch, record["feedback"], feedback),
         )
+
+    def _records(self, since: float) -> list[dict[str, Any]]:
+        """Those since the promotion, oldest first; what an earlier look has listed isn't listed again."""
+        newest = max((float(row["created_at"]) for row in self._listed.values()), default=since)
+        self._listed |= {row["id"]: row for row in pages(self.api, "/v1/records", max(since, newest - BACK), model=self.name)}
+        return [self._listed[record] for record in sorted(self._listed)]
 
     def _promoted(self, now: Deployed) -> float | None:
         """Since when the champion serves, where it was promoted; None where it came by a rollback or at the beginning."""
@@ -117,11 +126,13 @@ class Watch:
 
 
 def cusum(watch: WatchRule, record: Sequence[Outcome], live: Sequence[Outcome]) -> tuple[Alarm, ...]:
-    """`cusum`: Page's detector on human outcome, which the record of the version before promises (rewards/guard.py); none without a record
-    that is long enough. Its promise is another than the watch's tests': a false alarm comes once in `labels` outcomes on average."""
+    """`cusum`: Page's detector on human outcome against what the record of the version before surely promises (rewards/guard.py); none
+    without a record that is long enough. What is held against is wrong with probability `alpha` / 2; where it isn't, a false alarm comes
+    once in `labels` outcomes on average, which is another promise than the watch's tests'. (The record's own mean is above the truth half
+    of the time, and what is promised too high is crossed in the end.)"""
     if not watch.labels or len(record) < watch.min_record:
         return ()
-    promised = fmean(one.value for one in record)
+    promised = surely(np.array([one.value for one in record]), watch.alpha / 2, lower=True)
     found = guard.divergence([promised] * len(live), [one.value for one in live], watch.margin, float(watch.labels))
     reason = found.reason.replace("the model promises", "the record promises").replace("held-out labels", "outcomes")
     return (msgspec.structs.replace(found, name="cusum", reason=reason),)

@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
+import tinker
 
 from everlearn.errors import InvalidRequest
 from everlearn.loop import description
@@ -16,6 +17,7 @@ from everlearn.loop.runner import Runner
 from everlearn.loop.service import read
 from tests.loop.test_cycle import TRUTHS, User, events
 from tests.loop.test_cycle import parts as parts
+from tests.loop.test_outcomes import Rows, thumb
 
 pytestmark = [pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"), pytest.mark.timeout(900)]
 DESCRIPTION: dict[str, Any] = {
@@ -63,6 +65,41 @@ def test_the_next_runner_goes_on_where_the_last_was_killed(http: httpx.Client, p
     assert moving_of(now).step % 4 == 0
 
 
+def test_what_was_rolled_back_doesn_t_come_back_as_a_candidate(http: httpx.Client, parts: Parts) -> None:
+    runner, user = parts("undone", DESCRIPTION)
+    user.asks_all(6, corrects=True)
+    now = runner.run()
+    assert now.champion == "undone@1"
+    user.say(http.get("/v1/records", params={"model": "undone"}).json()["data"][0]["id"], kind="demonstration", text="in france")
+    for _ in range(5):  # as far as the gate is asked, which a slower runner would do next
+        now = runner.mover.move(now, description.of(now.description)) or now
+    assert moving_of(now).step - moving_of(now).tried == 20
+    http.post("/v1/deployments/undone/rollback", json={"reason": "too curt"}).raise_for_status()
+    now = runner.run()
+    moving = moving_of(now)
+    assert (now.state, now.champion, moving.serving) == ("collect", "undone@0", "undone@0"), events(http, "undone")[-1]
+    assert (moving.path, moving.tried, events(http, "undone")[-1]["kind"]) == ("", 40, "rolled_back")
+
+
+def test_weights_that_are_gone_are_learned_anew(http: httpx.Client, parts: Parts) -> None:
+    """A day without a runner."""
+    runner, user = parts("expired", DESCRIPTION)
+    user.asks_all(2, corrects=True)
+    while not (before := moving_of(read(runner.api, "expired"))).step:
+        assert runner.step()
+    weights = tinker.RestClient(base_url=runner.api.url, api_key=runner.api.key)
+    told = [one for one in weights.list_user_checkpoints(limit=500).result().checkpoints if one.tinker_path == before.path]
+    assert Runner(runner.api, runner.service, "expired").mover._renewed(before)
+    again = [one for one in weights.list_user_checkpoints(limit=500).result().checkpoints if one.tinker_path == before.path]
+    assert again[0].expires_at > told[0].expires_at, "as long as a runner looks at them they stay"
+    weights.delete_checkpoint_from_tinker_path(before.path).result()
+    other = Runner(runner.api, runner.service, "expired")
+    assert other.step()
+    after = moving_of(read(runner.api, "expired"))
+    assert (after.path, after.step, after.owed) == ("", 4, 20)
+    assert other.step() and moving_of(read(runner.api, "expired")).step == 8
+
+
 def test_what_is_deleted_is_given_up_and_the_rest_learned_anew(http: httpx.Client, parts: Parts) -> None:
     runner, user = parts("anew", DESCRIPTION)
     user.asks_all(6, corrects=True)
@@ -75,6 +112,24 @@ def test_what_is_deleted_is_given_up_and_the_rest_learned_anew(http: httpx.Clien
     assert (again.path, again.base, again.owed, again.dataset) == ("", True, 20, ""), "from the base model, with what is left"
     now = runner.run()
     assert moving_of(now).step > moving.step and moving_of(now).dataset not in ("", moving.dataset)
+
+
+def test_an_episode_that_goes_on_for_ever_holds_up_the_others_for_a_while_only() -> None:
+    class Busy(Rows):
+        """Somebody says something in the episode "long" every second."""
+
+        def get(self, path: str, **more: Any) -> Any:
+            if not path.startswith("/v1/episodes/"):
+                return super().get(path, **more)
+            return {"split": "train", "updated_at": self.until if path.endswith("long") else 0.0}
+
+    said = [thumb(1, "short"), thumb(2, "long"), thumb(3, "short"), thumb(90, "long")]
+    for until, taken in ((100.0, [1]), (202.0, [1, 2, 3])):
+        lines: list[str] = []
+        mover = Runner(Busy([], said, until), None, "support", lines.append, lambda now=until: now).mover  # type: ignore[misc]
+        for _ in range(2):
+            assert [one["created_at"] for one in mover._finished(Moving(), 10.0)] == taken
+        assert len(lines) == 1 and "waiting for episode long" in lines[0], "what is waited for is said, once"
 
 
 def test_weights_get_no_further_ahead_than_allowed() -> None:

@@ -7,6 +7,8 @@ import pytest
 
 from everlearn.errors import InvalidRequest
 from everlearn.loop import description, measure, outcomes, rule
+from everlearn.loop.evidence import Outcome
+from everlearn.loop.watch import cusum
 
 SHADOW = """base = "tiny"
 [shadow]
@@ -52,6 +54,8 @@ def test_a_description_survives_json() -> None:
         ('base = "tiny"\n[gate]\nown = "me"', "owner"),
         ('base = "tiny"\n[gate.guardrails.mood]\nworse = "up"\nmargin = 0.1', "feedback_rate"),
         ('base = "tiny"\n[gate.alarms]\nignore = ["drift"]', "no alarms"),
+        ('base = "tiny"\n[gate.alarms]\nignore = ["cusum"]\n[gate.watch]\nlabels = 0', "no alarms"),
+        ('base = "tiny"\n[gate.alarms]\nignore = ["drift"]\n[gate.watch]', "'drift'; there is cusum"),
         ('base = "tiny"\n[gate.retained]\nsuites = ["general", "arithmetic"]', "'arithmetic'; there is general, questions, instructions"),
         ('base = "tiny"\n[gate.guardrails.tool_error]\nworse = "up"\nmargin = 0.1', "'tool_error'"),
         ('base = "tiny"\n[gate.shadow]\nmin_hours = 9.0\nmax_hours = 8.0', "max_hours = 8 must be min_hours = 9"),
@@ -72,6 +76,14 @@ def test_every_guardrail_that_may_be_asked_is_measured() -> None:
     assert set(description.GUARDRAILS) == {*outcomes.MEASURES, *outcomes.OF_FEEDBACK}
     assert set(description.IN_SHADOW) < set(outcomes.MEASURES)
     assert description.SUITES == measure.SUITES
+
+
+def test_the_watch_s_alarm_can_be_ignored() -> None:
+    _, found = description.read('base = "tiny"\n[gate.alarms]\nignore = ["cusum"]\n[gate.watch]')
+    asked = rule.rule_of(found.gate)
+    assert asked.alarms.ignore == description.ALARMS and asked.watch is not None
+    half = [Outcome(candidate, float(number % (2 if candidate else 4) > 0)) for candidate in (False, True) for number in range(400)]
+    assert [one.name for one in cusum(asked.watch, half[:400], half[400:])] == list(description.ALARMS)
 
 
 def test_a_shadow_with_enough_answers_is_one() -> None:

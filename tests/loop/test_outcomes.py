@@ -9,6 +9,7 @@ from everlearn.loop import outcomes
 from everlearn.loop.evidence import Outcome
 from everlearn.loop.outcomes import Traffic
 from everlearn.loop.service import Deployed
+from everlearn.store import review
 
 NOW = Deployed("support", "tiny", "canary", "support@1", "support@2", None, 0.5, 0.0, False, 3, {"base": "tiny"}, {}, 0.0)
 
@@ -41,7 +42,8 @@ def answer(at: int, episode: str, version: int = 1, tokens: int = 8, route: str 
 
 
 def thumb(at: int, episode: str) -> dict[str, Any]:
-    return {"id": f"f{at:06}", "created_at": at, "kind": "boolean", "value": 1.0, "target": {"episode_id": episode}}
+    row = {"id": f"f{at:06}", "created_at": at, "kind": "boolean", "name": "", "source": "human", "value": 1.0}
+    return {**row, "answer": None, "target": {"episode_id": episode, "record_id": None, "choice": 0, "span": None}}
 
 
 def traffic(records: list[dict[str, Any]], feedback: list[dict[str, Any]], until: float, settle: float = 100.0) -> Traffic:
@@ -99,3 +101,15 @@ def test_vectors_are_no_answers() -> None:
     assert found.guardrails(["length", "feedback_rate", "cut_off"]) == plain.guardrails(["length", "feedback_rate", "cut_off"])
     assert found.unseen(["length"]) == plain.unseen(["length"])
     assert found.guardrails(["length"])["length"] == (Outcome(False, 40.0),)
+
+
+def test_only_people_who_met_the_answer_are_feedback() -> None:
+    rows, met = [answer(1, "a")], thumb(3, "a")
+    others = [
+        thumb(4, "a") | {"source": "model", "value": 0.0},
+        thumb(5, "a") | {"source": "program", "kind": "float", "value": 0.1},
+        thumb(6, "a") | {"name": review.NAME, "value": 0.0},
+        thumb(7, "a") | {"name": review.NAME, "kind": "demonstration", "value": None, "answer": "in spain"},
+    ]
+    assert traffic(rows, [met, *others], 10.0).feedback() == (Outcome(False, 1.0),)
+    assert traffic(rows, others, 300.0).feedback() == () and traffic(rows, others, 300.0).feedback_rate() == (Outcome(False, 0.0),)

@@ -81,3 +81,34 @@ def test_the_loop_edits_a_memory_instead_of_weights(server: LiveServer, http: ht
     acts = [entry for entry in episode["timeline"] if entry.get("name") == "memory edit"]
     assert len(acts) == 1 and "about the user" in acts[0]["text"]
     assert [entry["name"] for entry in episode["timeline"] if entry.get("kind") == "memory"] == ["rosa"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_weights_that_move_don_t_learn_a_users_own_facts_either(server: LiveServer, http: httpx.Client):
+    moves = {"steps": 1, "gate_every": 2, "staleness": 4, "quiet": 0.0, "rewards": False}
+    update = {"rank": 4, "paraphrases": 0, "rehearsed": 0}
+    description: dict[str, Any] = {"base": "tiny", "triggers": {"continuous": True}, "continuous": moves, "update": update}
+    http.post("/v1/deployments", json={"name": "steady", "description": description}).raise_for_status()
+    said: list[str] = []
+    with (
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY) as client,
+        tinker.ServiceClient(base_url=server.url, api_key=KEY) as service,
+    ):
+        runner = Runner(Client(server.url, KEY), service, "steady", said.append)
+        for question, text in (("Where does my brother live?", "In Faro."), ("Where is Faro?", "In Portugal.")):
+            answer = client.chat.completions.create(
+                model="steady",
+                messages=[{"role": "user", "content": question}],
+                max_tokens=6,
+                extra_body={"memory": {"id": "ines", "budget": 400}, "store": True},
+            )
+            told = {"record_id": answer.model_extra["everlearn"]["record"], "kind": "demonstration", "text": text}
+            http.post("/v1/feedback", json=told).raise_for_status()
+        while not runner.mover.reservoir:
+            assert runner.step()
+        again = Runner(runner.api, service, "steady")
+        while not again.mover.reservoir:
+            assert again.step()
+    texts = [chunk["text"] for chunk in http.get("/v1/memories/ines").json()["chunks"] if chunk["pinned"]]
+    assert texts == ["Where does my brother live? In Faro."] and "1 corrections are answered in memories, not by weights" in said
+    assert [[one.answer for one in moved.mover.reservoir] for moved in (runner, again)] == [["In Portugal."]] * 2

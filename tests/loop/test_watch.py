@@ -6,10 +6,16 @@ import time
 from typing import Any
 
 import httpx
+import msgspec
+import numpy as np
 import pytest
 
+from everlearn.loop.description import Description
+from everlearn.loop.evidence import Outcome
 from everlearn.loop.outcomes import Traffic
+from everlearn.loop.rule import WatchRule, read_rule
 from everlearn.loop.service import read
+from everlearn.loop.watch import Watch, cusum
 from tests.live import LiveServer
 from tests.loop.conftest import train
 from tests.loop.test_cycle import TRUTHS, User, events, parts, replayed  # noqa: F401  (parts is a fixture)
@@ -55,6 +61,39 @@ def test_from_seeing_it_to_the_old_answer_takes_less_than_a_second(server: LiveS
     assert user.ask("who is it?") and time.monotonic() - began <= 1.0
 
 
+def test_a_false_alarm_is_as_rare_as_promised_also_behind_a_short_record() -> None:
+    """100 outcomes say little of the truth. The worst that is tolerated, the margin used up, over 2,000 outcomes."""
+    asked, false = WatchRule(margin=0.05, alpha=0.01, min_record=100, labels=100_000), 0
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        record = [Outcome(False, float(value)) for value in rng.random(100) < 0.75]
+        false += cusum(asked, record, [Outcome(True, float(value)) for value in rng.random(2000) < 0.70])[0].veto
+    assert false / 300 <= 0.01 / 2 + 2000 / 100_000, "the mean of such a record taken for the truth gives 14 %"
+    good = [Outcome(False, float(number % 4 > 0)) for number in range(400)]
+    assert cusum(asked, good, [Outcome(True, float(number % 2)) for number in range(2000)])[0].veto, "a harm is found all the same"
+
+
+def test_a_look_goes_on_behind_the_last_and_the_record_ends_with_the_promotion() -> None:
+    found = [answer(at, f"e{at}", 1) for at in range(0, 2000, 100)] + [answer(at, f"e{at}", 2) for at in range(2000, 4000, 100)]
+    said, seen = [thumb(row["created_at"] + 1, row["episode_id"]) for row in found], []
+    server = Rows([*found, answer(2050, "late", 1)], [*said, thumb(2500, "e1900") | {"value": 0.0}], 3000.0)
+    listed = server.get
+    now = msgspec.structs.replace(NOW, champion="support@2", previous="support@1")
+    watch = Watch(server, "support", clock=lambda: server.until)
+    asked = read_rule('[watch]\nmin_record = 5\n[guardrails.refusal]\nworse = "up"\nmargin = 0.1')
+    server.get = lambda path, **more: (  # type: ignore[method-assign]
+        seen.append(path) or (listed(path, **more) if path in server.listed else {"content": {"answer": [{"content": "in france"}]}})
+    )
+    for until, live in ((3000.0, 11), (3900.0, 20)):
+        server.until = until
+        shown = watch.evidence(now, Description("tiny"), asked, asked.watch or WatchRule(), 2000.0)
+        assert sum(one.candidate for one in shown.guardrails["refusal"]) == live
+        assert [one.value for one in shown.feedback if not one.candidate] == [1.0] * 20, "what was said later is none of the record's"
+    texts = [path for path in seen if path.startswith("/v1/records/")]
+    assert len(texts) == len(set(texts)) == 41, "each text is read once"
+    assert len(watch.known["refusal"]) == 21, "the record's are not kept"
+
+
 def told(found: Traffic) -> list[tuple[bool, float]]:
     return [(one.candidate, one.value) for one in found.feedback()]
 
@@ -71,7 +110,7 @@ def test_of_a_user_whom_chance_assigned_the_first_episode_counts() -> None:
 def test_tools_that_failed_are_counted_by_episode() -> None:
     rows = [answer(1, "a", 1), answer(2, "b", 2)]
     ended = [
-        {"id": f"f{at}", "created_at": at, "kind": "outcome", "value": value, "target": {"episode_id": episode}}
+        thumb(at, episode) | {"kind": "outcome", "source": "program", "value": value}
         for at, episode, value in ((3, "b", 0.0), (4, "b", 1.0), (5, "a", 1.0))
     ]
     assert [(one.candidate, one.value) for one in traffic(rows, ended, 10.0).guardrails(["tool_errors"])["tool_errors"]] == [
@@ -82,14 +121,20 @@ def test_tools_that_failed_are_counted_by_episode() -> None:
 
 def test_a_demonstration_of_what_was_answered_is_approval() -> None:
     """A clerk sends answers, edited or as they were."""
-    rows = [answer(1, "a", 1), answer(2, "b", 2)]
+    rows = [answer(at, one, 1 + at % 2) for at, one in enumerate("abcd", 1)]
     sent = [
-        {"id": f"f{at}", "created_at": at, "kind": "demonstration", "text": "in france ", "target": {"episode_id": one, "record_id": one}}
-        for at, one in ((3, "a"), (4, "b"))
+        thumb(at, one) | {"kind": "demonstration", "answer": text, "target": {"episode_id": one, "record_id": one, "choice": choice, "span": span}}
+        for at, one, text, choice, span in (
+            (5, "a", "in france ", 0, None),
+            (6, "b", "in france", 0, None),
+            (7, "c", "in france", 1, None),
+            (8, "d", "in france", 0, [0, 1]),
+        )
     ]
+    sent[0]["text"] = "sent as it was"
     server = Rows(rows, sent, 10.0)
-    listed, texts = server.get, {"/v1/records/a": "in france", "/v1/records/b": "in spain"}
+    listed, texts = server.get, {"a": ["in france"], "b": ["in spain"], "c": ["in spain", "in france"], "d": ["in france"]}
     server.get = lambda path, **more: (  # type: ignore[method-assign]
-        {"content": {"answer": [{"content": texts[path]}]}} if path in texts else listed(path, **more)
+        {"content": {"answer": [{"content": text} for text in texts[path[12:]]]}} if path[12:] in texts else listed(path, **more)
     )
-    assert told(Traffic(server, NOW, 0.0, 5.0, 10.0)) == [(False, 1.0), (True, 0.0)]
+    assert [value for _, value in told(Traffic(server, NOW, 0.0, 5.0, 10.0))] == [1.0, 0.0, 1.0, 0.0], "by its choice; a span is corrected"
