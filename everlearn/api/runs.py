@@ -72,7 +72,11 @@ async def tell_steps(request: Request, run_id: RunId) -> Response:
 
 @router.get("/{run_id}/steps")
 async def list_steps(
-    request: Request, run_id: RunId, limit: int = Limit, after: int | None = Query(None, ge=0, le=steps.MAX_STEP), source: str = steps.CLIENT
+    request: Request,
+    run_id: RunId,
+    limit: int = Limit,
+    after: int | None = Query(None, ge=0, le=steps.MAX_STEP),
+    source: str = steps.CLIENT,
 ) -> dict[str, Any]:
     """In their order. `source`: `client` for what the loop told, `log` for the run's own finished requests."""
     refuse_unknown(request, "limit", "after", "source")
