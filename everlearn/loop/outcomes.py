@@ -32,8 +32,8 @@ Episode = list[dict[str, Any]]  # its records, oldest first
 class Traffic:
     """What both arms answered since a time, and what was said of it. `settle`: how long after its last answer an episode's feedback has to
     come to count in the rate; what comes later counts as feedback all the same. `known`: measures of texts by record, kept between looks.
-    `each`: every episode is an outcome, whoever was assigned (of a version that everybody gets nothing was assigned). `ended`: what came at
-    `until` or later is left out, for a time that is over. `listed`: the records, where the caller has them, oldest first."""
+    `each`: every episode is an outcome, whoever was assigned (of a version that everybody gets nothing was assigned). `ended`: what came
+    after `until` is left out, for a time that is over. `listed`: the records, where the caller has them, oldest first."""
 
     def __init__(
         self, api: Api, now: Deployed, since: float, settle: float, until: float,
@@ -45,7 +45,7 @@ class Traffic:
         arms = {now.champion: False, now.candidate: True}
         end = until if ended else math.inf
         found = pages(api, "/v1/records", since, model=now.name) if listed is None else listed
-        records = [row for row in found if row["model"] in arms and row["created_at"] < end]
+        records = [row for row in found if row["model"] in arms and row["created_at"] <= end]
         self.shadows: Episode = [row for row in records if row["route"] == SHADOW]
         self.episodes: dict[str, Episode] = {}
         for row in records:
@@ -56,7 +56,7 @@ class Traffic:
         self.tools: dict[str, Episode] = {}
         for row in pages(api, "/v1/feedback", since, counts=True):
             episode = row["target"]["episode_id"]
-            if row["created_at"] >= end:
+            if row["created_at"] > end:
                 continue
             if episode in self.arms and (value := self._value(row)) is not None:
                 self.said.setdefault(episode, []).append({**row, "worth": value})

@@ -128,8 +128,8 @@ class Watch:
 def cusum(watch: WatchRule, record: Sequence[Outcome], live: Sequence[Outcome]) -> tuple[Alarm, ...]:
     """`cusum`: Page's detector on human outcome against what the record of the version before surely promises (rewards/guard.py); none
     without a record that is long enough. What is held against is wrong with probability `alpha` / 2; where it isn't, a false alarm comes
-    once in `labels` outcomes on average, which is another promise than the watch's tests'. (The record's own mean is above the truth half of the
-    time, and what is promised too high is crossed in the end.)"""
+    once in `labels` outcomes on average, which is another promise than the watch's tests'. (The record's own mean is above the truth half
+    of the time, and what is promised too high is crossed in the end.)"""
     if not watch.labels or len(record) < watch.min_record:
         return ()
     promised = surely(np.array([one.value for one in record]), watch.alpha / 2, lower=True)
