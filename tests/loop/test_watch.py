@@ -86,7 +86,7 @@ def test_a_look_goes_on_behind_the_last_and_the_record_ends_with_the_promotion()
     )
     for until, live in ((3000.0, 11), (3900.0, 20)):
         server.until = until
-        shown = watch.evidence(now, Description("tiny"), asked, asked.watch or WatchRule(), 2000.0)
+        shown = watch.evidence(now, Description("tiny"), asked, asked.watch or WatchRule(), 1999.0)
         assert sum(one.candidate for one in shown.guardrails["refusal"]) == live
         assert [one.value for one in shown.feedback if not one.candidate] == [1.0] * 20, "what was said later is none of the record's"
     texts = [path for path in seen if path.startswith("/v1/records/")]
