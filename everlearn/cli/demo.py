@@ -91,7 +91,9 @@ def _loop(console: Console, url: str, folder: Path, open_report: bool) -> None:
     console.result({"learned in s": told.learned, "rollback in s": told.rollback_seconds, "bad version": stopped, "report": page})
     where = f" --home {shlex.quote(str(console.home))}" if console.home else ""
     first = "" if console.url else f"everlearn serve{where}, then "
-    console.note(f"Its history, and the pages to look at it: {first}{(console.url or 'http://127.0.0.1:8000').rstrip('/')}/dashboard/deploys")
+    console.note(
+        f"Its history, and the pages to look at it: {first}{(console.url or 'http://127.0.0.1:8000').rstrip('/')}/dashboard/deploys"
+    )
     if open_report and sys.stdout.isatty():
         webbrowser.open(page.as_uri())
 

@@ -172,9 +172,7 @@ class Runner:
         self._advance(notes.now, "gate", reason, {"update": msgspec.to_builtins(made), **_remedies(notes.now)}, candidate=number)
         return True
 
-    def _edited(
-        self, now: Deployed, described: Description, items: list[dict[str, Any]], notes: Notes
-    ) -> tuple[list[dict[str, Any]], int]:
+    def _edited(self, now: Deployed, described: Description, items: list[dict[str, Any]], notes: Notes) -> tuple[list[dict[str, Any]], int]:
         """What is left for the weights when all that belongs into memories is there, and how much that was; held-out corrections as well:
         an edit teaches no weights anything."""
         if described.update.memory == "off" or described.update.method != "sft":

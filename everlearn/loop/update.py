@@ -187,9 +187,7 @@ def _of_rewards(
     made = service.create_sampling_client(model_path=path) if path else service.create_sampling_client(base_model=now.base_model)
     reference = made.result()
     return Plan(
-        lambda trainer, *progress: grpo.teach(
-            trainer, reference, score, states, replay, rehearsal, recipe, pull, [tokens.end], *progress
-        ),
+        lambda trainer, *progress: grpo.teach(trainer, reference, score, states, replay, rehearsal, recipe, pull, [tokens.end], *progress),
         len(states),
         pull.steps,
     )

@@ -129,9 +129,7 @@ def add_event(conn: Connection, given: Event) -> Event:
     return made
 
 
-def note_memory(
-    conn: Connection, tenant: str, episode_id: str, record_id: str, memory_id: str, turn: int, act: str | None = None
-) -> None:
+def note_memory(conn: Connection, tenant: str, episode_id: str, record_id: str, memory_id: str, turn: int, act: str | None = None) -> None:
     """Keeps which turn of which memory an answer has become, or with `act` what a model did with the chunk of a turn behind the answer. Its
     record comes a moment later, and takes the event with it when it goes."""
     at = time.time()

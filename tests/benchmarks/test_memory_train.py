@@ -15,7 +15,9 @@ def test_no_history_is_both_learned_from_and_looked_at(study: ModuleType):
     import listener
 
     looked_at = {study.HELD_OUT + seed + len(study.SEEDS) * number for seed in study.SEEDS for number in range(50)}
-    distilled = {study.TRAINED_ON + size.heads * seed + n for size in study.SIZES.values() for seed in study.SEEDS for n in range(size.heads)}
+    distilled = {
+        study.TRAINED_ON + size.heads * seed + n for size in study.SIZES.values() for seed in study.SEEDS for n in range(size.heads)
+    }
     trained = {study.TRAINED_ON * (1 + seed) * 10 + number for seed in study.SEEDS for number in range(9000)}
     assert not looked_at & distilled and not looked_at & trained and not distilled & trained
     assert max(looked_at | distilled | trained) < listener.FIRST_SEED - 100

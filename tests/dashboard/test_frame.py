@@ -160,7 +160,13 @@ def test_a_cookie_opens_pages_and_nothing_else(keyed: Any) -> None:
     assert ask(server, "/v1/records", cookie=cookie)[0] == 401, "the API wants the key"
     assert ask(server, "/dashboard/system.json", x_api_key=made["acme"][1])[0] == 200
     assert ask(server, "/dashboard/system.json", x_api_key=made["sampler"][1])[0] == 403
-    for broken in (cookie[:-1] + ("0" if cookie[-1] != "0" else "1"), cookie.replace("=", "=e30", 1), cookie.partition("=")[0] + "=é", cookie + "é", ""):
+    for broken in (
+        cookie[:-1] + ("0" if cookie[-1] != "0" else "1"),
+        cookie.replace("=", "=e30", 1),
+        cookie.partition("=")[0] + "=é",
+        cookie + "é",
+        "",
+    ):
         assert ask(server, "/dashboard/system.json", cookie=broken.encode().decode("latin-1"))[0] == 401
     shown = json.loads(ask(server, "/dashboard/system.json", x_api_key=made["other"][1])[2])
     assert [key["name"] for key in shown["keys"]] == ["other"]
@@ -214,7 +220,13 @@ def test_what_goes_wrong_is_told_to_a_browser_as_a_page(dashboard: LiveServer, p
 
 
 def test_every_answer_forbids_what_no_page_needs(dashboard: LiveServer) -> None:
-    for path in ("/dashboard", "/dashboard.json", "/dashboard/nothing", "/dashboard/static/everlearn.js", "/dashboard/static/vendor/htmx.min.js"):
+    for path in (
+        "/dashboard",
+        "/dashboard.json",
+        "/dashboard/nothing",
+        "/dashboard/static/everlearn.js",
+        "/dashboard/static/vendor/htmx.min.js",
+    ):
         headers = ask(dashboard, path, accept="text/html")[1]
         assert "script-src 'self'" in headers["content-security-policy"] and headers["x-content-type-options"] == "nosniff", path
     assert ask(dashboard, "/dashboard/static/../pages.py")[0] == 404
@@ -222,7 +234,9 @@ def test_every_answer_forbids_what_no_page_needs(dashboard: LiveServer) -> None:
 
 
 def test_the_files_of_others_are_what_they_published(root: Path) -> None:
-    listed = dict(reversed(line.split("  ")) for line in (root / VENDOR / "VERSIONS.txt").read_text().splitlines() if re.match("[0-9a-f]{64}  ", line))
+    listed = dict(
+        reversed(line.split("  ")) for line in (root / VENDOR / "VERSIONS.txt").read_text().splitlines() if re.match("[0-9a-f]{64}  ", line)
+    )
     files = {path.name: path for path in (root / VENDOR).iterdir() if path.suffix in (".js", ".css")}
     assert listed.keys() == files.keys()
     assert {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()} == listed
@@ -230,7 +244,12 @@ def test_the_files_of_others_are_what_they_published(root: Path) -> None:
 
 def test_a_wheel_has_every_file(root: Path) -> None:
     """What hatch packs is what git tracks under the package."""
-    kept = subprocess.run(["git", "check-ignore", "--no-index", "-v", *map(str, (root / "everlearn/api/dashboard").rglob("*"))], cwd=root, capture_output=True, text=True)
+    kept = subprocess.run(
+        ["git", "check-ignore", "--no-index", "-v", *map(str, (root / "everlearn/api/dashboard").rglob("*"))],
+        cwd=root,
+        capture_output=True,
+        text=True,
+    )
     assert [line for line in kept.stdout.splitlines() if "__pycache__" not in line and ".pyc" not in line] == []
 
 

@@ -152,7 +152,10 @@ def test_a_group_is_shown_side_by_side_with_reasons_and_shades(dashboard: LiveSe
     page.keyboard.press("Enter")
     expect(first.get_by_text('"stop_reason"')).to_be_visible()
     status, body = dashboard.get(f"/dashboard/rollouts.json?run={urllib.parse.quote(run)}&step=1")
-    assert status == 200 and json.loads(body)["group"]["members"][0]["turns"][0]["drawn"][0]["id"] == ours["members"][0]["turns"][0]["action"]["tokens"][0]
+    assert (
+        status == 200
+        and json.loads(body)["group"]["members"][0]["turns"][0]["drawn"][0]["id"] == ours["members"][0]["turns"][0]["action"]["tokens"][0]
+    )
     assert twin(dashboard, f"/v1/runs/{run}/rollouts/1/0")["record"]["members"] == ours["members"]
 
 

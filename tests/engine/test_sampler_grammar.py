@@ -150,7 +150,9 @@ def test_the_seed_decides_alone_with_grammars_too(base: BaseModel, closers: dict
 def test_log_probabilities_know_nothing_of_the_mask(base: BaseModel, tiny_model: Path, library: str) -> None:
     plain = LlamaForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
     prompt = prompts(3, [11])[0]
-    answer = answer_all(make_sampler(base, grammar=library), request("r", prompt, max_tokens=30, grammar=schema(PERSON), topk_sample_logprobs=2))["r"]
+    answer = answer_all(
+        make_sampler(base, grammar=library), request("r", prompt, max_tokens=30, grammar=schema(PERSON), topk_sample_logprobs=2)
+    )["r"]
     drawn = tokens_of(answer)
     assert isinstance(answer, SampleResult) and answer.sequences[0].topk is not None
     expected = reference_logprobs(plain, [*prompt, *drawn])[len(prompt) - 1 : -1]
@@ -174,7 +176,9 @@ def test_stop_tokens_end_it_only_where_it_is_complete(base: BaseModel, library: 
     forced = request("r", [5, 6, 7], max_tokens=30, grammar=Grammar("regex", "ab"), min_tokens=9, stop_tokens=[EOS])
     tokens = tokens_of(answer_all(make_sampler(base, grammar=library), forced)["r"])
     assert base.tokenizer.decode(tokens[:-1]) == "ab" and tokens[-1] == EOS  # a grammar with nothing left outweighs min_tokens
-    exact = answer_all(make_sampler(base, grammar=library), request("r", [5, 6, 7], max_tokens=2, grammar=Grammar("regex", "zz"), logit_bias={z: 50.0}))["r"]
+    exact = answer_all(
+        make_sampler(base, grammar=library), request("r", [5, 6, 7], max_tokens=2, grammar=Grammar("regex", "zz"), logit_bias={z: 50.0})
+    )["r"]
     assert isinstance(exact, SampleResult) and (tokens_of(exact), exact.sequences[0].stop_reason) == ([z, z], "stop")
     assert b not in tokens_of(exact)
 
@@ -182,7 +186,9 @@ def test_stop_tokens_end_it_only_where_it_is_complete(base: BaseModel, library: 
 def test_a_model_without_an_end_of_sequence_stops_where_the_text_is_complete(tiny_model: Path, library: str) -> None:
     lonely = load_tiny(tiny_model)
     lonely.info = type(lonely.info)("tiny", str(tiny_model), [], "LlamaForCausalLM", 512, 1024, [])
-    answer = answer_all(make_sampler(lonely, grammar=library), request("r", [5, 6, 7], max_tokens=30, grammar=Grammar("regex", "[xyz]{4}")))["r"]
+    answer = answer_all(
+        make_sampler(lonely, grammar=library), request("r", [5, 6, 7], max_tokens=30, grammar=Grammar("regex", "[xyz]{4}"))
+    )["r"]
     assert isinstance(answer, SampleResult) and answer.sequences[0].stop_reason == "stop"
     assert re.fullmatch("[xyz]{4}", text_of(lonely, answer))
 
@@ -329,7 +335,9 @@ def closed(value: Any) -> Any:
 
 @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
 @given(st.lists(st.recursive(scalars(), nested, max_leaves=8).map(closed), min_size=8, max_size=8))
-def test_random_schemas_hold_for_all_that_stops(base: BaseModel, closers: dict[int, float], library: str, schemas: list[dict[str, Any]]) -> None:
+def test_random_schemas_hold_for_all_that_stops(
+    base: BaseModel, closers: dict[int, float], library: str, schemas: list[dict[str, Any]]
+) -> None:
     """8 schemas x 10: all that compile are kept to the letter."""
     sampler = make_sampler(base, grammar=library)
     asked = [

@@ -123,7 +123,8 @@ def test_a_demonstration_of_what_was_answered_is_approval() -> None:
     """A clerk sends answers, edited or as they were."""
     rows = [answer(at, one, 1 + at % 2) for at, one in enumerate("abcd", 1)]
     sent = [
-        thumb(at, one) | {"kind": "demonstration", "answer": text, "target": {"episode_id": one, "record_id": one, "choice": choice, "span": span}}
+        thumb(at, one)
+        | {"kind": "demonstration", "answer": text, "target": {"episode_id": one, "record_id": one, "choice": choice, "span": span}}
         for at, one, text, choice, span in (
             (5, "a", "in france ", 0, None),
             (6, "b", "in france", 0, None),
@@ -134,7 +135,9 @@ def test_a_demonstration_of_what_was_answered_is_approval() -> None:
     sent[0]["text"] = "sent as it was"
     server = Rows(rows, sent, 10.0)
     listed, texts = server.get, {"a": ["in france"], "b": ["in spain"], "c": ["in spain", "in france"], "d": ["in france"]}
-    server.get = lambda path, **more: (  # type: ignore[method-assign]
-        {"content": {"answer": [{"content": text} for text in texts[path[12:]]]}} if path[12:] in texts else listed(path, **more)
+    server.get = (
+        lambda path, **more: (  # type: ignore[method-assign]
+            {"content": {"answer": [{"content": text} for text in texts[path[12:]]]}} if path[12:] in texts else listed(path, **more)
+        )
     )
     assert [value for _, value in told(Traffic(server, NOW, 0.0, 5.0, 10.0))] == [1.0, 0.0, 1.0, 0.0], "by its choice; a span is corrected"

@@ -80,17 +80,29 @@ def test_locomo_in_order_with_what_can_be_traced(talks: Path, tmp_path: Path):
 def test_msc_shows_the_sessions_before_and_nothing_that_holds_the_answer(tmp_path: Path):
     def row(answer: str, *sessions: list[str]) -> str:
         before = [
-            {"personas": [["SECRET"]], "dialog": [{"text": text} for text in texts], "time_num": 2, "time_unit": "days", "time_back": "2 weeks ago"}
+            {
+                "personas": [["SECRET"]],
+                "dialog": [{"text": text} for text in texts],
+                "time_num": 2,
+                "time_unit": "days",
+                "time_back": "2 weeks ago",
+            }
             for texts in sessions
         ]
         told = {"personas": [["SECRET"], []], "summary_speaker_1": [["SECRET"]], "dialog": [{"text": "SECRET", "id": "Speaker 1"}]}
-        return json.dumps(told | {"previous_dialogs": before, "metadata": {"initial_data_id": "v1"}, "self_instruct": {"B": "Who sang?", "A": answer}})
+        return json.dumps(
+            told | {"previous_dialogs": before, "metadata": {"initial_data_id": "v1"}, "self_instruct": {"B": "Who sang?", "A": answer}}
+        )
 
     path = tmp_path / "msc_self_instruct.jsonl"
     lines = [row("Taylor Swift!", ["Hi!", "I could get into Taylor Swift."], ["I work at a bank."]), row("a golden retriever", ["Hello."])]
     path.write_text("\n".join(lines) + "\n")
     (case,), left_out = msc(path)
-    assert [text for _, text in case.turns] == ["[2 weeks ago] Speaker 1: Hi!", "Speaker 2: I could get into Taylor Swift.", "[2 weeks ago] Speaker 1: I work at a bank."]
+    assert [text for _, text in case.turns] == [
+        "[2 weeks ago] Speaker 1: Hi!",
+        "Speaker 2: I could get into Taylor Swift.",
+        "[2 weeks ago] Speaker 1: I work at a bank.",
+    ]
     assert case.questions[0].words == {"taylor", "swift"} and left_out == {"whose answer no turn holds a word of": 1}
     path.write_text("{}\n")
     with pytest.raises(InvalidRequest, match="line 1 of msc_self_instruct.jsonl isn't of MSC's form"):

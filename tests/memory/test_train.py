@@ -61,7 +61,17 @@ def history(number: int):
 def tasks(chat, judge) -> MemoryTasks:
     masking = Masking(most=3, keep=0.25, slack=0.33)
     return MemoryTasks(
-        history, chat, judge, budgets=(300,), pay=PAY, masking=masking, batches=4, groups_per_batch=2, group_size=3, per_history=2, most_questions=2
+        history,
+        chat,
+        judge,
+        budgets=(300,),
+        pay=PAY,
+        masking=masking,
+        batches=4,
+        groups_per_batch=2,
+        group_size=3,
+        per_history=2,
+        most_questions=2,
     )
 
 
@@ -179,7 +189,8 @@ def turn(kind: str, value: float = 0.0, **logs: object) -> Transition:
 def made(rows: list[tuple[float, float, float]]) -> TrajectoryGroup:
     """Members by (what their memory earned, what their answer earned, whether their window held the evidence)."""
     members = [
-        Trajectory([turn(DECISION, level=None), turn(REFILL, memory), turn(ANSWER, right, question=0, right=right, held=held)]) for memory, right, held in rows
+        Trajectory([turn(DECISION, level=None), turn(REFILL, memory), turn(ANSWER, right, question=0, right=right, held=held)])
+        for memory, right, held in rows
     ]
     return TrajectoryGroup(members, [Reward()] * len(members))
 
@@ -233,7 +244,15 @@ def test_the_gradient_of_memory_tokens_does_not_depend_on_answers(service, serve
 
 def test_a_run_warms_up_goes_on_and_ends_in_an_adapter(service, server, tasks, chat, tmp_path):
     run = Settings(
-        server.model, steps=2, rank=2, learning_rate=1e-3, loss="ppo", estimator="group_mean_std", max_tokens=12, save_every=1, kl_budget=1e9
+        server.model,
+        steps=2,
+        rank=2,
+        learning_rate=1e-3,
+        loss="ppo",
+        estimator="group_mean_std",
+        max_tokens=12,
+        save_every=1,
+        kl_budget=1e9,
     )
     training = Training(run, warm_steps=1, answer_weight=0.5)
     first = train(service, training, tasks, tmp_path, decode=chat.decode)
@@ -245,7 +264,9 @@ def test_a_run_warms_up_goes_on_and_ends_in_an_adapter(service, server, tasks, c
     assert [row["step"] for row in again.rows] == [0, 1, 2] and again.path != first.path
     with pytest.raises(Conflict, match="other settings .warm_steps 1 -> 2"):
         train(service, msgspec.structs.replace(longer, warm_steps=2), tasks, tmp_path)
-    others = MemoryTasks(history, chat, tasks.judge, budgets=(200,), pay=PAY, masking=tasks.masking, groups_per_batch=2, group_size=3, most_questions=2)
+    others = MemoryTasks(
+        history, chat, tasks.judge, budgets=(200,), pay=PAY, masking=tasks.masking, groups_per_batch=2, group_size=3, most_questions=2
+    )
     with pytest.raises(Conflict, match=r"budgets \[300\] -> \[200\]\)"):
         train(service, longer, others, tmp_path)
     (tmp_path / "training.json").write_bytes(b"{")

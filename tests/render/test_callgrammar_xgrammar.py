@@ -67,7 +67,9 @@ def test_calls_match_or_the_choice_is_refused(kits: Callable[..., Kit], family: 
             kit.compiler.compile(grammar)
         return
     assert kit.takes(grammar, reply(family, GOOD[0]))
-    wrong = [reply(family, arguments) for arguments in BAD if family not in OWN] + [reply(family, GOOD[0]).replace("get_weather", "get_wether")]
+    wrong = [reply(family, arguments) for arguments in BAD if family not in OWN] + [
+        reply(family, GOOD[0]).replace("get_weather", "get_wether")
+    ]
     assert [text for text in wrong if kit.takes(grammar, text)] == []
     text = "Hello!\n{} < 3 and <b>.\n"
     answer = f"<|channel|>final<|message|>{text}" if family == "harmony" else text

@@ -57,7 +57,9 @@ def test_agents_are_trained_in_the_loop_and_go_on_bit_for_bit(service: tinker.Se
     assert [row["step"] for row in rows if "held_out/env/letters" in row] == [0, 2, 4]
     training = json.loads((calm / "run.json").read_text())["run_id"]
     kept = tinker.RestClient(base_url=server.url, api_key=KEY).list_checkpoints(training).result().checkpoints
-    assert [one.checkpoint_id for one in kept if "agents-" in one.checkpoint_id] == ["sampler_weights/agents-000004"], "only the last is left"
+    assert [one.checkpoint_id for one in kept if "agents-" in one.checkpoint_id] == ["sampler_weights/agents-000004"], (
+        "only the last is left"
+    )
 
     def stops(row: dict[str, float]) -> None:
         if row["step"] == 2:

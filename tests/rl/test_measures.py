@@ -40,7 +40,9 @@ def test_rollouts_are_measured_by_part_and_failures_are_only_counted():
 
 
 def test_the_distance_of_policies_is_its_formula():
-    data = [datum for logprobs in ([-1.0, -2.0], [-0.5]) for datum in datums_of(Trajectory([turn(logprobs, 1.0)]), [1.0], sequence_mask=True)]
+    data = [
+        datum for logprobs in ([-1.0, -2.0], [-0.5]) for datum in datums_of(Trajectory([turn(logprobs, 1.0)]), [1.0], sequence_mask=True)
+    ]
     moved = [[-9.0, -1.5, -2.5], [-9.0, -0.25]]  # the first position of each belongs to the prompt
     outputs = [{"logprobs": types.TensorData.from_numpy(np.array(row, np.float32))} for row in moved]
     found = measures.of_training(data, outputs)

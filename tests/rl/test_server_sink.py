@@ -77,7 +77,10 @@ def test_a_group_that_the_server_cannot_keep_is_left_out(server: LiveServer, fol
     """Text that no database takes, and text whose characters are few enough and whose bytes are not: what comes after is told."""
     append(folder / "metrics.jsonl", {"step": 0, "reward/total": 1.0})
     (folder / "rollouts.jsonl").write_text(record(0) + record(0, "a\0b") + wide(0, "é" * (MAX_LINE * 2 // 3)) + record(0) + record(1))
-    with pytest.warns(UserWarning, match="the server refuses a group of step 0 .*NUL") as warned, Sinks([ServerSink(folder, server.url)]) as sinks:
+    with (
+        pytest.warns(UserWarning, match="the server refuses a group of step 0 .*NUL") as warned,
+        Sinks([ServerSink(folder, server.url)]) as sinks,
+    ):
         sinks({"step": 0})
         assert sinks.names == ["ServerSink"]
     assert len(warned) == 1, "it is said once"

@@ -40,7 +40,11 @@ def test_each_station_counts_what_is_there(two: Database) -> None:
     assert counts == {
         "answers": 2, "feedback": 2, "episodes": counts["episodes"], "labels": 1, "datasets": 0, "versions": 2, "gate": 0, "canary": 0, "live": 0,
     }  # fmt: skip
-    assert counts["episodes"] in (1, 2) and found["versions"].note == "of 1 name" and found["answers"].newest == max(one.created_at, other.created_at)
+    assert (
+        counts["episodes"] in (1, 2)
+        and found["versions"].note == "of 1 name"
+        and found["answers"].newest == max(one.created_at, other.created_at)
+    )
     assert {part for part, mark in marks(two).items() if mark != before[part]} == {"answers", "episodes", "feedback"}
     assert {station.count for station in line(two, "b").values()} == {0} and marks(two, "b") == {
         part: [None] * len(mark) for part, mark in before.items()
@@ -57,4 +61,6 @@ def test_a_candidate_is_seen_from_the_gate_to_live(two: Database) -> None:
     assert (found["canary"].count, found["canary"].note) == (1, "support@2 at 25 %") and found["live"].note == "support@1; 1 in a cycle"
     promote(two)
     found = line(two)
-    assert (found["gate"].count, found["gate"].note) == (1, "1 promoted") and found["canary"].count == 0 and found["live"].note == "support@2"
+    assert (
+        (found["gate"].count, found["gate"].note) == (1, "1 promoted") and found["canary"].count == 0 and found["live"].note == "support@2"
+    )
