@@ -64,8 +64,11 @@ def test_a_correction_by_keyboard_becomes_a_version_that_is_promoted_and_rolled_
     now = users.deployment()
     assert (now["champion"], now["state"], now["previous"]) == ("keyboard@1", "collect", "keyboard@0")
     page.keyboard.press("b")
+    until(page.locator("#act[open]"), count=1)
     page.keyboard.press("Escape")
+    until(page.locator("#act[open]"), count=0)
     page.keyboard.press("b")
+    until(page.locator("#act[open]"), count=1)
     page.keyboard.press("Enter")
     until(page.locator("#champion"), "keyboard@0")
     events = users.http.get("/v1/deployments/keyboard/history").json()["data"]

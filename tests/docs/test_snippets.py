@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.live import LiveServer
+from tests.live import LiveServer, came_to_its_end
 
 
 def printed_by(text: str, server: LiveServer, folder: Path, **replaced: str) -> str:
@@ -22,7 +22,7 @@ def printed_by(text: str, server: LiveServer, folder: Path, **replaced: str) -> 
     environ |= {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-W", "error::FutureWarning", "-c", program]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environ, cwd=folder, check=False)
-    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert came_to_its_end(ran), ran.stderr[-2000:]
     return ran.stdout
 
 
