@@ -13,10 +13,8 @@ word.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +22,7 @@ from typing import Any
 
 from common import ROOT
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from walker import BEGIN, END, UNKNOWN, saved
 
 sys.path.insert(0, str(ROOT))
 from everlearn.memory import asking, methods, orders, synthetic
@@ -31,17 +30,12 @@ from everlearn.memory.importance import SENTENCES, split
 from everlearn.memory.suites import Case, words_of
 from everlearn.memory.window import line
 
-BEGIN, END, UNKNOWN = "<|im_start|>", "<|im_end|>", "<|unknown|>"
 SPACE = "\u2581"  # as SentencePiece spells it: before each word, and before the first digit of a number
 FIRST_SEED = 1_000_000  # of histories that it is taught from
 RATE = 3e-3
 CASES, REUSED = 400, 0.8
 # Share of the time, facts of a history, most tokens of a row, rows of a batch: from a few lines to more than a window.
 STAGES = ((0.25, (1, 3), 96, 32), (0.3, (2, 8), 256, 24), (0.3, (6, 20), 640, 10), (0.15, (12, 30), 1280, 5))
-TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 Row = tuple[list[int], list[float]]  # tokens, and how much each counts as something to be said
 
 
@@ -248,18 +242,7 @@ def make(folder: Path, seconds: float, hidden: int = 128, layers: int = 4) -> Pa
     print(f"{sum(one.numel() for one in model.parameters()):,} parameters, {tokenizer.get_vocab_size()} tokens, {device}", flush=True)
     train(model, tokenizer, seconds, device, lambda text: print(text, flush=True))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
-        made = Path(unfinished) / "model"
-        model.cpu().save_pretrained(made)
-        tokenizer.save(str(made / "tokenizer.json"))
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": END, "chat_template": TEMPLATE}
-        (made / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
-        try:
-            made.rename(folder)
-        except OSError:  # another process was faster; its folder is as good
-            if not folder.exists():
-                raise
-    return folder
+    return saved(model.cpu(), tokenizer, folder)
 
 
 def main() -> None:

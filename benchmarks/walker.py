@@ -107,6 +107,11 @@ def ensure() -> Path:
     tokenizer = make_tokenizer()
     model = new_model(tokenizer.get_vocab_size())
     train(model, tokenizer)
+    return saved(model, tokenizer, folder)
+
+
+def saved(model: Any, tokenizer: Tokenizer, folder: Path) -> Path:
+    """The folder, with the model, its tokenizer and the chat template in it: all of them at once."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
         made = Path(unfinished) / "model"
         model.save_pretrained(made)

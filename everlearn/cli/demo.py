@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import click
 
 from everlearn.cli.console import Console, Progress, Verb, pass_console
+from everlearn.cli.own_server import LOCAL_KEY
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from everlearn.demo.run import Outcome
 
 MODEL = "smollm2"
-LOCAL_KEY = "tml-local"  # the SDK wants a key of this form; a server without keys takes any
 
 
 @click.command("demo", cls=Verb)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from everlearn.cli import own_server
 from everlearn.cli.console import Console, Noun, pass_console
 from everlearn.cli.retained import retained
 from everlearn.cli.safety import safety
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 command = Noun("eval", help="Study what a model learns, and what it forgets.")
 command.add_command(retained)
 command.add_command(safety)
-LOCAL_KEY = "tml-local"  # the SDK wants a key of this form; a server without keys takes any
 
 
 class Names(click.ParamType):
@@ -113,7 +113,7 @@ def fewshot_vision(console: Console, data: Path, model: str, out: Path, **option
     shots, seeds = options["shots"], options["seeds"]
     split = photos.read_split(data, options["classes"], options["hold_out"])
     photos.check(split, shots)
-    info = _model(console, model)
+    info = own_server.resolved(console, model)
     prompt = VisionPrompt.load(info)
     tests = photos.tests_of(split, options["tests"])
     gallery = Gallery(split, shots, range(seeds), tests)
@@ -126,14 +126,6 @@ def fewshot_vision(console: Console, data: Path, model: str, out: Path, **option
     with _study(console, info, (prompt, split, tests, gallery)) as study:
         runs = [*_taught(console, study, shots, seeds, recipe, finished), *runs]
     _write(console, out, facts, runs, tests)
-
-
-def _model(console: Console, model: str) -> BaseModelInfo:
-    """The model as a server on this home knows it."""
-    from everlearn.models.catalog import Catalog
-
-    settings = console.settings({"models.default": model} if Path(model).is_dir() else None)
-    return Catalog(settings).resolve(str(Path(model).absolute()) if Path(model).is_dir() else model)
 
 
 def _probes(baselines: tuple[str, ...]) -> list[Any]:
@@ -149,23 +141,11 @@ def _study(console: Console, info: BaseModelInfo, parts: tuple[Any, ...]) -> Ite
     """The study on the server that was named, else on one of its own."""
     from contextlib import ExitStack
 
-    import tinker
-
-    from everlearn.demo.server import serving
     from everlearn.evals.fewshot_study import Study
 
     logging.getLogger("tinker").setLevel(logging.ERROR)  # it warns of every answer that takes longer than one poll
     with ExitStack() as stack:
-        url = console.url
-        if url is None:
-            home = console.settings().home
-            log, folder = home / "eval" / "server.log", Path(info.path)
-            with console.progress("starting the server") as bar:
-                own = serving(home, log, console.config, lambda seconds, state: bar.update(round(seconds), state), folder)
-                url = stack.enter_context(own)
-        service = stack.enter_context(
-            tinker.ServiceClient(base_url=url, api_key=console.key or LOCAL_KEY, user_metadata={"client": "everlearn eval"})
-        )
+        service = own_server.service(console, stack, info, "eval", "everlearn eval")
         yield Study(service, info.name, *parts)
 
 

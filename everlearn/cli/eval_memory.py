@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from everlearn.cli import own_server
 from everlearn.cli.console import Console, pass_console
-from everlearn.cli.eval import LOCAL_KEY, Names, Numbers, command
+from everlearn.cli.eval import Names, Numbers, command
 
 if TYPE_CHECKING:
     from tinker import SamplingClient
@@ -72,7 +73,7 @@ def memory(
     found, left_out = _cases(suite, data, audit, options)
     for reason, count in left_out.items():
         console.note(f"left out: {count} questions {reason}")
-    info = _model(console, options["model"])
+    info = own_server.prepared(console, options["model"])
     runs = []
     with _asking(console, info, options["ask"], options["sampler"], options["begin"], options["policy"]) as asking:
         encode = _encode(info)
@@ -103,18 +104,6 @@ def _cases(suite: str, data: Path | None, audit: Path | None, options: dict[str,
     return (longmemeval if suite == "longmemeval" else memorybank)(data)[:histories], {}
 
 
-def _model(console: Console, model: str) -> BaseModelInfo:
-    from everlearn.models.catalog import Catalog
-
-    settings = console.settings({"models.default": model} if Path(model).is_dir() else None)
-    catalog = Catalog(settings)
-    info = catalog.resolve(str(Path(model).absolute()) if Path(model).is_dir() else model)
-    if not catalog.is_ready(info.name):
-        with console.progress(f"preparing {info.name}", 1.0) as bar:
-            catalog.prepare(info.name, lambda text, share: bar.update(share, text))
-    return catalog.resolve(info.name)
-
-
 def _encode(info: BaseModelInfo) -> Encode:
     from everlearn.render.tokenizer import load
 
@@ -132,23 +121,13 @@ def _asking(
         return
     from contextlib import ExitStack
 
-    import tinker
-
-    from everlearn.demo.server import serving
     from everlearn.memory.asking import Asking
     from everlearn.render.tokenizer import load
     from everlearn.rl.prompts import ChatMl
 
     logging.getLogger("tinker").setLevel(logging.ERROR)  # it warns of every answer that takes longer than one poll
     with ExitStack() as stack:
-        url = console.url
-        if url is None:
-            home = console.settings().home
-            with console.progress("starting the server") as bar:
-                on_wait: Callable[[float, str], None] = lambda seconds, state: bar.update(round(seconds), state)  # noqa: E731
-                url = stack.enter_context(serving(home, home / "eval" / "server.log", console.config, on_wait, Path(info.path)))
-        key = console.key or LOCAL_KEY
-        service = stack.enter_context(tinker.ServiceClient(base_url=url, api_key=key, user_metadata={"client": "everlearn eval"}))
+        service = own_server.service(console, stack, info, "eval", "everlearn eval")
         made = service.create_sampling_client(**({"model_path": sampler} if sampler else {"base_model": info.name})).result()
         tokenizer = load(Path(info.path))
         writer = service.create_sampling_client(model_path=policy).result() if policy else made

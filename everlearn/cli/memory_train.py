@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from everlearn.cli import own_server
 from everlearn.cli.console import Console, Verb, pass_console
 from everlearn.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from everlearn.memory.suites import Case
-    from everlearn.types import BaseModelInfo
 
-LOCAL_KEY = "tml-local"  # the SDK wants a key of this form; a server without keys takes any
 HELD_OUT = 0.1  # the last cases of a file, which are looked at and not trained on
 EVALUATE_EVERY = 15  # steps: however many are asked for, so that a run can be made longer
 
@@ -58,7 +57,7 @@ def train(console: Console, out: Path, model: str, data: Path | None, **options:
 
     logging.getLogger("tinker").setLevel(logging.ERROR)  # it warns of every answer that takes longer than one poll
     trained_on, held_out, told = _histories(data, options["turns"], options["facts"], options["seed"])
-    info, weight = _model(console, model), options["answer_weight"]
+    info, weight = own_server.prepared(console, model), options["answer_weight"]
     tokenizer = load(Path(info.path))
     chat = ChatMl(tokenizer.encode, lambda ids: tokenizer.decode(ids, skip_special=True))
     settings = Settings(
@@ -73,7 +72,7 @@ def train(console: Console, out: Path, model: str, data: Path | None, **options:
         evaluate_every=EVALUATE_EVERY,
     )
     with ExitStack() as stack:
-        service = stack.enter_context(_service(console, info, stack))
+        service = own_server.service(console, stack, info, "memory", "everlearn memory train")
         judge = Judge(service.create_sampling_client(base_model=info.name).result(), chat)
 
         def tasks(history: Callable[[int], Case], batches: int, members: int) -> MemoryTasks:
@@ -117,30 +116,3 @@ def _histories(data: Path | None, turns: int, facts: int, seed: int) -> tuple[Ca
     mine, others = cases[:-kept], cases[-kept:]
     told = {"data": sha256(data.read_bytes()).hexdigest()}
     return lambda number: mine[number % len(mine)], lambda number: others[number % len(others)], told
-
-
-def _model(console: Console, model: str) -> BaseModelInfo:
-    from everlearn.models.catalog import Catalog
-
-    settings = console.settings({"models.default": model} if Path(model).is_dir() else None)
-    catalog = Catalog(settings)
-    info = catalog.resolve(str(Path(model).absolute()) if Path(model).is_dir() else model)
-    if not catalog.is_ready(info.name):
-        with console.progress(f"preparing {info.name}", 1.0) as bar:
-            catalog.prepare(info.name, lambda text, share: bar.update(share, text))
-    return catalog.resolve(info.name)
-
-
-def _service(console: Console, info: BaseModelInfo, stack: ExitStack) -> Any:
-    """A client of the server that was named, else of one of its own."""
-    import tinker
-
-    from everlearn.demo.server import serving
-
-    url = console.url
-    if url is None:
-        home = console.settings().home
-        with console.progress("starting the server") as bar:
-            on_wait: Callable[[float, str], None] = lambda seconds, state: bar.update(round(seconds), state)  # noqa: E731
-            url = stack.enter_context(serving(home, home / "memory" / "server.log", console.config, on_wait, Path(info.path)))
-    return tinker.ServiceClient(base_url=url, api_key=console.key or LOCAL_KEY, user_metadata={"client": "everlearn memory train"})

@@ -259,7 +259,7 @@ class Mover:
         path = path_of(self.runner.api, now.champion)
         service = self.runner.service
         made = service.create_sampling_client(model_path=path) if path else service.create_sampling_client(base_model=now.base_model)
-        pull = update.pull_of(described)
+        pull = described.update.pull
         rng = random.Random(f"states:{described.update.seed}:{number}")
         states = [one.prompt for one in rng.sample(self.reservoir or [], min(pull.batch, len(self.reservoir or [])))]
         try:

@@ -57,8 +57,9 @@ class Triggers(Section, frozen=True):
 
 
 class Pull(Section, frozen=True):
-    """Of the method grpo; what the fields mean stands in everlearn/loop/grpo.py. `steps` and `learning_rate` go together: each step is
-    small."""
+    """Of the method grpo (everlearn/loop/grpo.py). `group` answers to a state, of `answer_tokens` at most; `kl`: what a nat of distance
+    from the serving version costs, in rewards; `hold`: what a token of a replayed correction, or of general text, weighs against a
+    sampled token with an advantage of 1; `steps`: optimizer steps, small ones, as `learning_rate` has to be too; `batch`: states of one."""
 
     group: int = 8
     answer_tokens: int = 64

@@ -21,23 +21,11 @@ import tinker
 
 from everlearn.errors import InvalidRequest
 from everlearn.loop import lesson
+from everlearn.loop.description import Pull
 from everlearn.loop.lesson import Example, Recipe, Step
 from everlearn.rl.advantages import group_mean
 
 Score = Callable[[list[list[int]]], list[float]]  # what a reward model says of prompts with their answers
-
-
-class Pull(msgspec.Struct, frozen=True):
-    """`group` answers to a state, of `answer_tokens` at most; `kl`: what a nat of distance from the serving version costs, in rewards;
-    `hold`: what a token of a replayed correction, or of general text, weighs against a sampled token with an advantage of 1; `steps`:
-    optimizer steps; `batch`: states of one."""
-
-    group: int = 8
-    answer_tokens: int = 64
-    kl: float = 0.05
-    hold: float = 0.1
-    steps: int = 40
-    batch: int = 8
 
 
 class Rolled(msgspec.Struct, frozen=True):

@@ -177,7 +177,7 @@ def _of_rewards(
 ) -> Plan:
     """The reference is the version that serves. Older corrections ride along, as many as a batch has and `replay` lets."""
     score = reward_of(api, now.name)
-    pull = pull_of(described)
+    pull = described.update.pull
     newest = sorted(items, key=lambda item: max(item["feedback_ids"], default=""), reverse=True)
     corrected = [one for one in newest if one["corrected"] is not None][: described.update.replay]
     replay = [Example(one["prompt_token_ids"], tokens.answer(str(one["corrected"]))) for one in corrected]
@@ -191,10 +191,6 @@ def _of_rewards(
         len(states),
         pull.steps,
     )
-
-
-def pull_of(described: Description) -> grpo.Pull:
-    return msgspec.convert(msgspec.structs.asdict(described.update.pull), grpo.Pull)
 
 
 def reward_version(api: Api, name: str) -> str | None:

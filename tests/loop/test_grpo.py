@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from everlearn.cli.client import Client
 from everlearn.loop import grpo
-from everlearn.loop.grpo import Pull
+from everlearn.loop.description import Pull
 from everlearn.loop.lesson import Recipe
 from everlearn.loop.runner import Runner
 from tests.api.test_reward_models import Product
