@@ -13,10 +13,11 @@ word.
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -193,30 +194,48 @@ class Lessons:
         weights += [weight] * len(ids)
 
 
-def batch(lessons: Lessons, facts: tuple[int, int], most: int, rows: int, device: str) -> Any:
+def batch(lessons: Lessons, facts: tuple[int, int], most: int, rows: int) -> Any:
     """Token ids [B, T] and the weight of each [B, T], padded behind with weight 0."""
     import torch
 
     drawn = [lessons.row(facts, most) for _ in range(rows)]
     longest = max(len(tokens) for tokens, _ in drawn)
-    ids = torch.tensor([tokens + [1] * (longest - len(tokens)) for tokens, _ in drawn], device=device)
-    return ids, torch.tensor([weights + [0.0] * (longest - len(weights)) for _, weights in drawn], device=device)
+    ids = torch.tensor([tokens + [1] * (longest - len(tokens)) for tokens, _ in drawn])
+    return ids, torch.tensor([weights + [0.0] * (longest - len(weights)) for _, weights in drawn])
 
 
-def train(model: Any, tokenizer: Tokenizer, seconds: float, device: str, log: Callable[[str], None] = print) -> None:
+def batches(tokenizer: Tokenizer, stage: int, times: int, workers: int) -> Iterator[Any]:
+    """Batches of a stage, `times` as large, without end; made by `workers` processes, since making one takes longer than learning it."""
+    import torch
+
+    _, facts, most, rows = STAGES[stage]
+
+    class Endless(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+        def __iter__(self) -> Iterator[Any]:
+            own = torch.utils.data.get_worker_info()
+            lessons = Lessons(tokenizer, random.Random(1000 * stage + (own.id if own else 0)))
+            while True:
+                yield batch(lessons, facts, most, rows * times)
+
+    return iter(torch.utils.data.DataLoader(Endless(), batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None))
+
+
+def train(model: Any, tokenizer: Tokenizer, seconds: float, device: str, times: int, workers: int, log: Callable[[str], None]) -> None:
     import torch
 
     model.to(device).train()
-    lessons = Lessons(tokenizer, random.Random(0))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     started, step, ends = time.perf_counter(), 0, 0.0
-    for share, facts, most, rows in STAGES:
+    for stage, (share, *_) in enumerate(STAGES):
         ends += share * seconds
+        drawn = batches(tokenizer, stage, times, workers)
         while (now := time.perf_counter() - started) < ends:
-            ids, weights = batch(lessons, facts, most, rows, device)
+            ids, weights = (part.to(device, non_blocking=True) for part in next(drawn))
             for group in optimizer.param_groups:
-                group["lr"] = RATE * min(1.0, (step + 1) / 100) * max(0.05, 1 - now / seconds)
-            logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+                group["lr"] = RATE * min(1.0, (step + 1) / 100) * max(0.03, 1 - now / seconds)
+            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+                logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1).float()
             losses = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
             counted = weights[:, 1:].flatten()
             loss = (losses * counted).sum() / counted.sum()
@@ -224,14 +243,14 @@ def train(model: Any, tokenizer: Tokenizer, seconds: float, device: str, log: Ca
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            if step % 50 == 0:
+            if step % 100 == 0:
                 right = (logits.argmax(-1) == ids[:, 1:].flatten())[counted == 1.0].float().mean()
-                log(f"step {step}, {now:.0f} s: loss {loss.item():.3f}, {right.item():.1%} of the answers' tokens right")
+                log(f"stage {stage} step {step}, {now:.0f} s: loss {loss.item():.3f}, {right.item():.1%} of the answers' tokens right")
             step += 1
 
 
-def make(folder: Path, seconds: float, hidden: int = 128, layers: int = 4) -> Path:
-    """The model's folder. It appears whole or not at all."""
+def make(folder: Path, seconds: float, hidden: int = 128, layers: int = 4, times: int = 0, workers: int = 0) -> Path:
+    """The model's folder. It appears whole or not at all. `times`: batches so many times as large (0: 8 on a GPU, 1 elsewhere)."""
     import torch
 
     if folder.exists():
@@ -240,7 +259,8 @@ def make(folder: Path, seconds: float, hidden: int = 128, layers: int = 4) -> Pa
     tokenizer = make_tokenizer()
     model = new_model(tokenizer.get_vocab_size(), hidden, layers)
     print(f"{sum(one.numel() for one in model.parameters()):,} parameters, {tokenizer.get_vocab_size()} tokens, {device}", flush=True)
-    train(model, tokenizer, seconds, device, lambda text: print(text, flush=True))
+    times = times or (8 if device == "cuda" else 1)
+    train(model, tokenizer, seconds, device, times, workers, lambda text: print(text, flush=True))
     folder.parent.mkdir(parents=True, exist_ok=True)
     return saved(model.cpu(), tokenizer, folder)
 
@@ -251,8 +271,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=900.0, help="of training")
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--times", type=int, default=0, help="as many rows in a batch (default: 8 on a GPU, 1 elsewhere)")
+    parser.add_argument("--workers", type=int, default=max(0, (os.cpu_count() or 1) - 4), help="processes that make batches")
     args = parser.parse_args()
-    make(args.folder, args.seconds, args.hidden, args.layers)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    make(args.folder, args.seconds, args.hidden, args.layers, args.times, args.workers)
 
 
 if __name__ == "__main__":

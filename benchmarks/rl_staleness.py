@@ -127,6 +127,7 @@ class Disturbed:
 
     def __init__(self, service: Any, strength: float, seed: int, subject: Any):
         self.service, self.strength, self.seed, self.subject = service, strength, seed, subject
+        self.rest = service.create_rest_client()
 
     def __call__(self, client: Any, step: int) -> Any:
         import numpy as np
@@ -134,6 +135,7 @@ class Disturbed:
 
         path = client.save_state(f"disturbed-{step}", ttl_seconds=3600).result().path
         copy = self.service.create_training_client_from_state(path).result()
+        self.rest.delete_checkpoint_from_tinker_path(path).result()  # a hundred of them would fill the disk
         rng = np.random.default_rng((self.seed, step))
         copy.forward_backward([self.random_targets(rng, prompt) for prompt in self.subject.prompts(step)], "cross_entropy").result()
         copy.optim_step(tinker.AdamParams(learning_rate=self.strength)).result()
@@ -233,20 +235,26 @@ def one_run(args: argparse.Namespace) -> None:
         save_every=args.steps,
         **ARMS[arm],
     )
-    started = time.perf_counter()
+    run = {"subject": args.subject, "kind": kind, "amount": float(amount), "rate": args.learning_rate, "steps": args.steps}
+    run |= {"arm": arm, "seed": args.seed}
+    path = args.runs / f"{args.only}-rate{args.learning_rate:g}-steps{args.steps}-seed{args.seed}.json"
+    args.runs.mkdir(parents=True, exist_ok=True)
+    started, origin = time.perf_counter(), common.origin("rl-staleness")
     with common.server(live) as server, tempfile.TemporaryDirectory() as out:
         service = tinker.ServiceClient(base_url=server.url)
         player = Lagged(int(amount)) if kind == "stale" else Disturbed(service, float(amount), args.seed, subject)
-        rows = train(service, settings, subject.dataset(), Path(out), subject.held_out(), sampler_of=player)
-        memory = server.memory()
+        rows: list[dict[str, Any]] = []
+
+        def noted(row: dict[str, Any]) -> None:
+            rows.append({name: row[name] for name in (*KEPT, *KEPT_OF_LOSS) if name in row})
+            if MEASURED in row:  # written at each evaluation: a run that is cut short has not run in vain
+                seconds = time.perf_counter() - started
+                text = json.dumps(origin | {"memory": server.memory(), "run": run | {"seconds": seconds, "rows": rows}}, indent=1)
+                path.write_text(text + "\n")
+
+        train(service, settings, subject.dataset(), Path(out), subject.held_out(), on_step=noted, sampler_of=player)
         service.close("success").result()
-    kept = [{name: row[name] for name in (*KEPT, *KEPT_OF_LOSS) if name in row} for row in rows]
-    run = {"subject": args.subject, "kind": kind, "amount": float(amount), "rate": args.learning_rate, "steps": args.steps}
-    run |= {"arm": arm, "seed": args.seed}
-    run |= {"seconds": time.perf_counter() - started, "rows": kept}
-    args.runs.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(common.origin("rl-staleness") | {"memory": memory, "run": run}, indent=1)
-    (args.runs / f"{args.only}-rate{args.learning_rate:g}-steps{args.steps}-seed{args.seed}.json").write_text(text + "\n")
+    run |= {"seconds": time.perf_counter() - started, "rows": rows}
     learned = f"{first(run):.1%} -> {final(run):.1%} (best {best(run):.1%})"
     print(f"{args.only:20} rate {args.learning_rate:g} seed {args.seed}  {learned} in {run['seconds']:.0f} s", flush=True)
 
