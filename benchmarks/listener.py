@@ -18,6 +18,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ RATE = 3e-3
 CASES, REUSED = 400, 0.8
 # Share of the time, facts of a history, most tokens of a row, rows of a batch: from a few lines to more than a window.
 STAGES = ((0.25, (1, 3), 96, 32), (0.3, (2, 8), 256, 24), (0.3, (6, 20), 640, 10), (0.15, (12, 30), 1280, 5))
+known_words = lru_cache(100_000)(words_of)
 Row = tuple[list[int], list[float]]  # tokens, and how much each counts as something to be said
 
 
@@ -87,7 +89,8 @@ class Lessons:
     def __init__(self, tokenizer: Tokenizer, rng: random.Random):
         self.rng = rng
         self.cases: list[Case] = []  # the last ones: each is used several times, since making one costs more than learning from it
-        self.encode: Callable[[str], list[int]] = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+        spelled = lru_cache(100_000)(lambda text: tokenizer.encode(text, add_special_tokens=False).ids)  # lines come again and again
+        self.encode: Callable[[str], list[int]] = lambda text: [token for part in text.splitlines(keepends=True) for token in spelled(part)]
 
     def row(self, facts: tuple[int, int], most: int) -> Row:
         """Of `facts` facts; at most about `most` tokens."""
@@ -111,11 +114,11 @@ class Lessons:
         chatter = self.rng.random()
         lines = []
         for role, text in case.turns:
-            own = words_of(text)
+            own = known_words(text)
             evident = any(question.words <= own for question in questions)
             if evident or self.rng.random() < chatter:
                 if evident and self.rng.random() < 0.4:  # as an extraction leaves it
-                    held = [piece for piece in split(text, SENTENCES) if any(question.words <= words_of(piece) for question in questions)]
+                    held = [piece for piece in split(text, SENTENCES) if any(question.words <= known_words(piece) for question in questions)]
                     text = " ".join(held) or text
                 lines.append((line(role, text), own))
         lines = self._fitting(lines, int(0.7 * most) - 30)

@@ -43,8 +43,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "icepop": {"loss": "ppo", "decoupled": True, "loss_config": {"importance_weight": "icepop"}},
     "plain": {"loss": "importance_sampling", "decoupled": True, "loss_config": {"importance_weight": "none"}},
     "plain-ppo": {"loss": "ppo"},
+    "plain-is": {"loss": "importance_sampling"},
 }
-COLOURS = {"decoupled": "#1d4ed8", "tis": "#0d9488", "icepop": "#7c3aed", "plain": "#dc2626", "plain-ppo": "#f59e0b"}
+COLOURS = {"decoupled": "#1d4ed8", "tis": "#0d9488", "icepop": "#7c3aed", "plain": "#dc2626", "plain-ppo": "#f59e0b", "plain-is": "#be185d"}
 LAGS = (1, 4, 8)
 STRENGTHS = (4e-3,)
 RATE, STEPS = 1e-4, 64
@@ -128,18 +129,22 @@ class Disturbed:
     def __init__(self, service: Any, strength: float, seed: int, subject: Any):
         self.service, self.strength, self.seed, self.subject = service, strength, seed, subject
         self.rest = service.create_rest_client()
+        self.copy: Any = None  # one for all steps: each that is open takes the engine's memory
 
     def __call__(self, client: Any, step: int) -> Any:
         import numpy as np
         import tinker
 
         path = client.save_state(f"disturbed-{step}", ttl_seconds=3600).result().path
-        copy = self.service.create_training_client_from_state(path).result()
+        if self.copy is None:
+            self.copy = self.service.create_training_client_from_state(path).result()
+        else:
+            self.copy.load_state(path).result()  # and a fresh optimizer
         self.rest.delete_checkpoint_from_tinker_path(path).result()  # a hundred of them would fill the disk
         rng = np.random.default_rng((self.seed, step))
-        copy.forward_backward([self.random_targets(rng, prompt) for prompt in self.subject.prompts(step)], "cross_entropy").result()
-        copy.optim_step(tinker.AdamParams(learning_rate=self.strength)).result()
-        return copy.save_weights_and_get_sampling_client().result()
+        self.copy.forward_backward([self.random_targets(rng, prompt) for prompt in self.subject.prompts(step)], "cross_entropy").result()
+        self.copy.optim_step(tinker.AdamParams(learning_rate=self.strength)).result()
+        return self.copy.save_weights_and_get_sampling_client().result()
 
     def random_targets(self, rng: Any, prompt: list[int]) -> Any:
         """For each position of a prompt a token that is wanted there, or, as often, unwanted."""
