@@ -299,6 +299,7 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         members = [run for run in runs if (place(run), run["arm"]) == (where, arm)]
         drift = [row["kl/k3"] for run in members for row in run["rows"] if "kl/k3" in row]
         row = dict(zip(("kind", "rate", "steps", "amount"), where, strict=True)) | {"arm": arm, "seeds": len(members)}
+        row["made"] = min(run["rows"][-1]["step"] for run in members)  # less than `steps` where a run was cut short
         row |= {"final": rl_chains.interval(list(map(final, members))), "best": rl_chains.interval(list(map(best, members)))}
         row["played"] = rl_chains.interval(list(map(played, members)))
         row["kl_k3"] = sum(drift) / max(len(drift), 1)
@@ -306,7 +307,7 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         end = row["final"]
         what = f"{row['kind']} {row['amount']:<6g} rate {row['rate']:<6g} {arm:10}"
         half = "      " if end["half"] is None else f"{end['half']:6.1%}"
-        rest = f"played {row['played']['mean']:.2f}  KL {row['kl_k3']:.3g}"
+        rest = f"step {row['made']:3}  played {row['played']['mean']:.2f}  KL {row['kl_k3']:.3g}"
         print(f"{what} {end['mean']:6.1%} +- {half}  ({end['least']:.1%} to {end['most']:.1%})  {rest}")
     return table
 
