@@ -47,7 +47,7 @@ from everlearn.memory.distil import examples
 from everlearn.memory.environment import Judge, MemoryTasks
 from everlearn.memory.generate import Generate
 from everlearn.memory.mask import Masking
-from everlearn.memory.methods import RULES, Method, method
+from everlearn.memory.methods import PORTION, RULES, Method, Overwrite, method
 from everlearn.memory.synthetic import synthetic
 from everlearn.memory.train import Training, train
 from everlearn.render.tokenizer import load
@@ -125,7 +125,8 @@ def examined(args: argparse.Namespace, asked: Asked, made: dict[str, Any]) -> It
 
     started = time.perf_counter()
     with ThreadPoolExecutor(args.at_once) as pool:
-        wanted = [(*place, number, label) for place in places(size, args) for number in range(args.histories) for label in made]
+        fitting = [(place, label) for place in places(size, args) for label in made if fits(size, place[1], label)]
+        wanted = [(*place, number, label) for place, label in fitting for number in range(args.histories)]
         for future in as_completed([pool.submit(run, *one) for one in wanted]):
             found = future.result()
             right = f"{np.mean(found.contains):.2f}" if found.contains else "-"
@@ -134,13 +135,25 @@ def examined(args: argparse.Namespace, asked: Asked, made: dict[str, Any]) -> It
             yield found
 
 
+def portion(size: Size, budget: int) -> int:
+    """Tokens that `overwrite` reads at once: what the model's context leaves beside the order, the notes, and the notes to be written."""
+    return min(PORTION, size.context - 2 * budget - 128)
+
+
+def fits(size: Size, budget: int, label: str) -> bool:
+    """False where `overwrite` has no room to read anything: its notes and their successors fill the model's context."""
+    return label != "overwrite" or portion(size, budget) >= 128
+
+
 def rules(args: argparse.Namespace, asked: Asked) -> dict[str, Any]:
     return {name: lambda budget, name=name: method(name, asked.encode, budget, seed=args.seed) for name in RULES}
 
 
 def writers(args: argparse.Namespace, asked: Asked) -> dict[str, Any]:
+    size, write = SIZES[args.model], asked.asking.write
     return {
-        name: lambda budget, name=name: method(name, asked.encode, budget, write=asked.asking.write) for name in ("summary", "overwrite")
+        "summary": lambda budget: method("summary", asked.encode, budget, write=write),
+        "overwrite": lambda budget: Overwrite(asked.encode, budget, write, portion(size, budget)),
     }
 
 

@@ -37,7 +37,7 @@ Write = Callable[[str, int], str]  # (order, most tokens) -> what a model writes
 RULES = ("full", "last", "random", "bm25", "extract", "forget")
 WRITERS = ("summary", "overwrite", "generate", "decided", "policy")
 PIECE = 96  # tokens: what BM25 finds is a turn, or a part of one that isn't longer than this
-PORTION = 1024  # tokens of the history that `overwrite` reads at once
+PORTION = 1024  # tokens of the history that `overwrite` reads at once, if not said otherwise
 SUMMARY = (
     "Summarise what has to be remembered of this conversation in at most {words} words. Keep names, numbers, wishes and decisions."
     "\n\n{text}"
@@ -179,13 +179,13 @@ class Summary:
 class Overwrite:
     name = "overwrite"
 
-    def __init__(self, encode: Encode, budget: int, write: Write):
-        self.encode, self.budget, self.write = encode, budget, write
+    def __init__(self, encode: Encode, budget: int, write: Write, portion: int = PORTION):
+        self.encode, self.budget, self.write, self.portion = encode, budget, write, portion
         self.notes = ""
-        self.unread = Last(encode, PORTION)
+        self.unread = Last(encode, portion)
 
     def read(self, role: str, text: str) -> None:
-        if self.unread.size + len(self.encode(line(role, text))) > PORTION:
+        if self.unread.size + len(self.encode(line(role, text))) > self.portion:
             self._take()
         self.unread.read(role, text)
 
@@ -197,7 +197,7 @@ class Overwrite:
     def _take(self) -> None:
         order = NOTES.format(words=self.budget // 2, notes=self.notes or "(none)", text="".join(self.unread.pieces("")).strip())
         self.notes = cut(self.write(order, self.budget), self.budget, self.encode)
-        self.unread = Last(self.encode, PORTION)
+        self.unread = Last(self.encode, self.portion)
 
 
 def cut(text: str, most: int, encode: Encode) -> str:
