@@ -118,7 +118,7 @@ class Lessons:
             evident = any(question.words <= own for question in questions)
             if evident or self.rng.random() < chatter:
                 if evident and self.rng.random() < 0.4:  # as an extraction leaves it
-                    held = [piece for piece in split(text, SENTENCES) if any(question.words <= known_words(piece) for question in questions)]
+                    held = [piece for piece in split(text, SENTENCES) if any(one.words <= known_words(piece) for one in questions)]
                     text = " ".join(held) or text
                 lines.append((line(role, text), own))
         lines = self._fitting(lines, int(0.7 * most) - 30)
