@@ -3,6 +3,7 @@
 
     python benchmarks/memory_chat.py --model smollm2 --only 0 --into RUNS     # one seed; seeds may run side by side
     python benchmarks/memory_chat.py --model smollm2 --only 0 --into RUNS --turns 300 --refill generate
+    python benchmarks/memory_chat.py --model RUNS/listener --only 0 --into RUNS    # the small model that benchmarks/listener.py makes
     python benchmarks/memory_chat.py --collect RUNS
 
 The third user turn states a preference, nine others state facts in the first tenth; everything else is chatter
@@ -27,6 +28,7 @@ from typing import Any
 from common import ROOT, arguments, origin, server, write_result
 
 sys.path.insert(0, str(ROOT))
+from everlearn.memory.asking import ANSWER_TOKENS, QUESTION
 from everlearn.memory.scores import contains, interval
 from everlearn.memory.suites import share, words_of
 from everlearn.memory.synthetic import synthetic
@@ -65,7 +67,8 @@ def one(args: argparse.Namespace, seed: int) -> dict[str, Any]:
         hands = rewritten(f"{live.url}/v1/memories/seed-{seed}") if args.refill == "generate" else {}
         pieces = [chunk["text"] for chunk in window["chunks"]]
         kept = [float(share(question.words, pieces) == 1.0) for question in questions]
-        answers = [say(f"{question.text} Answer in a few words.", 24).choices[0].message.content or "" for question in questions]
+        asked = [QUESTION.format(context="", question=question.text).strip() for question in questions]
+        answers = [say(text, ANSWER_TOKENS).choices[0].message.content or "" for text in asked]
     tail = said[-args.budget // 8 :]  # a turn takes at least eight tokens
     return {
         "seed": seed,
