@@ -83,8 +83,8 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "small": Size(2000, (300, 1000), 2048, steps=40, warm=2, rate=2e-3, groups=8),
-    "smollm2": Size(300, (100,), 8192, steps=40, warm=2, rate=2e-4),
+    "small": Size(2000, (300, 1000), 2048, steps=24, warm=8, rate=2e-3, groups=8),
+    "smollm2": Size(300, (100,), 8192, steps=32, warm=8, rate=2e-4),
 }
 
 
@@ -189,7 +189,8 @@ def taught(args: argparse.Namespace, asked: Asked, told: dict[str, Any]) -> tink
     def tasks(start: int, batches: int, members: int) -> MemoryTasks:
         return MemoryTasks(
             lambda number: synthetic(140, start + number, 35), asked.chat, judge, budgets=(size.budget,), masking=PRESSED, batches=batches,
-            groups_per_batch=2 if args.smoke else size.groups, group_size=min(members, 3) if args.smoke else members, seed=args.seed,
+            groups_per_batch=2 if args.smoke else size.groups, group_size=min(members, 3) if args.smoke else members,
+            weighed=size.warm if members > 1 else 0, seed=args.seed,
         )  # fmt: skip
 
     run = Settings(
@@ -202,7 +203,7 @@ def taught(args: argparse.Namespace, asked: Asked, told: dict[str, Any]) -> tink
         print(f"step {row['step']:.0f} " + " ".join(f"{name} {row[name]:.3f}" for name in NOTED if name in row), flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        training = Training(run, min(size.warm, steps // 2), warm_rate=run.learning_rate / 5)
+        training = Training(run, min(size.warm, steps // 2), warm_rate=run.learning_rate)
         mine, others = tasks(first, steps, size.members), tasks(first + 5000, 2, 1)
         done = train(asked.service, training, mine, Path(folder), others, on_step=noted)
     told["training"] = {

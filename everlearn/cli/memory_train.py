@@ -31,7 +31,9 @@ EVALUATE_EVERY = 15  # steps: however many are asked for, so that a run can be m
 @click.option("--facts", type=click.IntRange(1, 35), default=30, show_default=True, help="asked about in a synthetic history")
 @click.option("--budget", type=click.IntRange(min=64), default=256, show_default=True, help="tokens of the windows that are trained at")
 @click.option("--steps", type=click.IntRange(min=1), default=60, show_default=True, help="in all")
-@click.option("--warm", type=click.IntRange(min=0), default=8, show_default=True, help="first steps, which imitate the best of each group")
+@click.option(
+    "--warm", type=click.IntRange(min=0), default=8, show_default=True, help="first steps, which imitate the best decisions of each group"
+)
 @click.option("--groups", type=click.IntRange(min=1), default=8, show_default=True, help="windows in a step")
 @click.option("--members", type=click.IntRange(min=2), default=8, show_default=True, help="times that each window is played")
 @click.option("--answer-weight", type=click.FloatRange(min=0), default=0.0, show_default=True, help="above 0, answers are trained as well")
@@ -85,6 +87,7 @@ def train(console: Console, out: Path, model: str, data: Path | None, **options:
                 batches=batches,
                 groups_per_batch=options["groups"],
                 group_size=members,
+                weighed=options["warm"] if members > 1 else 0,
                 seed=options["seed"],
             )
 

@@ -96,3 +96,23 @@ def best_of(group: TrajectoryGroup) -> int | None:
     scored = group.scored
     scores = [sum(value for name, value in group.reward(index).values.items() if name != "correct") for index in scored]
     return None if is_collapsed(scores) else scored[int(np.argmax(scores))]
+
+
+def best_decisions(group: TrajectoryGroup) -> list[tuple[int, int]]:
+    """(member, turn) of the decisions that are best among the members' on the same chunk: the highest level where the chunk is worth more
+    than those beside it on average, the lowest where it is worth less. None where all decided alike, or where nothing was weighed.
+
+    level x (worth - mean worth) is what a level is good for when room is short: what a chunk takes, the others lose.
+    """
+    found: list[tuple[int, int]] = []
+    scored = group.scored
+    first = group.trajectories_G[scored[0]].transitions if scored else []
+    turns = [number for number, turn in enumerate(first) if "worth" in turn.logs]
+    mean = float(np.mean([first[number].logs["worth"] for number in turns])) if turns else 0.0
+    for number in turns:
+        above = first[number].logs["worth"] - mean
+        levels = {index: group.trajectories_G[index].transitions[number].logs["level"] for index in scored}
+        values = {index: above * level for index, level in levels.items() if level is not None}
+        if values and not is_collapsed(list(values.values())):
+            found += [(index, number) for index, value in values.items() if value == max(values.values())]
+    return found

@@ -16,6 +16,7 @@ begin at the same moment. The reward is a sum of named parts:
 
 from __future__ import annotations
 
+import asyncio
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -80,16 +81,29 @@ class Judge:
             found.append(float(sum(values)))
         return found
 
+    async def worths(
+        self, chunks: Sequence[Chunk], places: Sequence[int], questions: Sequence[Question], before: Sequence[float], scale: float
+    ) -> list[float]:
+        """What the chunk at each place is worth to the questions, by the counterfactual: 1 - mean exp(-max(0, fall) / scale), the fall
+        being from `before`, with all chunks, to the window without that one. 0 to 1; a forward pass for each place and question."""
+        without = await asyncio.gather(*(self.logprobs([*chunks[:place], *chunks[place + 1 :]], questions) for place in places))
+        falls = [[max(0.0, then - now) for then, now in zip(before, one, strict=True)] for one in without]
+        return [1.0 - sum(math.exp(-fall / scale) for fall in own) / len(own) for own in falls]
+
 
 def question_of(chat: ChatMl, chunks: Sequence[Chunk], question: Question) -> tinker.ModelInput:
     return chat.ask(QUESTION.format(context="".join(pieces_of(chunks)).strip() or NOTHING, question=question.text))
 
 
 class MemoryEnv:
-    """One way through a moment. `before`: what the judge found of the window as it was."""
+    """One way through a moment. `before`: what the judge found of the window as it was. `worths`: of the chunks that are decided on, if
+    they were weighed."""
 
-    def __init__(self, moment: Moment, before: Sequence[float], chat: ChatMl, judge: Judge, pay: Pay, masking: Masking):
+    def __init__(
+        self, moment: Moment, before: Sequence[float], chat: ChatMl, judge: Judge, pay: Pay, masking: Masking, worths: Sequence[float] = ()
+    ):
         self.moment, self.before, self.chat, self.judge, self.pay, self.masking = moment, before, chat, judge, pay, masking
+        self.worths = worths
         self.chunks = (*moment.window.chunks, moment.chunk)
         self.places = pressed(moment.window, masking)
         self.levels: list[float | None] = []
@@ -114,6 +128,8 @@ class MemoryEnv:
         self.levels.append(level_of(said))
         place = self.places[len(self.levels) - 1]
         logs = {"kind": DECISION, "chunk": self.chunks[place].text, "said": said, "level": self.levels[-1]}
+        if self.worths:
+            logs["worth"] = self.worths[len(self.levels) - 1]
         if len(self.levels) < len(self.places):
             return self._next(decision(self.chat, self.chunks, self.places[len(self.levels)]), logs)
         chunks = list(self.moment.window.chunks)
@@ -186,15 +202,20 @@ class MemoryEnv:
 
 
 class MemoryGroup(EnvGroup):
-    """The same moment `size` times."""
+    """The same moment `size` times. `weighed`: the chunks that are decided on are weighed one by one first (`Judge.worths`)."""
 
-    def __init__(self, moment: Moment, size: int, chat: ChatMl, judge: Judge, pay: Pay, masking: Masking):
+    def __init__(self, moment: Moment, size: int, chat: ChatMl, judge: Judge, pay: Pay, masking: Masking, weighed: bool = False):
         self.moment, self.size, self.chat, self.judge, self.pay, self.masking = moment, size, chat, judge, pay, masking
+        self.weighed = weighed
 
     async def make_envs(self) -> Sequence[Env]:
-        moment = self.moment
-        before = await self.judge.logprobs((*moment.window.chunks, moment.chunk), moment.questions) if self.pay.likelihood else []
-        return [MemoryEnv(moment, before, self.chat, self.judge, self.pay, self.masking) for _ in range(self.size)]
+        moment, worths = self.moment, []
+        chunks = (*moment.window.chunks, moment.chunk)
+        before = await self.judge.logprobs(chunks, moment.questions) if self.pay.likelihood or self.weighed else []
+        if self.weighed:
+            places = pressed(moment.window, self.masking)
+            worths = await self.judge.worths(chunks, places, moment.questions, before, self.pay.scale)
+        return [MemoryEnv(moment, before, self.chat, self.judge, self.pay, self.masking, worths) for _ in range(self.size)]
 
     def logging_tags(self) -> list[str]:
         return ["memory"]
@@ -202,7 +223,8 @@ class MemoryGroup(EnvGroup):
 
 class MemoryTasks:
     """A dataset of moments: `history(n)` makes history n, of which at most `per_history` moments are taken, at one of the `budgets`. In
-    place of a history that has none at this budget stands the next that has, so what is played is the same whenever it is asked for."""
+    place of a history that has none at this budget stands the next that has, so what is played is the same whenever it is asked for.
+    `weighed`: so many of the first batches have their chunks weighed, for a warm start that picks the best of each decision."""
 
     def __init__(
         self,
@@ -218,6 +240,7 @@ class MemoryTasks:
         group_size: int = 8,
         per_history: int = 2,
         most_questions: int = 8,
+        weighed: int = 0,
         seed: int = 0,
     ):
         numbers = {"batches": batches, "groups_per_batch": groups_per_batch, "group_size": group_size, "per_history": per_history}
@@ -226,7 +249,7 @@ class MemoryTasks:
                 raise InvalidRequest(f"{name} is {number}; it must be at least 1", param=name)
         self.history, self.chat, self.judge, self.pay, self.masking = history, chat, judge, pay, masking
         self.budgets, self.batches, self.groups_per_batch, self.group_size = tuple(budgets), batches, groups_per_batch, group_size
-        self.per_history, self.most_questions, self.seed = per_history, most_questions, seed
+        self.per_history, self.most_questions, self.weighed, self.seed = per_history, most_questions, weighed, seed
         self._last: tuple[int, list[Moment]] = (-1, [])
 
     def __len__(self) -> int:
@@ -234,14 +257,15 @@ class MemoryTasks:
 
     def told(self) -> dict[str, Any]:
         """All that settles which moments are dealt and how they are paid, but for the histories and for how many batches there are."""
-        names = ("budgets", "groups_per_batch", "group_size", "per_history", "most_questions", "pay", "masking", "seed")
+        names = ("budgets", "groups_per_batch", "group_size", "per_history", "most_questions", "weighed", "pay", "masking", "seed")
         return {name: getattr(self, name) for name in names}
 
     def get_batch(self, index: int) -> Sequence[EnvGroup]:
         return deal(index, self.batches, self.groups_per_batch, self.group)
 
     def group(self, number: int) -> MemoryGroup:
-        return MemoryGroup(self.moment(number), self.group_size, self.chat, self.judge, self.pay, self.masking)
+        weighed = number < self.weighed * self.groups_per_batch
+        return MemoryGroup(self.moment(number), self.group_size, self.chat, self.judge, self.pay, self.masking, weighed)
 
     def moment(self, number: int) -> Moment:
         history, place = divmod(number, self.per_history)

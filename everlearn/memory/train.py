@@ -2,7 +2,8 @@
 
 A run is one of reinforcement learning (everlearn/rl/train.py): its folder, its metrics, and where it can be continued are the same. It has
 two parts. In the first `warm_steps` steps the best member of each group is imitated, best by how little likelier answers became without
-what it let go (best of n, scored by the counterfactual). Then groups are compared (GRPO), each from one window. Memory tokens and answer
+what it let go (best of n, scored by the counterfactual); where chunks are weighed one by one (`MemoryTasks.weighed`), of each chunk the
+best decision. Then groups are compared (GRPO), each from one window. Memory tokens and answer
 tokens are credited apart (everlearn/memory/credit.py), sent apart, and measured apart: `memory/...` and `answer/...`.
 
 What comes out is an adapter: `Decided` and `Generate` take a sampler of it.
@@ -21,8 +22,8 @@ import tinker
 from tinker import types
 
 from everlearn.errors import Conflict, InvalidRequest
-from everlearn.memory.credit import Advantages, best_of, levelled, separated
-from everlearn.memory.environment import ANSWER, MemoryTasks
+from everlearn.memory.credit import Advantages, best_decisions, best_of, levelled, separated
+from everlearn.memory.environment import DECISION, REFILL, MemoryTasks
 from everlearn.rl import measures
 from everlearn.rl.advantages import ESTIMATORS
 from everlearn.rl.datums import datums_of
@@ -196,17 +197,24 @@ def credited(group: TrajectoryGroup, advantages: Advantages, weight: float) -> l
 
 
 def imitated(groups: Sequence[TrajectoryGroup]) -> list[types.Datum]:
-    """What the best member of each group decided and wrote, as datums for `cross_entropy`."""
+    """What to say again, as datums for `cross_entropy`: of the best member of each group all that it decided and wrote; where its chunks
+    were weighed, of each chunk the best decisions, and of that member what it wrote."""
     found = []
     for group in groups:
-        best = best_of(group)
-        if best is None:
-            continue
-        turns = group.trajectories_G[best].transitions
-        marks = [0.0 if turn.logs["kind"] == ANSWER else 1.0 for turn in turns]
-        for datum in datums_of(group.trajectories_G[best], marks):
-            inputs = datum.loss_fn_inputs
-            if np.any(inputs["advantages"].to_numpy()):
-                kept = {"target_tokens": inputs["target_tokens"], "weights": inputs["advantages"]}
-                found.append(types.Datum(model_input=datum.model_input, loss_fn_inputs=kept))
+        best, decisions = best_of(group), best_decisions(group)
+        chosen: dict[int, list[int]] = {}
+        for index, number in decisions:
+            chosen.setdefault(index, []).append(number)
+        if best is not None:
+            kinds = (REFILL,) if decisions else (DECISION, REFILL)
+            turns = group.trajectories_G[best].transitions
+            chosen.setdefault(best, []).extend(number for number, turn in enumerate(turns) if turn.logs["kind"] in kinds)
+        for index, numbers in chosen.items():
+            trajectory = group.trajectories_G[index]
+            marks = [float(number in numbers) for number in range(len(trajectory.transitions))]
+            for datum in datums_of(trajectory, marks):
+                inputs = datum.loss_fn_inputs
+                if np.any(inputs["advantages"].to_numpy()):
+                    kept = {"target_tokens": inputs["target_tokens"], "weights": inputs["advantages"]}
+                    found.append(types.Datum(model_input=datum.model_input, loss_fn_inputs=kept))
     return found

@@ -12,7 +12,7 @@ import pytest
 import tinker
 
 from everlearn.errors import Conflict, InvalidRequest
-from everlearn.memory.credit import best_of, levelled, separated
+from everlearn.memory.credit import best_decisions, best_of, levelled, separated
 from everlearn.memory.decide import Decided, decision
 from everlearn.memory.environment import ANSWER, DECISION, REFILL, Judge, MemoryGroup, MemoryTasks, Pay
 from everlearn.memory.generate import Generate
@@ -157,12 +157,14 @@ def test_a_window_that_keeps_all_that_is_asked_for_earns_more_than_one_that_drop
             return [0.0 if kept(question, pieces_of(chunks)) else -5.0 for question in questions]
 
     reader = Reader(judge.sampler, chat)
-    tasks = MemoryTasks(history, chat, reader, budgets=(400,), masking=Masking(most=16, keep=0.0, slack=0.3), group_size=2)
+    tasks = MemoryTasks(history, chat, reader, budgets=(400,), masking=Masking(most=16, keep=0.0, slack=0.3), group_size=2, weighed=1)
     envs = asyncio.run(tasks.group(0).make_envs())
+    assert asyncio.run(tasks.group(tasks.groups_per_batch).make_envs())[0].worths == []
     totals = []
     for env, keeps in zip(envs, (True, False), strict=True):
         evident = [any(kept(question, pieces_of([chunk])) for question in env.moment.questions) for chunk in env.chunks]
         done = None
+        assert [worth > 0 for worth in env.worths] == [evident[place] for place in env.places], "no two chunks hold the same evidence"
         for place in env.places:
             done = asyncio.run(env.step(chat.encode("keep" if evident[place] == keeps else "drop")))
         while not done.episode_done:
@@ -219,6 +221,19 @@ def test_the_best_member_is_that_of_the_best_memory_not_of_the_luckiest_answer()
     assert best_of(group) == 1 and best_of(made([(0.5, 1.0, 1.0), (0.5, 0.0, 1.0)])) is None
     data = imitated([group])
     assert sum(float(datum.loss_fn_inputs["weights"].to_numpy().sum()) for datum in data) == 4.0  # a decision and a refill of two tokens
+
+
+def test_of_each_chunk_that_was_weighed_the_best_decisions_are_imitated():
+    """The chunk that is worth more than its neighbour is to be kept, the other dropped; who decided so may be different members."""
+    levels = [(1.0, 1.0), (0.0, 0.0), (0.5, None)]
+    group = TrajectoryGroup(
+        [Trajectory([turn(DECISION, 0.0, level=one, worth=0.8), turn(DECISION, own, level=two, worth=0.1)])
+         for own, (one, two) in zip((0.2, 0.9, 0.1), levels, strict=True)], [Reward()] * 3,
+    )  # fmt: skip
+    assert best_decisions(group) == [(0, 0), (1, 1)]
+    assert sum(float(datum.loss_fn_inputs["weights"].to_numpy().sum()) for datum in imitated([group])) == 4.0  # of two tokens each
+    alike = TrajectoryGroup([Trajectory([turn(DECISION, 0.0, level=1.0, worth=worth)]) for worth in (0.5, 0.5)], [Reward()] * 2)
+    assert best_decisions(alike) == [] and best_decisions(made([(0.2, 1.0, 1.0)])) == []
 
 
 def test_the_gradient_of_memory_tokens_does_not_depend_on_answers(service, server, groups, tmp_path):
