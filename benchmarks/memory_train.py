@@ -83,7 +83,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "small": Size(2000, (300, 1000), 2048, steps=24, warm=8, rate=2e-3, groups=8),
+    "small": Size(2000, (300, 1000), 2048, steps=24, warm=8, rate=1e-3, groups=8),
     "smollm2": Size(300, (100,), 8192, steps=32, warm=8, rate=2e-4),
 }
 

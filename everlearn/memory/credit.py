@@ -98,13 +98,14 @@ def best_of(group: TrajectoryGroup) -> int | None:
     return None if is_collapsed(scores) else scored[int(np.argmax(scores))]
 
 
-def best_decisions(group: TrajectoryGroup) -> list[tuple[int, int]]:
-    """(member, turn) of the decisions that are best among the members' on the same chunk: the highest level where the chunk is worth more
-    than those beside it on average, the lowest where it is worth less. None where all decided alike, or where nothing was weighed.
+def best_decisions(group: TrajectoryGroup) -> dict[tuple[int, int], float]:
+    """By (member, turn) how much a decision counts that is best among the members' on the same chunk: the highest level where the chunk is
+    worth more than those beside it on average, the lowest where it is worth less. Nothing where all decided alike or nothing was weighed.
 
-    level x (worth - mean worth) is what a level is good for when room is short: what a chunk takes, the others lose.
+    level x (worth - mean worth) is what a level is good for when room is short: what a chunk takes, the others lose. A chunk's best
+    decisions count |worth - mean worth| together, so keeping counts as much as dropping, however many chunks are worth little.
     """
-    found: list[tuple[int, int]] = []
+    found: dict[tuple[int, int], float] = {}
     scored = group.scored
     first = group.trajectories_G[scored[0]].transitions if scored else []
     turns = [number for number, turn in enumerate(first) if "worth" in turn.logs]
@@ -114,5 +115,6 @@ def best_decisions(group: TrajectoryGroup) -> list[tuple[int, int]]:
         levels = {index: group.trajectories_G[index].transitions[number].logs["level"] for index in scored}
         values = {index: above * level for index, level in levels.items() if level is not None}
         if values and not is_collapsed(list(values.values())):
-            found += [(index, number) for index, value in values.items() if value == max(values.values())]
+            best = [index for index, value in values.items() if value == max(values.values())]
+            found |= {(index, number): abs(above) / len(best) for index in best}
     return found

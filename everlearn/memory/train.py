@@ -202,17 +202,16 @@ def imitated(groups: Sequence[TrajectoryGroup]) -> list[types.Datum]:
     found = []
     for group in groups:
         best, decisions = best_of(group), best_decisions(group)
-        chosen: dict[int, list[int]] = {}
-        for index, number in decisions:
-            chosen.setdefault(index, []).append(number)
+        counts: dict[int, dict[int, float]] = {}
+        for (index, number), value in decisions.items():
+            counts.setdefault(index, {})[number] = value
         if best is not None:
             kinds = (REFILL,) if decisions else (DECISION, REFILL)
             turns = group.trajectories_G[best].transitions
-            chosen.setdefault(best, []).extend(number for number, turn in enumerate(turns) if turn.logs["kind"] in kinds)
-        for index, numbers in chosen.items():
+            counts.setdefault(best, {}).update({number: 1.0 for number, turn in enumerate(turns) if turn.logs["kind"] in kinds})
+        for index, own in counts.items():
             trajectory = group.trajectories_G[index]
-            marks = [float(number in numbers) for number in range(len(trajectory.transitions))]
-            for datum in datums_of(trajectory, marks):
+            for datum in datums_of(trajectory, [own.get(number, 0.0) for number in range(len(trajectory.transitions))]):
                 inputs = datum.loss_fn_inputs
                 if np.any(inputs["advantages"].to_numpy()):
                     kept = {"target_tokens": inputs["target_tokens"], "weights": inputs["advantages"]}
