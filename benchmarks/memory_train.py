@@ -60,6 +60,7 @@ HELD_OUT = 100  # the first history that is looked at; memory_study.py has the s
 TRAINED_ON = 1000  # and the first that is trained on
 PRESSED = Masking(most=4, keep=0.25, slack=0.33)  # in training: eight decisions on a window, of which a third is cleared
 BUDGET, BUDGETS = 512, (256, 1024)
+WARM_EPOCHS = 6  # optimizer steps from what a warm step imitates
 KV_TOKENS = 131_072  # so that several runs fit one GPU
 ARMS = ("trained", "untrained", "head", "extract", "bm25", "last")  # that are drawn; the table has all
 
@@ -83,7 +84,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "small": Size(2000, (300, 1000), 2048, steps=24, warm=8, rate=1e-3, groups=8),
+    "small": Size(2000, (300, 1000), 2048, steps=24, warm=10, rate=2e-3, groups=16, members=4),
     "smollm2": Size(300, (100,), 8192, steps=32, warm=8, rate=2e-4),
 }
 
@@ -203,7 +204,7 @@ def taught(args: argparse.Namespace, asked: Asked, told: dict[str, Any]) -> tink
         print(f"step {row['step']:.0f} " + " ".join(f"{name} {row[name]:.3f}" for name in NOTED if name in row), flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        training = Training(run, min(size.warm, steps // 2), warm_rate=run.learning_rate)
+        training = Training(run, min(size.warm, steps // 2), warm_epochs=WARM_EPOCHS)
         mine, others = tasks(first, steps, size.members), tasks(first + 5000, 2, 1)
         done = train(asked.service, training, mine, Path(folder), others, on_step=noted)
     told["training"] = {

@@ -43,13 +43,14 @@ UNUSED = ("value_function", "mask_over_long", "substeps", "epochs", "temperature
 
 class Training(msgspec.Struct, frozen=True):
     """`run`: steps, rank, learning rate, loss and so on, the warm steps counted in; these have the learning rate `warm_rate`, if that is
-    above 0. What no step here reads (`UNUSED`) must be left as it is. `by_word` takes off what the word of a decision earns on average
-    (`levelled`); without, costs such as `rewrites` can teach how often a word is said. `memory_weight` and `answer_weight` multiply the
-    advantages of each kind; 0 leaves its tokens out."""
+    above 0, and take `warm_epochs` optimizer steps from what they imitate. What no step here reads (`UNUSED`) must be left as it is.
+    `by_word` takes off what the word of a decision earns on average (`levelled`); without, costs such as `rewrites` can teach how often a
+    word is said. `memory_weight` and `answer_weight` multiply the advantages of each kind; 0 leaves its tokens out."""
 
     run: Settings
     warm_steps: int = 0
     warm_rate: float = 0.0
+    warm_epochs: int = 1
     by_word: bool = True
     memory_weight: float = 1.0
     answer_weight: float = 0.0
@@ -64,9 +65,9 @@ class Training(msgspec.Struct, frozen=True):
         for name, known in (("estimator", tuple(ESTIMATORS)), ("loss", LOSSES)):
             if getattr(run, name) not in known:
                 raise InvalidRequest(f"{name} is {getattr(run, name)!r}; memories are trained by {', '.join(known)}", param=name)
-        if self.warm_steps < 0 or not 0.0 <= self.warm_rate < float("inf"):
-            told = f"warm_steps is {self.warm_steps} and warm_rate {self.warm_rate}"
-            raise InvalidRequest(f"{told}; both must be finite and at least 0", param="warm_steps")
+        if self.warm_steps < 0 or not 0.0 <= self.warm_rate < float("inf") or self.warm_epochs < 1:
+            told = f"warm_steps is {self.warm_steps}, warm_rate {self.warm_rate} and warm_epochs {self.warm_epochs}"
+            raise InvalidRequest(f"{told}; the first two must be finite and at least 0, the last at least 1", param="warm_steps")
         weights = (self.memory_weight, self.answer_weight)
         if not all(0.0 <= weight < float("inf") for weight in weights) or not any(weights):
             raise InvalidRequest(
@@ -172,14 +173,14 @@ class MemoryLearner(Learner):
         return row
 
     def imitate(self, groups: Sequence[TrajectoryGroup], step: int) -> Metrics:
-        """One optimizer step of cross-entropy on the memory tokens of each group's best member."""
+        """Cross-entropy on what is to be said again; `warm/nll` is that before the last of its optimizer steps."""
         data = imitated(groups)
         row: Metrics = {"warm/datums": float(len(data)), **self.distance(groups)}
-        if data:
+        tokens = sum(float(datum.loss_fn_inputs["weights"].to_numpy().sum()) for datum in data)
+        for _ in range(self.training.warm_epochs if data else 0):
             gradient = self.client.forward_backward(data, "cross_entropy")
             rate = self.training.warm_rate or self.settings.learning_rate
             stepped = self.client.optim_step(tinker.AdamParams(learning_rate=rate))
-            tokens = sum(float(datum.loss_fn_inputs["weights"].to_numpy().sum()) for datum in data)
             row["warm/nll"] = float(gradient.result().metrics.get("loss:sum", 0.0)) / tokens
             stepped.result()
         return row
