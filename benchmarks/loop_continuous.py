@@ -36,12 +36,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import common
+import continuous_told as told
 import curves
-import msgspec
 import tinker
 
 from everlearn.cli.client import Client
-from everlearn.loop.continuous import moving_of
+from everlearn.loop.moving import moving_of
 from everlearn.loop.runner import Runner
 from everlearn.loop.service import read
 
@@ -272,37 +272,30 @@ def mean_over_time(curve: list[tuple[float, float, float]], place: int) -> float
 
 
 def collect(args: argparse.Namespace) -> None:
-    """The dated result file of all runs, and the plot: gold over days."""
-    runs = [json.loads(path.read_text()) for path in args.collect]
+    """The dated result file of all runs, the plot, and what is told of each arm as a table. A result file's own runs will do as well."""
+    read_files = [json.loads(path.read_text()) for path in args.collect]
+    runs = [run for one in read_files for run in one["results"].get("runs", [one])]
     arms: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
     for run in runs:
         arms[run["results"]["arm"]].append(run["results"])
-    shown = {}
-    for arm, found in arms.items():
-        if not found:
-            continue
-        delays = [hour for one in found for hour in one["delay_hours"]["all"]]
-        figures = {name: spread([one[name] for one in found]) for name in ("learning_seconds", "training_tokens", "worst_fall", "versions")}
-        figures |= {"gold": spread([one["gold"]["mean"] for one in found]), "kept_least": spread([one["kept"]["least"] for one in found])}
-        quartiles = statistics.quantiles(delays, n=4) if len(delays) > 1 else delays
-        told = {"seeds": len(found), "corrected": sum(one["corrected"] for one in found), "learned": len(delays)}
-        shown[arm] = {**told, "delay_hours_quartiles": quartiles, **figures}
-    hours = [24.0 * args.days * step / 160 for step in range(161)]
+    arms = {arm: found for arm, found in arms.items() if found}
+    shown = {arm: told.summed(found) for arm, found in arms.items()}
+    days = max(run["results"]["settings"]["days"] for run in runs)
+    hours = [24.0 * days * step / 160 for step in range(161)]
     panels = {
-        title: {
-            arm: [[(hour / 24.0, at(one["curve"], hour, place)) for hour in hours] for one in found] for arm, found in arms.items() if found
+        f"{title}, over days": {
+            arm: [[(hour / 24.0, at(one["curve"], hour, place)) for hour in hours] for one in found] for arm, found in arms.items()
         }
         for title, place in (("right by what is true now", 1), ("right of what never changed", 2))
     }
-    common.write_result(args, "loop-continuous", {"arms": shown, "runs": runs})
+    waited = [told.FOLLOWED * step / 160 for step in range(161)]
+    panels["corrections answered right, over hours since"] = {
+        arm: [[(hour, told.within(one, hour)) for hour in waited] for one in found] for arm, found in arms.items()
+    }
+    common.write_result(args, "loop-continuous", {"arms": shown, "what": told.WHAT, "runs": runs})
     out = args.out or common.ROOT / "benchmarks" / "results" / f"{time.strftime('%F')}-loop-continuous.json"
-    out.with_suffix(".svg").write_text(curves.svg(panels, "days", "share of right answers"))
-    print(msgspec.json.format(msgspec.json.encode(shown)).decode())
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return {"mean": statistics.fmean(values), "error": error}
+    out.with_suffix(".svg").write_text(curves.svg(panels, "time", "share"))
+    print(told.table(shown))
 
 
 def at(curve: list[list[float]], hour: float, place: int) -> float:
@@ -324,7 +317,13 @@ def main() -> None:
     parser.add_argument("--moving-rate", type=float, default=1e-3, help="of a move")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--gate-every", type=int, default=24)
-    parser.add_argument("--collect", nargs="+", type=Path, metavar="FILE", help="makes the result file of runs, and measures nothing")
+    parser.add_argument(
+        "--collect",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="makes the result file of runs (or of a result file's), and measures nothing",
+    )
     args = parser.parse_args()
     if args.collect:
         collect(args)

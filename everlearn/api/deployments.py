@@ -38,12 +38,14 @@ class CreateForm(forms.Form):
 
 
 class ChangeForm(forms.Form):
-    """`cycle` is the runner's: what the work on the next candidate has so far."""
+    """`cycle` is the runner's: what the work on the next candidate has so far. With a reason that is a line of the history, with
+    `evidence`."""
 
     description: dict[str, Any] | None = None
     paused: bool | None = None
     cycle: dict[str, Any] | None = None
     reason: str = ""
+    evidence: dict[str, Any] | None = None
     expected: int | None = None
 
 
@@ -149,7 +151,7 @@ async def change_deployment(request: Request, name: str) -> dict[str, Any]:
         if form.paused is not None:
             return deployments.pause(conn, owner, _bare(name), form.paused, act)
         assert form.cycle is not None and expected is not None
-        return deployments.note(conn, owner, _bare(name), form.cycle, expected)
+        return deployments.note(conn, owner, _bare(name), form.cycle, expected, act)
 
     return deployment_json(await services(request).write(write))
 

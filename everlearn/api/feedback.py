@@ -102,6 +102,12 @@ def change_json(change: Change) -> dict[str, Any]:
     return {"id": change.id, "act": change.act, "before": change.before, "created_at": int(change.created_at)}
 
 
+def followed_json(change: Change) -> dict[str, Any]:
+    """Without what the words were before: that is in the history of each."""
+    told = {"object": "feedback.change", "feedback_id": change.feedback_id, "act": change.act}
+    return {"id": change.id, **told, "created_at": int(change.created_at)}
+
+
 @router.post("", dependencies=WITHOUT_KEY)
 async def give_feedback(request: Request) -> Response:
     """Keeps a word about an answer, a span of it, or an episode. With `dry_run` it is only checked."""
@@ -252,6 +258,18 @@ def summed(found: list[Share], cap: float, svc: Services) -> dict[str, Any]:
     effective = round(sum(count * worth[place] for place, count in totals.items()), 6)
     told = {"object": "feedback.summary", "labels": sum(totals.values()), "effective": effective, "source_cap": cap}
     return told | {"by_kind": kinds, "by_source": by_source[:1000]}
+
+
+@router.get("/changes", dependencies=READS)
+async def list_changes(request: Request, limit: int = Limit, after: int = Query(0, ge=0, le=2**62)) -> dict[str, Any]:
+    """What happened to the tenant's feedback since the change `after`, oldest first, and the number of the `newest` change of all: for
+    whoever keeps something that was made of feedback."""
+    refuse_unknown(request, "limit", "after")
+    owner = tenant(request)
+    found, newest = await services(request).read(
+        lambda conn: (feedback.changes_after(conn, owner, after, limit + 1), feedback.newest_change(conn, owner))
+    )
+    return page(found, limit, followed_json) | {"newest": newest}
 
 
 @router.post("/tokens", dependencies=SAYS)

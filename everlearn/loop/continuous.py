@@ -9,9 +9,9 @@ one. Where the gate lets none of them through they are given up, and what was co
 model moves beside, in the server (everlearn/api/rewarding.py).
 
 All that it knows is noted in the deployment's cycle under `moving`, in the same change as the feedback that it has taken: whoever is killed
-in the middle of a move is continued by the next from the last note, and no piece of feedback is taken twice or left out. An edit of
-one that was taken, and one that counts again, make no move: they are among the older corrections from when those are read anew (by the next
-process, or where weights begin anew). No words of users are in the note.
+in the middle of a move is continued by the next from the last note, and no piece of feedback is taken twice or left out. What is edited
+after it was taken, or counts again, is learned once more as it is now; where something is deleted that the weights learned from, they begin
+anew without it, from the base model (everlearn/loop/changed.py). Both are lines of the history. No words of users are in the note.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ import msgspec
 import tinker
 
 from everlearn.errors import Conflict, NotFound
-from everlearn.loop import edits, grpo, lesson, paraphrase, update
+from everlearn.loop import changed, edits, grpo, lesson, paraphrase, update
 from everlearn.loop.description import Description
 from everlearn.loop.lesson import Example, Recipe
+from everlearn.loop.moving import Moving, moving_of, used_up
 from everlearn.loop.service import Api, Deployed, Notes, Tokens, pages, path_of
 from everlearn.loop.update import Correction
 
@@ -36,35 +37,10 @@ if TYPE_CHECKING:
 AT_ONCE = 32  # pieces of feedback of one move
 KEPT_SECONDS = 86_400  # how long weights are there that nobody renews; what was moved on from needs no other end
 PATIENCE = 20  # times `quiet`: feedback of this age is taken though its episode goes on, for all that was said since waits behind it
+FRESH = 256  # pieces of feedback, until what was learned from is frozen though no candidate is due
 GONE = "the weights that it had moved are gone"
+DELETED = "something that it had learned from was deleted"
 MOVES = ("collect", "gate", "shadow", "canary")  # the states in which weights move
-
-
-class Moving(msgspec.Struct, frozen=True):
-    """Where the moving weights stand. `path`: their state, "" before the first move. `behind`, `since`: the last feedback that is in them,
-    and when it was given. `steps`: which of the versions that served had how many; `owed`: steps that what was said last is still to get.
-    `tried`: the step of the last candidate; `spent`, `began`: training tokens since, and when. `dataset` and `fresh`: what they learned
-    from, frozen, and since. `base`: they are to begin with the base model, because something was deleted."""
-
-    path: str = ""
-    step: int = 0
-    behind: str = ""
-    since: float = 0.0
-    steps: dict[str, int] = {}
-    serving: str = ""
-    owed: int = 0
-    tried: int = 0
-    spent: int = 0
-    began: float = 0.0
-    total: int = 0
-    dataset: str = ""
-    fresh: list[str] = []
-    base: bool = False
-
-    @property
-    def ahead(self) -> int:
-        """Optimizer steps since the version that serves."""
-        return self.step - self.steps.get(self.serving, 0)
 
 
 class Mover:
@@ -77,8 +53,9 @@ class Mover:
         self.waits = ""  # for which episode
         self.renews = 0.0  # when the noted weights get a new time to live; the first look of a process sees whether they are there
         self.reservoir: list[Correction] | None = None
-        self.examples: dict[str, list[Example]] = {}  # of a correction, by its record
+        self.examples: dict[tuple[str, str], list[Example]] = {}  # of a correction, by its feedback and what that says
         self.rehearsal: list[Example] | None = None
+        self.upto = ("", -1)  # behind which feedback, and up to which change nothing happened that matters; the note may be older
 
     # -- what a look does --------------------------------------------------------------------------------------------------
 
@@ -91,45 +68,49 @@ class Mover:
         if moving.path and self.runner.clock() >= self.renews and not self._renewed(moving):
             return self._anew(now, described, moving, GONE, base=moving.base)
         if moving.dataset and self._deleted(moving):
-            return self._anew(now, described, moving, "something that it had learned from was deleted", base=True)
+            return self._anew(now, described, moving, DELETED, base=True)
+        if moving.changes < 0:  # by this runner's first look, or by a version of it that looked at none
+            moving = msgspec.structs.replace(moving, changes=changed.newest(self.runner.api))
+            if moving.behind:
+                return self._noted(now, moving)
+        if (found := self._changed(described, moving)).deleted & set(moving.fresh):
+            return self._anew(now, described, moving, DELETED, base=True)
         if now.state == "collect" and moving.owed <= 0 and moving.tried > moving.steps.get(moving.serving, 0):
             moving = msgspec.structs.replace(moving, owed=asked.gate_every)  # the last candidate was rejected: it may need more of the same
-        if _used_up(moving, described, self.runner.clock()):
+        if used_up(moving, described, self.runner.clock()):
             return None
         said = self._finished(moving, asked.quiet)
-        if not said and moving.owed <= 0:
+        if not said and not found.again and moving.owed <= 0:
             return None
         if moving.ahead + asked.steps > asked.staleness:
-            if not said or now.state != "collect":
+            if not (said or found.again) or now.state != "collect":
                 return None  # it waits for the gate, or for something to learn
             return self._anew(now, described, moving, f"{moving.ahead} steps, and no candidate of them serves", base=False)
-        return self._learn(now, described, moving, said)
+        return self._learn(now, described, moving, said, found)
 
     def due(self, now: Deployed, described: Description) -> bool:
         """Whether the moving weights are to be shown to the gate."""
         moving = moving_of(now)
         made = moving.step - moving.tried
-        return made > 0 and (made >= described.continuous.gate_every or _used_up(moving, described, self.runner.clock()))
+        return made > 0 and (made >= described.continuous.gate_every or used_up(moving, described, self.runner.clock()))
 
     def candidate(self, now: Deployed, described: Description) -> bool:
         """Takes the moving weights to the gate; whether there is more to do at once."""
         runner, api, moving = self.runner, self.runner.api, moving_of(now)
-        if any(not _there(api, f"/v1/feedback/{one}") for one in moving.fresh):
-            return self._anew(now, described, moving, "something that it had learned from was deleted", base=True) is not None
-        made = runner._dataset(now, described, "sft", f"{now.name}-moving-{moving.step}")
+        frozen = self._frozen(now, described, moving)
+        if frozen is None:
+            return self._anew(now, described, moving, DELETED, base=True) is not None
         try:
             number = int(api.post("/v1/adapters", {"name": now.name, "path": moving.path, "note": f"step {moving.step}"})["number"])
         except NotFound:
             return self._anew(now, described, moving, GONE, base=moving.base) is not None
         version = f"{now.name}@{number}"
-        if made is not None:
+        if frozen.dataset:
             parent = None if moving.base or now.champion.endswith("@0") else now.champion
-            api.post(f"/v1/datasets/{made['id']}/versions", {"version": version, "parent": parent})
-        moved = msgspec.structs.replace(
-            moving, tried=moving.step, spent=0, began=0.0, dataset=made["id"] if made else "", fresh=[],
-            steps={**moving.steps, version: moving.step},
-        )  # fmt: skip
-        cycle = {**runner._cycle(now, "continuous", 0), **({"dataset": made["id"]} if made else {}), "moving": msgspec.to_builtins(moved)}
+            api.post(f"/v1/datasets/{frozen.dataset}/versions", {"version": version, "parent": parent})
+        moved = msgspec.structs.replace(frozen, tried=moving.step, spent=0, began=0.0, steps={**moving.steps, version: moving.step})
+        learned = {"dataset": frozen.dataset} if frozen.dataset else {}
+        cycle = {**runner._cycle(now, "continuous", 0), **learned, "moving": msgspec.to_builtins(moved)}
         reason = f"{version}: {moving.step - moving.tried} steps since the last, {moving.ahead} ahead of {now.champion}"
         runner._advance(now, "gate", reason, {"update": {"path": moving.path, "step": moving.step}}, candidate=number, cycle=cycle)
         return True
@@ -152,8 +133,10 @@ class Mover:
             weights.set_checkpoint_ttl_from_tinker_path(moving.path, KEPT_SECONDS).result()
         except tinker.NotFoundError:
             return False
-        except tinker.ConflictError:
-            pass  # they are a version by now, which stays
+        except tinker.BadRequestError as error:
+            # They are a version by now, which stays. (A conflict is a 400 here: the SDK sends a 409 again.)
+            if not isinstance(error.body, dict) or error.body.get("error", {}).get("code") != Conflict.code:
+                raise
         self.renews = self.runner.clock() + KEPT_SECONDS / 4
         return True
 
@@ -163,6 +146,25 @@ class Mover:
         except NotFound:
             return True
 
+    def _frozen(self, now: Deployed, described: Description, moving: Moving) -> Moving | None:
+        """With all that it learned from in a dataset, which is marked when something of it is deleted; None where that was before."""
+        made = self.runner._dataset(now, described, "sft", f"{now.name}-moving-{moving.step}")
+        if any(not _there(self.runner.api, f"/v1/feedback/{one}") for one in moving.fresh):
+            return None
+        return msgspec.structs.replace(moving, dataset=made["id"] if made else "", fresh=[])
+
+    def _changed(self, described: Description, moving: Moving) -> changed.Changed:
+        """What became of feedback that was taken."""
+        kinds = ("demonstration", "boolean", "float") if described.filters.get("good") else ("demonstration",)
+        known = self.upto[1] if self.upto[0] == moving.behind else -1  # behind which other things were taken than now they may matter
+        upto = max(moving.changes, known)
+        found = changed.since(self.runner.api, self.runner.name, moving, upto, lambda said: said["kind"] in kinds)
+        if found.stale or found.deleted:
+            self.reservoir = None
+        if not found.again and not found.deleted & set(moving.fresh):
+            self.upto = (moving.behind, found.upto)
+        return found
+
     def _anew(self, now: Deployed, described: Description, moving: Moving, why: str, base: bool) -> Deployed:
         """Gives the moving weights up; what is left of the corrections is learned from the beginning."""
         self.runner.say(f"beginning anew: {why}")
@@ -171,10 +173,10 @@ class Mover:
         again = msgspec.structs.replace(
             moving, path="", steps=steps, serving=now.champion, tried=moving.step, owed=owed, dataset="", fresh=[], base=base
         )
-        return self._noted(now, again)
+        return self._noted(now, again, f"beginning anew: {why}", {"dropped": {"step": moving.step, "dataset": moving.dataset}})
 
-    def _noted(self, now: Deployed, moving: Moving) -> Deployed:
-        return self.runner._note(now, {**now.cycle, "moving": msgspec.to_builtins(moving)})
+    def _noted(self, now: Deployed, moving: Moving, reason: str = "", evidence: dict[str, Any] | None = None) -> Deployed:
+        return self.runner._note(now, {**now.cycle, "moving": msgspec.to_builtins(moving)}, reason, evidence)
 
     def _finished(self, moving: Moving, quiet: float) -> list[dict[str, Any]]:
         """The feedback behind the note, of finished episodes, in order, each with the `split` of its episode ("": that is gone)."""
@@ -201,25 +203,37 @@ class Mover:
             self.runner.say(f"waiting for episode {episode} to be finished, {quiet:g} s without a word, or {PATIENCE * quiet:g} s in all")
         self.waits = episode
 
-    def _learn(self, now: Deployed, described: Description, moving: Moving, said: Sequence[dict[str, Any]]) -> Deployed:
+    def _learn(
+        self, now: Deployed, described: Description, moving: Moving, said: Sequence[dict[str, Any]], found: changed.Changed
+    ) -> Deployed:
         runner, asked = self.runner, described.continuous
         tokens = Tokens(runner.api, now.base_model)
         self._remember(now, described, moving)
-        new = self._corrections(now, described, [one for one in said if one["split"] == "train"])
-        now = self._edited(now, described, moving, said)
+        taken, heard = changed.anew(runner.api, said, found.upto)
+        new, taught = self._corrections(now, described, [one for one in taken if one["split"] == "train"])
+        again = self._again(found.again)
+        new, taught = [*new, *again], [*taught, *(one.newest for one in self.reservoir or () if one.newest in found.acts)]
+        now = self._edited(now, described, moving, [*found.again, *taken])
         new, self.reservoir = (_for_weights(now, corrections) for corrections in (new, self.reservoir or []))
         fresh = self._worded(tokens, now, described, new)
         if said:
             moving = msgspec.structs.replace(moving, behind=said[-1]["id"], since=float(said[-1]["created_at"]))
         if new:
             owed = max(moving.owed, asked.gate_every - (moving.step - moving.tried), asked.steps)
-            moving = msgspec.structs.replace(moving, owed=owed, fresh=[*moving.fresh, *(one.newest for one in new)])
+            moving = msgspec.structs.replace(moving, owed=owed)
+        learned = list(dict.fromkeys([*moving.fresh, *taught]))
+        moving = msgspec.structs.replace(moving, fresh=learned, changes=found.upto, heard={**found.heard, **heard})
+        if len(learned) > FRESH:
+            moving = self._frozen(now, described, moving) or moving  # where one was deleted, the next look sees that
         if self.reservoir and moving.owed > 0:
             moving = self._steps(tokens, now, described, moving, fresh)
         else:
             moving = msgspec.structs.replace(moving, owed=0)
         try:
-            return self._noted(now, moving)
+            if not found.acts:
+                return self._noted(now, moving)
+            told = {"feedback": found.acts, "learned": [one.newest for one in new if one.newest in found.acts]}
+            return self._noted(now, moving, changed.told(found.acts), told)
         except Conflict:
             self.trainer, self.reservoir = None, None  # somebody was faster: it goes on from their note
             raise
@@ -311,9 +325,19 @@ class Mover:
             notes({"remedies": done})
         return notes.now
 
-    def _corrections(self, now: Deployed, described: Description, said: Sequence[dict[str, Any]]) -> list[Correction]:
+    def _again(self, said: Sequence[dict[str, Any]]) -> list[Correction]:
+        """The corrections among what was edited, or counts again; not where a newer one of the same prompt is known. The reservoir has
+        their words as they were read, for those are what the note tells of."""
+        answers = {one["id"]: one["answer"] for one in said if one["kind"] == "demonstration" and one["answer"] is not None}
+        self.reservoir = [
+            msgspec.structs.replace(one, answer=answers[one.newest]) if one.newest in answers else one for one in self.reservoir or []
+        ]
+        return [one for one in self.reservoir if one.newest in answers]
+
+    def _corrections(self, now: Deployed, described: Description, said: Sequence[dict[str, Any]]) -> tuple[list[Correction], list[str]]:
         """The corrections among what was said of this deployment's answers. The reservoir has them afterwards, in the place of what was
-        known of the same prompts; where `filters` has `good`, also answers that were called good, so that they stay as they are."""
+        known of the same prompts; where `filters` has `good`, also answers that were called good, so that they stay as they are. And the
+        ids of all the feedback that it has them from."""
         found: dict[tuple[int, ...], tuple[Correction, bool]] = {}
         for one in said:
             corrects = one["kind"] == "demonstration" and one["answer"] is not None
@@ -323,7 +347,7 @@ class Mover:
                 found[tuple(answer.prompt)] = (answer, corrects)
         kept = [one for one in self.reservoir or [] if tuple(one.prompt) not in found]
         self.reservoir = [*kept, *(one for one, _ in found.values())]
-        return [one for one, corrects in found.values() if corrects]
+        return [one for one, corrects in found.values() if corrects], [one.newest for one, _ in found.values()]
 
     def _answer(self, now: Deployed, said: dict[str, Any]) -> Correction | None:
         """What a piece of feedback teaches: the corrected answer, or the one that it is about. None where its content isn't kept, where it
@@ -350,33 +374,22 @@ class Mover:
         untaught = self.runner.service.create_sampling_client(base_model=now.base_model).result()
         others = update.wordings(untaught, tokens, [one.question for one in new], described.update.paraphrases, described.update.seed)
         for one, texts in zip(new, others, strict=True):
-            self.examples[one.newest] = update.examples_of(tokens, [one], {one.record_id: texts})
-        return [example for one in new for example in self.examples[one.newest]]
+            self.examples[one.newest, one.answer] = update.examples_of(tokens, [one], {one.record_id: texts})
+        return [example for one in new for example in self.examples[one.newest, one.answer]]
 
     def _of(self, tokens: Tokens, one: Correction) -> list[Example]:
         """A correction's examples; of one that an earlier process had worded, with frames around its question."""
-        if one.newest not in self.examples:
+        key = (one.newest, one.answer)
+        if key not in self.examples:
             framed = paraphrase.chosen(one.question, [], 1) if one.question else []
-            self.examples[one.newest] = update.examples_of(tokens, [one], {one.record_id: framed})
-        return self.examples[one.newest]
+            self.examples[key] = update.examples_of(tokens, [one], {one.record_id: framed})
+        return self.examples[key]
 
 
 def _for_weights(now: Deployed, corrections: Sequence[Correction]) -> list[Correction]:
     """Without those that memories have, or that were forgotten there."""
     done = now.cycle.get("remedies", {})
     return [one for one in corrections if done.get(one.record_id, {"place": "weights"})["place"] == "weights"]
-
-
-def moving_of(now: Deployed) -> Moving:
-    return msgspec.convert(now.cycle.get("moving", {}), Moving)
-
-
-def _used_up(moving: Moving, described: Description, clock: float) -> bool:
-    """Whether what a cycle may cost is spent since the last candidate."""
-    budget = described.budget
-    return bool(budget.tokens and moving.spent >= budget.tokens) or bool(
-        budget.seconds and moving.began and moving.step > moving.tried and clock - moving.began >= budget.seconds
-    )
 
 
 def _there(api: Api, path: str) -> bool:

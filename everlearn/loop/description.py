@@ -59,8 +59,11 @@ class Triggers(Section, frozen=True):
 class Pull(Section, frozen=True):
     """Of the method grpo (everlearn/loop/grpo.py). `group` answers to a state, of `answer_tokens` at most; `kl`: what a nat of distance
     from the serving version costs, in rewards; `hold`: what a token of a replayed correction, or of general text, weighs against a
-    sampled token with an advantage of 1; `steps`: optimizer steps, small ones, as `learning_rate` has to be too; `batch`: states of one."""
+    sampled token with an advantage of 1; `steps`: optimizer steps, small ones, as `learning_rate` has to be too; `batch`: states of one.
+    `estimator`: what an answer is held against, the mean of its group or (`gae`) a value head that is learned beside, which needs no
+    group."""
 
+    estimator: Literal["group_mean", "gae"] = "group_mean"
     group: int = 8
     answer_tokens: int = 64
     kl: float = 0.05
@@ -157,7 +160,7 @@ BOUNDS = {
     "update.replay": (0, 100_000),
     "update.rehearsed": (0, 256),
     "update.beta": (1e-4, 100.0),
-    "update.pull.group": (2, 128),
+    "update.pull.group": (1, 128),
     "update.pull.answer_tokens": (1, 4096),
     "update.pull.kl": (0.0, 100.0),
     "update.pull.hold": (0.0, 100.0),
@@ -202,6 +205,9 @@ def of(table: Any) -> Description:
         value = functools.reduce(getattr, key.split("."), found)
         if not least <= value <= most:  # type: ignore[operator]
             raise InvalidRequest(f"{key} = {value} must be from {least} to {most}", param=key)
+    if found.update.pull.group < 2 and found.update.pull.estimator == "group_mean":
+        told = 'update.pull.group = 1 has nobody to compare with; set at least 2, or update.pull.estimator = "gae"'
+        raise InvalidRequest(told, param="update.pull.group")
     _check_continuous(found)
     asked = rule.rule_of(found.gate)
     _check_measured(asked)

@@ -6,6 +6,10 @@ Three things hold it in place: what is explained by length alone earns nothing (
 costs (`kl`), and older corrections and the model's own general answers are trained on beside it. The reward model knows answers like those
 that it saw, and nothing of others.
 
+With the estimator `gae` an answer is held against what the adapter's value head expects at each of its tokens instead
+(everlearn/rl/values.py). The head is learned in the same pass and saved with the adapter. Each answer is an episode of one turn, paid with
+its last token.
+
 A client of the Tinker API like everlearn/loop/lesson.py. Axes: P states, G answers to each, T tokens.
 """
 
@@ -23,8 +27,13 @@ from everlearn.errors import InvalidRequest
 from everlearn.loop import lesson
 from everlearn.loop.description import Pull
 from everlearn.loop.lesson import Example, Recipe, Step
+from everlearn.rewards.reward import Reward
 from everlearn.rl.advantages import group_mean
+from everlearn.rl.trajectory import Action, Trajectory, TrajectoryGroup, Transition
+from everlearn.rl.values import GAE, ValueFunction, valued
 
+# Paid at the end and nowhere else, an answer needs no bootstrapping; and what is expected shouldn't change what is said.
+VALUES = ValueFunction(lam=1.0, value_trunk=0.0, standardise=True)
 Score = Callable[[list[list[int]]], list[float]]  # what a reward model says of prompts with their answers
 
 
@@ -83,12 +92,13 @@ def referred(reference: Any, rolled_PG: Sequence[Sequence[Rolled]]) -> list[list
 
 class Moved(msgspec.Struct, frozen=True):
     """What a step was: `reward` is the mean of what the reward model said, `kl` of log mu - log ref per token, `tokens` those sampled and
-    trained."""
+    trained. `explained`: the share of the variance of rewards that the value head foretold, where there is one and they differ."""
 
     reward: float
     kl: float
     length: float
     tokens: int
+    explained: float | None = None
 
 
 def step(trainer: Any, reference: Any, score: Score, states: Sequence[Sequence[int]], pull: Pull, stop: Sequence[int], seed: int) -> Moved:
@@ -101,19 +111,53 @@ def step(trainer: Any, reference: Any, score: Score, states: Sequence[Sequence[i
     said = iter(score([one.prompt + one.answer for row in rolled_PG for one in row]))
     rewards_PG = [[next(said) for _ in row] for row in rolled_PG]
     shaped_PG = without_length(rewards_PG, [[len(one.answer) for one in row] for row in rolled_PG])
-    data, gaps, tokens = [], [], 0
-    for row, shaped in zip(rolled_PG, shaped_PG, strict=True):
-        for one, advantage in zip(row, group_mean(shaped), strict=True):
-            own = token_advantages(float(advantage), one.logprobs, one.reference, pull.kl)
-            gaps += [a - b for a, b in zip(one.logprobs, one.reference, strict=True)]
-            tokens += 2 * (len(one.prompt) + len(one.answer))
-            if any(own):
-                data.append(_datum(one, own))
-    if data:
+    gaps = [a - b for row in rolled_PG for one in row for a, b in zip(one.logprobs, one.reference, strict=True)]
+    tokens = sum(2 * (len(one.prompt) + len(one.answer)) for row in rolled_PG for one in row)
+    explained = None
+    if pull.estimator == GAE:
+        data, explained = _valued(trainer, rolled_PG, shaped_PG, pull.kl)
+        trainer.forward_backward(data, "importance_sampling", VALUES.weights()).result()
+    elif data := _compared(rolled_PG, shaped_PG, pull.kl):
         trainer.forward_backward(data, "importance_sampling").result()
     flat = [value for row in rewards_PG for value in row]
     lengths = [len(one.answer) for row in rolled_PG for one in row]
-    return Moved(float(np.mean(flat)), float(np.mean(gaps)), float(np.mean(lengths)), tokens)
+    return Moved(float(np.mean(flat)), float(np.mean(gaps)), float(np.mean(lengths)), tokens, explained)
+
+
+def _compared(rolled_PG: Sequence[Sequence[Rolled]], rewards_PG: Sequence[Sequence[float]], kl: float) -> list[tinker.Datum]:
+    """Each answer against the mean of its group."""
+    data = []
+    for row, rewards in zip(rolled_PG, rewards_PG, strict=True):
+        for one, advantage in zip(row, group_mean(rewards), strict=True):
+            own = token_advantages(float(advantage), one.logprobs, one.reference, kl)
+            if any(own):
+                data.append(_datum(one, own))
+    return data
+
+
+def _valued(
+    trainer: Any, rolled_PG: Sequence[Sequence[Rolled]], rewards_PG: Sequence[Sequence[float]], kl: float
+) -> tuple[list[tinker.Datum], float | None]:
+    """Each answer against what the value head expects. That learns rewards alone, without what distance costs. Advantages have the mean 0
+    over a step (a head that knows nothing yet would have all that is sampled become more likely), and stay in rewards, as `kl` is."""
+    groups = [
+        TrajectoryGroup([_episode(one, reward) for one, reward in zip(row, rewards, strict=True)], [Reward()] * len(row))
+        for row, rewards in zip(rolled_PG, rewards_PG, strict=True)
+    ]
+    data_PG, measured = valued(trainer, groups, VALUES)
+    data = []
+    for row, found in zip(rolled_PG, data_PG, strict=True):
+        for one, datum in zip(row, found, strict=True):  # an episode of one turn is one datum
+            advantages = measured["advantage/std"] * datum.loss_fn_inputs["advantages"].to_numpy()
+            advantages[len(one.prompt) - 1 :] -= kl * (np.array(one.logprobs) - np.array(one.reference))
+            datum.loss_fn_inputs["advantages"] = tinker.TensorData.from_numpy(advantages.astype(np.float32))
+            data.append(datum)
+    return data, measured.get("value/explained")
+
+
+def _episode(one: Rolled, reward: float) -> Trajectory:
+    action = Action(one.answer, one.logprobs)
+    return Trajectory([Transition(tinker.ModelInput.from_ints(one.prompt), action, Reward.of(reward), episode_done=True)])
 
 
 def hold(trainer: Any, examples: Sequence[Example], weight: float) -> int:

@@ -339,8 +339,10 @@ class Runner:
         self.say(f"{kind}: {reason}")
         self._advance(now, REST, reason, evidence, kind=kind)
 
-    def _note(self, now: Deployed, cycle: dict[str, Any]) -> Deployed:
-        return deployed(self.api.patch(route(now.name), {"cycle": cycle, "expected": now.revision}))
+    def _note(self, now: Deployed, cycle: dict[str, Any], reason: str = "", evidence: dict[str, Any] | None = None) -> Deployed:
+        """With a reason it is a line of the history."""
+        told = {"reason": reason, "evidence": evidence or {}} if reason else {}
+        return deployed(self.api.patch(route(now.name), {"cycle": cycle, "expected": now.revision, **told}))
 
     def _post(self, now: Deployed, act: str, body: dict[str, Any]) -> Deployed:
         after = deployed(self.api.post(f"{route(now.name)}/{act}", body))

@@ -69,7 +69,7 @@ class Event(msgspec.Struct, frozen=True):
     """One line of the log: what the deployment was and is, who made it so, why, and the figures that it rests on."""
 
     id: int
-    kind: str  # created, changed, advanced, promoted, rejected, ended, rolled_back, paused, resumed
+    kind: str  # created, changed, advanced, promoted, rejected, ended, rolled_back, paused, resumed, noted
     was: str
     state: str
     champion: int
@@ -171,15 +171,21 @@ def pause(conn: Connection, tenant: str, name: str, paused: bool, act: Act) -> D
     return _apply(conn, now, "paused" if paused else "resumed", {"paused": paused}, act)
 
 
-def note(conn: Connection, tenant: str, name: str, cycle: dict[str, Any], expected: int) -> Deployment:
-    """What the present cycle has so far, for whoever goes on with it. No line of the log: nothing changed for anybody."""
+def note(conn: Connection, tenant: str, name: str, cycle: dict[str, Any], expected: int, act: Act | None = None) -> Deployment:
+    """What the present cycle has so far, for whoever goes on with it. A line of the log only where `act` has a reason: nothing changed for
+    anybody."""
     now = get(conn, tenant, name)
     if now.cycle == cycle and now.revision == expected + 1:
         return now
     _check(now, expected)
     if now.state == REST and cycle.get("id") != now.cycle.get("id"):
         raise Conflict(f"{name} rests; a cycle begins when it is advanced", param="cycle")
-    return _write(conn, now, {"cycle": cycle})
+    if act is None or not act.reason:
+        return _write(conn, now, {"cycle": cycle})
+    with around("deployment.row"):
+        after = _write(conn, now, {"cycle": cycle})
+        _log(conn, "noted", now.state, after, act)
+    return after
 
 
 def advance(

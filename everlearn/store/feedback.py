@@ -197,6 +197,11 @@ def changes_after(conn: Connection, tenant: str, after: int = 0, limit: int = 10
     return [_as_change(row) for row in conn.execute(sa.select(changes).where(where).order_by(changes.c.id).limit(limit))]
 
 
+def newest_change(conn: Connection, tenant: str) -> int:
+    """Where whoever follows the tenant's changes from now on begins; 0 before the first."""
+    return conn.execute(sa.select(sa.func.max(changes.c.id)).where(changes.c.tenant == tenant)).scalar_one() or 0
+
+
 def list_feedback(
     conn: Connection,
     tenant: str,

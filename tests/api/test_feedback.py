@@ -159,6 +159,26 @@ def test_what_is_gone_or_another_s(app: Server) -> None:
     app.say(about, 404)
 
 
+def test_what_happens_to_feedback_can_be_followed(app: Server) -> None:
+    begin = app.ask("GET", "/v1/feedback/changes", params={"limit": 1})["newest"]
+    said = app.say(app.answer(), kind="demonstration", value=None, text="At six.")
+    app.ask("PATCH", f"/v1/feedback/{said['id']}", json={"text": "At seven."})
+    app.ask("DELETE", f"/v1/feedback/{said['id']}", 204)
+    acts, after = [], begin
+    while True:
+        page = app.ask("GET", "/v1/feedback/changes", params={"after": after, "limit": 2})
+        assert page["newest"] >= page["last_id"] > after
+        acts += [(one["feedback_id"], one["act"]) for one in page["data"]]
+        after = page["last_id"]
+        if not page["has_more"]:
+            break
+    assert acts == [(said["id"], act) for act in ("created", "edited", "deleted")] and after == page["newest"]
+    assert "seven" not in str(page) and "before" not in page["data"][0], "what was said is in the history of each"
+    assert app.ask("GET", "/v1/feedback/changes", params={"after": after})["data"] == []
+    assert all(one["feedback_id"] != said["id"] for one in app.ask("GET", "/v1/feedback/changes", key="b")["data"])
+    app.ask("GET", "/v1/feedback/changes", 400, params={"kind": "boolean"})
+
+
 def test_many_thumbs_of_one_are_worth_a_few(app: Server) -> None:
     for _ in range(8):
         app.say(app.answer(), source_id="crowd")

@@ -11,8 +11,8 @@ import pytest
 import tinker
 
 from everlearn.errors import InvalidRequest
-from everlearn.loop import description
-from everlearn.loop.continuous import Moving, moving_of
+from everlearn.loop import changed, description
+from everlearn.loop.moving import Moving, moving_of
 from everlearn.loop.runner import Runner
 from everlearn.loop.service import read
 from tests.loop.test_cycle import TRUTHS, User, events
@@ -45,7 +45,9 @@ def test_corrections_are_learned_as_they_come(http: httpx.Client, parts: Parts) 
     learned = http.get(f"/v1/datasets/{moving.dataset}").raise_for_status().json()
     assert [one["version"] != "" for one in learned["versions"]], "the version is known to have learned from them"
     runner.run()
-    assert moving_of(runner.run()).step == moving.step, "nothing more was said, so nothing moves"
+    other = Runner(runner.api, runner.service, "moves")  # it finds weights that are a version by now
+    for one in (runner, other):
+        assert moving_of(one.run()).step == moving.step, "nothing more was said, so nothing moves"
 
 
 def test_the_next_runner_goes_on_where_the_last_was_killed(http: httpx.Client, parts: Parts) -> None:
@@ -112,6 +114,82 @@ def test_what_is_deleted_is_given_up_and_the_rest_learned_anew(http: httpx.Clien
     assert (again.path, again.base, again.owed, again.dataset) == ("", True, 20, ""), "from the base model, with what is left"
     now = runner.run()
     assert moving_of(now).step > moving.step and moving_of(now).dataset not in ("", moving.dataset)
+
+
+def noted(http: httpx.Client, name: str) -> list[dict[str, Any]]:
+    return [event for event in events(http, name) if event["kind"] == "noted"]
+
+
+def test_what_is_edited_after_it_was_learned_is_learned_once_more_and_no_oftener(http: httpx.Client, parts: Parts) -> None:
+    runner, user = parts("edited", DESCRIPTION)
+    user.asks_all(6, corrects=True)
+    runner.run()
+    assert user.asks_all(1) == 1.0 and not noted(http, "edited")
+    before = moving_of(runner.run())
+    dataset = f"/v1/datasets/{before.dataset}/export"
+    items = [one for split in ("train", "heldout") for one in runner.api.lines(dataset, split=split, purpose="evaluate")]
+    about = [one["feedback_ids"][0] for one in items if one["messages"][-2]["content"] == "who is it?"]
+    for said in about:
+        http.patch(f"/v1/feedback/{said}", json={"text": "in france"}).raise_for_status()
+    assert runner.step()
+    moving = moving_of(read(runner.api, "edited"))
+    assert (moving.step, moving.owed, moving.behind) == (before.step + 4, 16, before.behind), "a move, and nothing was said anew"
+    (line,) = noted(http, "edited")
+    assert line["evidence"]["feedback"] == dict.fromkeys(about, "edited") and f"{len(about)} edited" in line["reason"]
+    assert len(line["evidence"]["learned"]) == 1, "of several about one question the newest counts, as in a dataset"
+    other = Runner(runner.api, runner.service, "edited")  # the first was killed
+    now = other.run()
+    assert (moving_of(now).step, now.champion) == (before.step + 20, "edited@2")
+    asked = {"model": "edited", "messages": [{"role": "user", "content": "who is it?"}], "temperature": 0, "max_tokens": 16}
+    assert "in france" in http.post("/v1/chat/completions", json=asked).json()["choices"][0]["message"]["content"]
+    assert not runner.step() and not other.step() and len(noted(http, "edited")) == 1, "nobody takes it again"
+
+
+def test_a_correction_deleted_before_any_candidate_is_unlearned_and_what_it_replaced_counts_again(http: httpx.Client, parts: Parts) -> None:
+    runner, user = parts("unsaid", DESCRIPTION)
+    user.asks_all(4, corrects=True)
+    while not (before := moving_of(read(runner.api, "unsaid"))).step:
+        assert runner.step()
+    assert not before.dataset and before.fresh
+    gone = before.fresh[-1]
+    record = http.get(f"/v1/feedback/{gone}").json()["target"]["record_id"]
+    user.say(record, kind="demonstration", text="in france")
+    assert runner.step()
+    later = moving_of(read(runner.api, "unsaid"))
+    assert later.fresh[-1] not in before.fresh
+    http.delete(f"/v1/feedback/{later.fresh[-1]}").raise_for_status()
+    assert runner.step()
+    anew = moving_of(read(runner.api, "unsaid"))
+    assert (anew.path, anew.base, anew.fresh, anew.owed) == ("", True, [], 20)
+    assert "deleted" in noted(http, "unsaid")[-1]["reason"]
+    other = Runner(runner.api, runner.service, "unsaid")
+    assert other.step()
+    assert noted(http, "unsaid")[-1]["evidence"]["feedback"] == {gone: "restored"}
+    now = other.run()
+    assert now.champion == "unsaid@1" and user.asks_all(1) == 1.0
+    assert len(noted(http, "unsaid")) == 2
+
+
+def test_changes_of_what_was_not_taken_or_is_known_already_are_no_matter() -> None:
+    """The changes of a busy tenant, whose other feedback isn't asked for."""
+    moving = Moving(behind="f2", changes=0, heard={"f1": 3})
+
+    class Told:
+        url = key = ""
+        asked: list[str] = []
+
+        def get(self, path: str, after: int = 0, limit: int = 0, **_: Any) -> Any:
+            self.asked.append(path)
+            if path == "/v1/feedback/changes":
+                rows = [(1, "f1", "created"), (2, "f2", "created"), (3, "f1", "edited"), (4, "f3", "edited"), (5, "f2", "expired")]
+                return {"data": [{"id": number, "feedback_id": which, "act": act} for number, which, act in rows if number > after]}
+            raise AssertionError(path)
+
+        post = patch = lines = get
+
+    found = changed.since(Told(), "support", moving, 0, lambda _: True)
+    assert (found.upto, found.heard, found.again, found.deleted, found.stale) == (5, {}, [], frozenset(), False)
+    assert Told.asked == ["/v1/feedback/changes"], "one request"
 
 
 def test_an_episode_that_goes_on_for_ever_holds_up_the_others_for_a_while_only() -> None:

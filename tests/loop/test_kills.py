@@ -119,7 +119,8 @@ def test_whoever_is_killed_is_continued_by_the_next(killed: LiveServer, tmp_path
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_weights_that_move_with_every_episode_outlive_many_kills(killed: LiveServer, tmp_path: Path) -> None:
-    """20 kills of the runner, and those of the server: each piece of feedback is taken once, by the learner and by the reward model."""
+    """20 kills of the runner, and those of the server: each piece of feedback is taken once, by the learner and by the reward model, and so
+    is each edit in between."""
     rng = random.Random(3)
     insist(killed, "POST", "/v1/deployments", json={"name": "support", "description": MOVING})
     ids = []
@@ -128,20 +129,27 @@ def test_weights_that_move_with_every_episode_outlive_many_kills(killed: LiveSer
             record, _, _ = ask(killed, question, f"e{number}-{place}")
             given = {"record_id": record, "kind": "demonstration", "text": truth, "idempotency_key": f"k{number}-{place}"}
             ids.append(insist(killed, "POST", "/v1/feedback", json=given).json()["id"])
-    codes = [run_killed(killed, tmp_path / f"runner{number}", rng) for number in range(20)]
+    codes = [run_killed(killed, tmp_path / f"runner{number}", rng) for number in range(10)]
+    truths = {**TRUTHS, (moved := "where is it?"): "the quick brown fox"}
+    about = ids[list(TRUTHS).index(moved) :: len(TRUTHS)]
+    for said in about:
+        insist(killed, "PATCH", f"/v1/feedback/{said}", json={"text": truths[moved]})
+    codes += [run_killed(killed, tmp_path / f"later{number}", rng) for number in range(10)]
     for number in range(RUNS):
         now = insist(killed, "GET", "/v1/deployments/support").json()
-        if now["state"] == "collect" and now["champion"] != "support@0":
+        moving = now["cycle"].get("moving", {"step": 0, "steps": {}})
+        if now["state"] == "collect" and moving["step"] == moving["steps"].get(now["champion"], -1) > 0:
             break
         _run(killed, tmp_path / f"last{number}")
-    moving = now["cycle"]["moving"]
     assert -signal.SIGKILL in codes and moving["behind"] == max(ids), "all of it was taken"
     events = insist(killed, "GET", "/v1/deployments/support/history?limit=100").json()["data"][::-1]
-    tried = [event["evidence"]["update"]["step"] for event in events if event["state"] == "gate"]
+    tried = [event["evidence"]["update"]["step"] for event in events if (event["kind"], event["state"]) == ("advanced", "gate")]
     assert tried == [20 * place for place in range(1, len(tried) + 1)], "every 20 steps, whoever made them"
     adapter = insist(killed, "GET", "/v1/adapters/support").json()
     assert len(adapter["versions"]) == len(tried), "one version for each time"
-    for place, (question, truth) in enumerate(TRUTHS.items()):
+    edited = [said for event in events for said in event["evidence"].get("feedback", {})]
+    assert len(edited) == len(set(edited)) and set(edited) <= set(about), "each edit once, if it came after the first taking"
+    for place, (question, truth) in enumerate(truths.items()):
         _, version, text = ask(killed, question, f"after{place}")
         assert version == now["champion"] and truth in text
     until = time.monotonic() + 120

@@ -190,6 +190,10 @@ def test_the_same_act_twice_has_one_effect_and_another_one_is_refused(two: Datab
     with pytest.raises(Conflict, match="revision"):
         do(two, lambda conn: deployments.note(conn, "a", "support", {"saved": 20}, begun.revision))
     assert log(two) == ["created", "advanced"], "a note changes nothing for anybody"
+    act = Act("runner", "1 edited", {"feedback": {"fb_1": "edited"}})
+    for _ in range(2):
+        do(two, lambda conn: deployments.note(conn, "a", "support", {"saved": 30}, noted.revision, act))
+    assert log(two) == ["created", "advanced", "noted"], "with a reason it is a line, and one"
 
 
 def test_only_a_signed_rule_promotes_and_only_what_is_in_the_canary(two: Database) -> None:
