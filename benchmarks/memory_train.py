@@ -77,6 +77,7 @@ class Size(NamedTuple):
     steps: int
     warm: int
     rate: float
+    warm_rate: float
     groups: int = 6
     members: int = 8
     budget: int = 128
@@ -84,8 +85,8 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "small": Size(2000, (300, 1000), 2048, steps=24, warm=10, rate=2e-3, groups=16, members=4),
-    "smollm2": Size(300, (100,), 8192, steps=32, warm=8, rate=2e-4),
+    "small": Size(2000, (300, 1000), 2048, steps=26, warm=12, rate=4e-4, warm_rate=2e-3, groups=16, members=4),
+    "smollm2": Size(300, (100,), 8192, steps=32, warm=8, rate=2e-4, warm_rate=4e-4),
 }
 
 
@@ -204,7 +205,7 @@ def taught(args: argparse.Namespace, asked: Asked, told: dict[str, Any]) -> tink
         print(f"step {row['step']:.0f} " + " ".join(f"{name} {row[name]:.3f}" for name in NOTED if name in row), flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        training = Training(run, min(size.warm, steps // 2), warm_epochs=WARM_EPOCHS)
+        training = Training(run, min(size.warm, steps // 2), size.warm_rate, WARM_EPOCHS)
         mine, others = tasks(first, steps, size.members), tasks(first + 5000, 2, 1)
         done = train(asked.service, training, mine, Path(folder), others, on_step=noted)
     told["training"] = {
