@@ -236,7 +236,8 @@ class Trainer:
             return _loss_gradient(part, logprobs_tK, index_t - part.start)
 
         trains = torch.cat([_active(p) for p in parts])
-        logprobs, dhidden = self.base.head.backward(detached, targets, segments, trains, gradient_of)
+        same = None if begun is None else begun.same(targets)
+        logprobs, dhidden = self.base.head.backward(detached, targets, segments, trains, gradient_of, same)
         for part in parts:
             _add_value_gradient(part, detached, dhidden)
         dhidden = dhidden if begun is None else begun.gathered(dhidden)

@@ -34,6 +34,12 @@ class Beginnings(NamedTuple):
         sums_UD = gradient_TD.new_zeros(len(self.firsts_U), gradient_TD.shape[1])
         return sums_UD.index_add_(0, self.places_T, gradient_TD)
 
+    def same(self, targets_TK: torch.Tensor) -> torch.Tensor:
+        """For each token of the row the first one with the same beginning and the same targets: int64 [T]."""
+        known: dict[tuple[int, ...], int] = {}
+        keys = torch.cat([self.places_T.unsqueeze(1), targets_TK], dim=1).tolist()
+        return torch.tensor([known.setdefault(tuple(key), place) for place, key in enumerate(keys)])
+
     def segments(self, whole: Sequence[Segment]) -> list[Segment]:
         """The segments of the row, one each request, as those of the computed tokens. Requests share nothing with each other."""
         starts = [int(self.places_T[segment.start]) for segment in whole]
