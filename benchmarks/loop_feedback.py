@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--seed", type=int, default=0, help="of the lesson")
     parser.add_argument("--paraphrases", type=int, default=4)
-    parser.add_argument("--epochs", type=int, default=7)
+    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--rehearsed", type=int, default=12, help="general examples in every batch")
     args = parser.parse_args()
     logging.getLogger("tinker").setLevel(logging.ERROR)
