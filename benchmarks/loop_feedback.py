@@ -5,7 +5,7 @@
 
 A scripted user asks the handbook's questions over HTTP and corrects each answer; the runner makes a dataset, trains, asks the gate, and
 tries the version on a share of the users, who give thumbs; then a planted bad version has to be stopped, and a rollback is timed. It is
-what `everlearn demo --loop` plays. `learned` is the time from the last correction to the champion that has learned it, canary included.
+what `everlearn demo` plays. `learned` is the time from the last correction to the champion that has learned it, canary included.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--seed", type=int, default=0, help="of the lesson")
     parser.add_argument("--paraphrases", type=int, default=4)
-    parser.add_argument("--epochs", type=int, default=7)
+    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--rehearsed", type=int, default=12, help="general examples in every batch")
     args = parser.parse_args()
     logging.getLogger("tinker").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""`everlearn demo`: teach the embedded model a handbook and show what changed."""
+"""`everlearn demo`: users correct the embedded model's answers, and a version that learned them takes over; or only a lesson."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import logging
 import shlex
 import shutil
 import sys
+import threading
 import time
 import webbrowser
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -20,22 +21,25 @@ from everlearn.cli.own_server import LOCAL_KEY
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from everlearn.demo.grade import Row, Score
     from everlearn.demo.run import Outcome
 
 MODEL = "smollm2"
 
 
 @click.command("demo", cls=Verb)
+@click.option("--lesson", is_flag=True, help="only teach twenty facts through the Tinker API, and show before and after")
 @click.option("--open/--no-open", "open_report", default=True, help="open the report in a browser (only from a terminal)")
-@click.option("--loop", is_flag=True, help="the whole loop: a user corrects, a version learns it and takes over, a bad one is stopped")
+@click.option("--stay/--no-stay", default=None, help="keep the server and its dashboard until Ctrl-C [default: on a terminal]")
 @pass_console
-def command(console: Console, open_report: bool, loop: bool) -> None:
-    """Teach the embedded model twenty facts and show before and after.
+def command(console: Console, lesson: bool, open_report: bool, stay: bool | None) -> None:
+    """The whole loop on the embedded model: users ask and correct, a version learns it, is tried, and takes over.
 
-    Starts a server of its own (or uses the one named by --url), trains an adapter through the official Tinker SDK, prints the
-    table and writes an HTML report under HOME/demo. Four to six minutes on two free CPU cores; longer on a busy machine.
+    Starts a server of its own (or uses the one named by --url). A scripted user asks twenty questions over HTTP and corrects the answers;
+    a version learns the corrections, passes the gate, shows itself to a share of the users and goes live; the same questions are asked
+    again; a planted bad version is stopped, and a rollback is timed. Prints the table, writes an HTML report under HOME/demo, and ends
+    with the address of the dashboard.
     """
-    from everlearn.demo import handbook, run, teach
     from everlearn.models import embedded
 
     logging.getLogger("tinker").setLevel(logging.ERROR)  # it warns of every answer that takes longer than one poll
@@ -45,57 +49,84 @@ def command(console: Console, open_report: bool, loop: bool) -> None:
     with stage("preparing the model", 1.0) as bar:
         folder = embedded.ensure(MODEL, home, lambda text, share: bar.update(share, text))
     prepared = time.monotonic() - started
-    lesson, recipe = handbook.load(), teach.Recipe()
-    if loop:
-        with _server(console, home, stage) as url:
-            _loop(console, url, home / "demo", open_report)
-        return
     with _server(console, home, stage) as url:
-        ready = time.monotonic() - started - prepared
-        outcome = run.run(lesson, recipe, url, console.key or LOCAL_KEY, MODEL, folder, stage)
-    seconds = {"model": round(prepared, 1), "server": round(ready, 1), **outcome.seconds, "total": round(time.monotonic() - started, 1)}
-    report = _write(home / "demo", lesson.company, outcome, seconds)
+        seconds = {"model": round(prepared, 1), "server": round(time.monotonic() - started - prepared, 1)}
+        page = (_lesson if lesson else _loop)(console, url, folder, home / "demo", seconds, started)
+        if open_report and sys.stdout.isatty():
+            webbrowser.open(page.as_uri())
+        wanted = sys.stdout.isatty() and console.format != "json" if stay is None else stay
+        end(console, url, wanted and not console.url)
+
+
+def end(console: Console, url: str, stays: bool) -> None:
+    """Where all of it can be looked at; waits there for Ctrl-C where the server is the demo's own and stays."""
+    page = f"{url.rstrip('/')}/dashboard/deploys"
+    if stays:
+        console.note(f"Its history and its pages: {page} (Ctrl-C ends the server)")
+        with suppress(KeyboardInterrupt):
+            threading.Event().wait()
+    elif console.url:
+        console.note(f"Its history and its pages: {page}")
+    else:
+        home = f" --home {shlex.quote(str(console.home))}" if console.home else ""
+        settings = console.settings().api
+        console.note(f"Its history and its pages: everlearn serve{home}, then http://{settings.host}:{settings.port}/dashboard/deploys")
+
+
+def _lesson(console: Console, url: str, folder: Path, into: Path, seconds: dict[str, float], started: float) -> Path:
+    """Twenty facts as a lesson; its report. `folder` is the base model's."""
+    from everlearn.demo import handbook, run, teach
+
+    book = handbook.load()
+    outcome = run.run(book, teach.Recipe(), url, console.key or LOCAL_KEY, MODEL, folder, _stages(console))
+    seconds = {**seconds, **outcome.seconds, "total": round(time.monotonic() - started, 1)}
+    report = _write(into, book.company, outcome, seconds)
     _show(console, outcome, seconds, report)
     next_steps(console, outcome)
-    if open_report and sys.stdout.isatty():
-        webbrowser.open(report.as_uri())
+    return report
 
 
-def _loop(console: Console, url: str, folder: Path, open_report: bool) -> None:
-    """The loop's story, and what came of it."""
+def _loop(console: Console, url: str, _folder: Path, into: Path, seconds: dict[str, float], started: float) -> Path:
+    """The loop's story, and what came of it; its report."""
     import msgspec
     import tinker
 
     from everlearn.cli.client import Client
     from everlearn.demo import handbook, loop_report, story
 
+    def say(line: str) -> None:
+        console.note(f"{time.monotonic() - started:5.0f} s  {line}")
+
     book = handbook.load()
     client = Client(url, console.key or "", timeout=600.0)
     with tinker.ServiceClient(base_url=url, api_key=console.key or LOCAL_KEY, user_metadata={"client": "everlearn demo"}) as service:
-        told = story.play(book, client, service, MODEL, {}, console.note)
+        told = story.play(book, client, service, MODEL, {}, say)
     client.close()
-    facts = {"model": MODEL, "seconds": ", ".join(f"{name} {value:.0f}" for name, value in told.seconds.items())}
-    folder.mkdir(parents=True, exist_ok=True)
-    page = folder / "loop.html"
+    seconds = {**seconds, **told.seconds, "total": round(time.monotonic() - started, 1)}
+    facts = {"model": MODEL, "seconds": ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())}
+    into.mkdir(parents=True, exist_ok=True)
+    page = into / "report.html"
     page.write_text(loop_report.render(book.company, told, facts), encoding="utf-8")
-    (folder / "loop.json").write_bytes(msgspec.json.format(msgspec.json.encode(told)))
+    (into / "results.json").write_bytes(msgspec.json.format(msgspec.json.encode({"seconds": seconds, "story": told})))
     if console.format == "json":
-        console.result({**msgspec.to_builtins(told), "report": str(page)})
-        return
-    totals = [msgspec.structs.asdict(score) for score in told.scores]
+        console.result({**msgspec.to_builtins(told), "seconds": seconds, "report": str(page)})
+        return page
     console.table([{**event, "reason": _short(event["reason"], 90)} for event in told.events], ["kind", "champion", "candidate", "reason"])
+    for rows in (_answers(told.rows), _totals(told.scores)):
+        click.echo()
+        console.table(rows, list(rows[0]))
     click.echo()
-    console.table(totals, list(totals[0]))
-    click.echo()
-    stopped = _short(told.stopped, 90)
-    console.result({"learned in s": told.learned, "rollback in s": told.rollback_seconds, "bad version": stopped, "report": page})
-    where = f" --home {shlex.quote(str(console.home))}" if console.home else ""
-    first = "" if console.url else f"everlearn serve{where}, then "
-    console.note(
-        f"Its history, and the pages to look at it: {first}{(console.url or 'http://127.0.0.1:8000').rstrip('/')}/dashboard/deploys"
-    )
-    if open_report and sys.stdout.isatty():
-        webbrowser.open(page.as_uri())
+    shown = {
+        "corrections": f"{told.corrections}, of which {told.trained[1]} were trained and {told.held_out[1]} held out",
+        "learned in s": told.learned,
+        "reward model": loop_report.reward_told(told.reward_model),
+        "bad version": _short(told.stopped, 90),
+        "rollback in s": told.rollback_seconds,
+        "seconds": seconds["total"],
+        "report": page,
+    }
+    console.result(shown)
+    return page
 
 
 def _stages(console: Console) -> Callable[[str, float], AbstractContextManager[Progress]]:
@@ -164,24 +195,31 @@ def _show(console: Console, outcome: Outcome, seconds: dict[str, float], report:
 
         console.result({"scores": msgspec.to_builtins(outcome.scores), "seconds": seconds, "adapter": outcome.path, "report": str(report)})
         return
+    for rows in (_answers(outcome.rows), _totals(outcome.scores)):
+        console.table(rows, list(rows[0]))
+        click.echo()
+    console.result({"report": report, "adapter": outcome.path, "seconds": seconds["total"]})
+
+
+def _answers(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """The taught questions before and after, as wide as the terminal."""
     width = shutil.get_terminal_size((120, 0)).columns // 3 - 2
-    questions = [
+    return [
         {
             "question": _short(row.question, width),
             "before": _short(f"{'+' if row.right_before else '-'} {row.before}", width),
             "after": _short(f"{'+' if row.right_after else '-'} {row.after}", width),
         }
-        for row in outcome.rows
+        for row in rows
         if row.section == "taught"
     ]
-    totals = [
+
+
+def _totals(scores: Sequence[Score]) -> list[dict[str, Any]]:
+    return [
         {"section": score.section, "asked": score.asked, "right before": score.before, "right after": score.after, "lost": score.lost}
-        for score in outcome.scores
+        for score in scores
     ]
-    for rows in (questions, totals):
-        console.table(rows, list(rows[0]))
-        click.echo()
-    console.result({"report": report, "adapter": outcome.path, "seconds": seconds["total"]})
 
 
 def _short(text: str, width: int) -> str:

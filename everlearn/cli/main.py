@@ -18,7 +18,7 @@ from everlearn.errors import EverlearnError, UserError
 ACTS = {
     "serve": "Start the server.",
     "chat": "Talk to a model or an adapter of the running server.",
-    "demo": "Teach the embedded model twenty facts and show before and after.",
+    "demo": "The whole loop on the embedded model: users correct it, and a version that learned takes over.",
     "ps": "What the running server is doing now.",
     "usage": "Requests, tokens and seconds by day, key and model.",
     "doctor": "Check this machine; each failure comes with its fix.",

@@ -40,8 +40,17 @@ def _summary(told: Story) -> str:
     return (
         f"{told.corrections} answers were corrected; {trained} corrections were trained, {held_out} held out. "
         f"From the last correction to the version that answers everybody it took {told.learned:.0f} s. "
-        f"A planted bad version was stopped, and a rollback took {told.rollback_seconds:.3f} s."
+        f"A planted bad version was stopped, and a rollback took {told.rollback_seconds:.3f} s. "
+        f"Reward model: {html.escape(reward_told(told.reward_model))}."
     )
+
+
+def reward_told(found: Mapping[str, Any] | None) -> str:
+    """One line about a reward model as the server shows it."""
+    if found is None:
+        return "none yet, for there were too few labels"
+    may = "may be a reward" if found["earned"] else f"is no reward yet ({found['why']})"
+    return f"version {found['number']} has learned {found['labels']} labels and {may}"
 
 
 def _history(events: Sequence[dict[str, Any]]) -> str:

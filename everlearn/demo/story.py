@@ -18,7 +18,7 @@ import msgspec
 
 from everlearn.demo.grade import Question, Row, Score, grade, is_right, scores
 from everlearn.demo.handbook import Fact, Handbook
-from everlearn.errors import InternalError
+from everlearn.errors import InternalError, NotFound
 from everlearn.loop import lesson
 from everlearn.loop.lesson import Example, Recipe
 from everlearn.loop.runner import Runner
@@ -29,8 +29,8 @@ ANSWER_TOKENS = 24
 # In the canary. Its test bets on blocks of eight outcomes and multiplies its wealth by 1.45 at most in each: where every answer of the
 # candidate is right and none of the champion's, about 80 outcomes show it, and where one in four isn't, twice as many.
 MOST_ANSWERS = 400
-ROUND = 10  # answers between two looks of the runner
-AT_ONCE = 8  # questions that are asked at the same time: the server answers them in one batch
+ROUND = 16  # answers between two looks of the runner
+AT_ONCE = 32  # questions that are asked at the same time: the server answers them in one batch
 WRONG = Recipe(rank=8, learning_rate=5e-3, epochs=2, batch=20, rehearsed=0)
 
 DESCRIPTION: dict[str, Any] = {
@@ -48,7 +48,8 @@ DESCRIPTION: dict[str, Any] = {
 class Story(msgspec.Struct, frozen=True):
     """`seconds` by stage; `learned`: from the last correction to the champion that has learned it. `trained` and `held_out`: right answers
     to questions whose correction was trained, and to those that were held out, with how many there are. `stopped` is why the bad version
-    was rejected, `rollback_seconds` until the first answer of what served before."""
+    was rejected, `rollback_seconds` until the first answer of what served before. `reward_model`: the deployment's newest version, as the
+    server shows it."""
 
     rows: list[Row]
     scores: list[Score]
@@ -60,24 +61,25 @@ class Story(msgspec.Struct, frozen=True):
     stopped: str
     rollback_seconds: float
     events: list[dict[str, Any]]
+    reward_model: dict[str, Any] | None = None
 
 
 class User:
     """Asks under the deployment's name, an episode for each question, and says what it thinks of the answers."""
 
-    def __init__(self, api: Api):
-        self.api, self.count = api, itertools.count()
+    def __init__(self, api: Api, name: str):
+        self.api, self.name, self.count = api, name, itertools.count()
         self.openai: Any = None
         with contextlib.suppress(ImportError):
             from openai import OpenAI
 
             self.openai = OpenAI(base_url=f"{api.url}/v1", api_key=api.key or "none", timeout=600.0)
 
-    def ask(self, question: str, model: str = NAME) -> tuple[str, str, str]:
+    def ask(self, question: str) -> tuple[str, str, str]:
         """The answer, its record and its version."""
         said = [{"role": "user", "content": question}]
         # A user of its own for each question: what is asked again is another episode, which may meet the other arm.
-        body = {"model": model, "messages": said, "temperature": 0, "max_tokens": ANSWER_TOKENS, "user": f"user-{next(self.count)}"}
+        body = {"model": self.name, "messages": said, "temperature": 0, "max_tokens": ANSWER_TOKENS, "user": f"user-{next(self.count)}"}
         if self.openai is None:
             found = self.api.post("/v1/chat/completions", body)
             return str(found["choices"][0]["message"]["content"]), str(found["everlearn"]["record"]), str(found["model"])
@@ -105,20 +107,23 @@ def play(
     """`update` is the description's section of that name, `min_right` what the gate asks of the corrections. Raises InternalError where the
     loop came to another end than it should."""
     clock = _Clock()
-    user, asked = User(api), questions(book)
+    name = free_name(api)
+    user, asked = User(api, name), questions(book)
     gate = {**DESCRIPTION["gate"], "corrections": {**DESCRIPTION["gate"]["corrections"], "min_right": min_right}}
-    api.post("/v1/deployments", {"name": NAME, "description": {"base": model, "update": update, **DESCRIPTION, "gate": gate}})
+    api.post("/v1/deployments", {"name": name, "description": {"base": model, "update": update, **DESCRIPTION, "gate": gate}})
     say(f"users ask {len(asked)} questions")
     before = user.ask_all([question.text for question in asked])
     clock("asking before")
     splits = correct(book.facts, before, user, api, say)
     clock("correcting")
     last_word = time.monotonic()
-    runner = Runner(api, service, NAME, say)
+    runner = Runner(api, service, name, say)
     runner.begin("by hand")
     runner.run()
+    show_verdict(runner)
     clock("learning")
-    canary(book.facts, user, runner, api)
+    canary(book.facts, user, runner)
+    show_verdict(runner)
     clock("canary")
     learned = time.monotonic() - last_word
     say("the same questions again")
@@ -127,14 +132,18 @@ def play(
     rows = grade(asked, *([text for text, _, _ in said] for said in (before, after)))
     right = {row.question: row.right_after for row in rows if row.section == "taught"}
     say("a bad version is planted: everybody's answers but the right ones")
-    stopped = plant(book.facts, api, service, runner, model)
+    stopped = plant(book.facts, runner, model)
+    show_verdict(runner)
     clock("a bad version")
-    seconds = roll_back(book.facts[0], user, api)
+    seconds = roll_back(book.facts[0], user)
+    say(f"rolled back to {name}@0 in {seconds:.3f} s")
     user.close()
-    events = api.get(f"/v1/deployments/{NAME}/history", limit=100)["data"][::-1]
+    events = api.get(f"/v1/deployments/{name}/history", limit=100)["data"][::-1]
     counts = [[right[text] for text, split in splits.items() if split == wanted] for wanted in ("train", "heldout")]
     trained, held_out = ((sum(some), len(some)) for some in counts)
-    return Story(rows, scores(rows), len(splits), trained, held_out, clock.seconds, round(learned, 1), stopped, seconds, events)
+    learned = round(learned, 1)
+    reward = reward_model(api, name)
+    return Story(rows, scores(rows), len(splits), trained, held_out, clock.seconds, learned, stopped, seconds, events, reward)
 
 
 def questions(book: Handbook) -> list[Question]:
@@ -155,7 +164,40 @@ def correct(
     return splits
 
 
-def canary(facts: Sequence[Fact], user: User, runner: Runner, api: Api) -> None:
+def free_name(api: Api) -> str:
+    """What the deployment is to be called: nothing on the server has that name, nor a number of it."""
+    return next(name for name in itertools.chain([NAME], (f"{NAME}-{number}" for number in itertools.count(2))) if _is_free(api, name))
+
+
+def _is_free(api: Api, name: str) -> bool:
+    for kind in ("deployments", "adapters"):  # a deployment may have no version yet, and a version outlives its deployment
+        with contextlib.suppress(NotFound):
+            api.get(f"/v1/{kind}/{name}")
+            return False
+    return True
+
+
+def last_event(runner: Runner) -> dict[str, Any]:
+    found: dict[str, Any] = runner.api.get(f"/v1/deployments/{runner.name}/history", limit=1)["data"][0]
+    return found
+
+
+def show_verdict(runner: Runner) -> None:
+    """Says what the last verdict saw, part by part, as the history keeps it."""
+    for part in last_event(runner)["evidence"].get("verdict", {}).get("parts", []):
+        runner.say(f"  {part['name']}: {part['result']}: {part['reason']}")
+
+
+def reward_model(api: Api, name: str) -> dict[str, Any] | None:
+    """What the server's reward model of the deployment is by now; None where it has too few labels for a first version."""
+    try:
+        found: dict[str, Any] = api.get(f"/v1/reward-models/{name}")
+    except NotFound:
+        return None
+    return found
+
+
+def canary(facts: Sequence[Fact], user: User, runner: Runner) -> None:
     """Users go on asking and give thumbs, until the rule has decided."""
     turns = itertools.cycle(facts)
     for _ in range(MOST_ANSWERS // ROUND):
@@ -163,38 +205,38 @@ def canary(facts: Sequence[Fact], user: User, runner: Runner, api: Api) -> None:
         for fact, (answer, record, _) in zip(asked, user.ask_all([fact.question for fact in asked]), strict=True):
             user.say(record, kind="boolean", value=is_right(answer, fact.accept))
         if (now := runner.run()).state == "collect":
-            if now.champion != f"{NAME}@1":
-                last = api.get(f"/v1/deployments/{NAME}/history", limit=1)["data"][0]
+            if now.champion != f"{runner.name}@1":
+                last = last_event(runner)
                 raise InternalError(f"{now.champion} serves, and what was learned was {last['kind']}: {last['reason']}")
             return
-    raise InternalError(f"the canary has not decided in {MOST_ANSWERS} answers; `everlearn deploy show {NAME}` says what it waits for")
+    raise InternalError(f"the canary has not decided in {MOST_ANSWERS} answers; `everlearn deploy show {runner.name}` says why")
 
 
-def plant(facts: Sequence[Fact], api: Api, service: Any, runner: Runner, model: str) -> str:
+def plant(facts: Sequence[Fact], runner: Runner, model: str) -> str:
     """Trains a version on everybody's answers but the right ones, and has it tried; why it was stopped."""
-    tokens = Tokens(api, model)
+    api, service, tokens = runner.api, runner.service, Tokens(runner.api, model)
     wrong = [*facts[1:], facts[0]]
     prompts = [tokens.prompt([{"role": "user", "content": fact.question}]) for fact in facts]
     examples = [Example(prompt, tokens.answer(fact.answer)) for prompt, fact in zip(prompts, wrong, strict=True)]
     trainer = service.create_lora_training_client(base_model=model, rank=WRONG.rank, seed=WRONG.seed, train_unembed=False).result()
     lesson.teach(trainer, examples, [], WRONG)
     path = trainer.save_weights_for_sampler("planted").result().path
-    number = int(api.post("/v1/adapters", {"name": NAME, "path": path, "note": "a planted bad update"})["number"])
+    number = int(api.post("/v1/adapters", {"name": runner.name, "path": path, "note": "a planted bad update"})["number"])
     runner.enter(number)
     runner.run()
-    last = api.get(f"/v1/deployments/{NAME}/history", limit=1)["data"][0]
+    last = last_event(runner)
     if last["kind"] != "rejected":
         raise InternalError(f"the planted bad version was {last['kind']}: {last['reason']}")
     return str(last["reason"])
 
 
-def roll_back(fact: Fact, user: User, api: Api) -> float:
+def roll_back(fact: Fact, user: User) -> float:
     """Seconds from the order to an answer of what served before."""
     began = time.monotonic()
-    api.post(f"/v1/deployments/{NAME}/rollback", {"reason": "to show the way back"})
+    user.api.post(f"/v1/deployments/{user.name}/rollback", {"reason": "to show the way back"})
     moved = time.monotonic() - began
     _, _, version = user.ask(fact.question)
-    if version != f"{NAME}@0":
+    if version != f"{user.name}@0":
         raise InternalError(f"after the rollback {version} answered")
     return round(moved, 3)
 

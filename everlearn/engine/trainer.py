@@ -34,6 +34,7 @@ from everlearn.losses.table import LOSSES, Loss, pack_inputs
 from everlearn.losses.terms import active
 from everlearn.losses.value import value_gradient, value_loss, value_metrics
 from everlearn.models.attention import PackedBatch, running
+from everlearn.models.beginnings import Beginnings, shared
 from everlearn.models.load import BaseModel
 from everlearn.models.lora import AdapterWeights, Segment
 from everlearn.models.routing import Watch, counts
@@ -194,30 +195,37 @@ class Trainer:
     def _row(self, jobs: list[Job], forward_only: bool) -> None:
         parts, tokens, positions, lengths = self._assemble(jobs)
         segments = [Segment(p.job.weights(), p.start, p.stop, p.job.config.get("temperature", 1.0)) for p in parts]
-        batch = PackedBatch(lengths, segments)
+        begun = self._beginnings(parts)
+        batch = PackedBatch(lengths, segments if begun is None else begun.segments(segments), begun)
+        num_tokens = tokens.shape[0]
+        if begun is not None:
+            tokens, positions = tokens[begun.firsts_U], positions[..., begun.firsts_U]
         batch.watch = routes.replay(self.base, [p.job.command.data[i] for p in parts for i in p.piece.datums])
         targets = torch.cat([p.targets for p in parts])
         if forward_only:
             with torch.no_grad():
                 hidden = self.base.hidden(tokens, positions, batch, self._visual(parts, segments))
+            hidden = hidden if begun is None else begun.spread(hidden)
             _look(parts, hidden)
             logprobs = self.base.head.logprobs(hidden, targets, segments)
         else:
-            logprobs = self._backward(parts, tokens, positions, targets, batch)
+            logprobs = self._backward(parts, tokens, positions, targets, segments, batch)
         self._count_experts(parts, batch.watch)
         self._collect(parts, logprobs)
-        self.trained_tokens += tokens.shape[0]
+        self.trained_tokens += num_tokens
 
     def _backward(
-        self, parts: list[Part], tokens: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor, batch: PackedBatch
-    ) -> torch.Tensor:
+        self, parts: list[Part], tokens: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor, segments: list[Segment],
+        batch: PackedBatch,
+    ) -> torch.Tensor:  # fmt: skip
         with torch.enable_grad():
-            hidden = self.base.hidden(tokens, positions, batch, self._visual(parts, batch.segments))
-        detached = hidden.detach()
+            hidden = self.base.hidden(tokens, positions, batch, self._visual(parts, segments))
+        begun = batch.beginnings
+        detached = hidden.detach() if begun is None else begun.spread(hidden.detach())
         _look(parts, detached)
         whole: dict[int, torch.Tensor] = {}  # gradients of parts whose loss looks at whole sequences
         if any(not p.per_token for p in parts):
-            first = self.base.head.logprobs(detached, targets, batch.segments)
+            first = self.base.head.logprobs(detached, targets, segments)
             whole = {p.start: _loss_gradient(p, first[p.start : p.stop]) for p in parts if not p.per_token}
         starts = [p.start for p in parts]
 
@@ -228,12 +236,24 @@ class Trainer:
             return _loss_gradient(part, logprobs_tK, index_t - part.start)
 
         trains = torch.cat([_active(p) for p in parts])
-        logprobs, dhidden = self.base.head.backward(detached, targets, batch.segments, trains, gradient_of)
+        same = None if begun is None else begun.same(targets)
+        logprobs, dhidden = self.base.head.backward(detached, targets, segments, trains, gradient_of, same)
         for part in parts:
             _add_value_gradient(part, detached, dhidden)
+        dhidden = dhidden if begun is None else begun.gathered(dhidden)
         with running(batch):  # layers that are computed again look for their batch
             torch.autograd.backward(hidden, dhidden)
         return logprobs
+
+    def _beginnings(self, parts: list[Part]) -> Beginnings | None:
+        """What the row's sequences begin with in common, where the model is one that sees only what stands before (no experts, whose
+        choices are counted and replayed token by token; no states; no images) and copies' gradients add up in one order: on a CPU."""
+        if self.base.device.type != "cpu" or self.base.expert_modules or self.base.cache_form.state_layers:
+            return None
+        data = [[part.job.command.data[i] for i in part.piece.datums] for part in parts]
+        if any(datum.images for datums in data for datum in datums):
+            return None
+        return shared([[datum.tokens.numpy() for datum in datums] for datums in data])
 
     def _assemble(self, jobs: Iterable[Job]) -> tuple[list[Part], torch.Tensor, torch.Tensor, list[int]]:
         parts: list[Part] = []

@@ -57,15 +57,15 @@ class Step(msgspec.Struct, frozen=True):
 
 def send(
     sampler: Any, prompts: Sequence[Sequence[int]], stop: Sequence[int], max_tokens: int, alternatives: int = 0,
-    temperature: float = 0.0, seed: int | None = None,
+    temperature: float = 0.0, seed: int | None = None, samples: int = 1,
 ) -> list[Any]:  # fmt: skip
-    """Asks for an answer to each prompt, and waits for none: the server batches all that it was sent. With a seed, prompt i is answered
-    with seed + i."""
+    """Asks for an answer to each prompt, or several (`samples`), and waits for none: the server batches all that it was sent. With a seed,
+    prompt i is answered with seed + i."""
     futures = []
     for place, prompt in enumerate(prompts):
         own = None if seed is None else (seed + place) % 2**31
         params = tinker.SamplingParams(max_tokens=max_tokens, temperature=temperature, stop=list(stop), seed=own)
-        futures.append(sampler.sample(tinker.ModelInput.from_ints(list(prompt)), 1, params, topk_sample_logprobs=alternatives))
+        futures.append(sampler.sample(tinker.ModelInput.from_ints(list(prompt)), samples, params, topk_sample_logprobs=alternatives))
     return futures
 
 

@@ -75,11 +75,11 @@ def wordings(sampler: Any, tokens: Tokens, questions: Sequence[str], number: int
     prompts = [tokens.prompt(ask) for ask in asks]
     # Of a sampled text only what stands before its first question mark is looked at.
     stop = [tokens.end, *tokens.answer("?")[:-1][-1:]]
-    answers = lesson.ask(sampler, prompts, stop, paraphrase.MAX_TOKENS, temperature=0.8, seed=seed)
-    texts = [tokens.text(answer.tokens) for answer in answers]
-    each = 2 * number
+    sent = lesson.send(sampler, prompts, stop, paraphrase.MAX_TOKENS, 0, 0.8, seed, paraphrase.each(number))
+    texts = [tokens.text(answer.tokens) for future in sent for answer in future.result().sequences]
+    num = len(texts) // max(len(questions), 1)
     return [
-        paraphrase.chosen(question, texts[place * each : (place + 1) * each], number) if question else []
+        paraphrase.chosen(question, texts[place * num : (place + 1) * num], number) if question else []
         for place, question in enumerate(questions)
     ]
 

@@ -26,6 +26,7 @@ from everlearn.models.lora import Segment, active_segments
 from everlearn.models.sinks import FlashWithSinks, attend_with_sinks
 
 if TYPE_CHECKING:
+    from everlearn.models.beginnings import Beginnings
     from everlearn.models.mla import LatentUp
     from everlearn.models.recurrent import Recurrent
     from everlearn.models.routing import Watch
@@ -147,12 +148,15 @@ class PackedBatch:
 
     On a GPU in half precision one variable-length call does the row; elsewhere neighbours of equal length share one call, so a
     packer that sorts by length pays for few calls.
+
+    With `beginnings` the layers see only the tokens that are computed, and `segments` are of those; attention lays the row out whole, and
+    `lengths` are those of whole sequences.
     """
 
     keeps_latents, needs_expanded = False, True
 
-    def __init__(self, lengths: list[int], segments: list[Segment]):
-        self.segments = segments
+    def __init__(self, lengths: list[int], segments: list[Segment], beginnings: Beginnings | None = None):
+        self.segments, self.beginnings = segments, beginnings
         self.watch: Watch | None = None  # what is wanted of the experts' choice (routing.py)
         self.masks: dict[tuple[int, int | None], torch.Tensor] = {}
         self.longest = max(lengths)
@@ -168,6 +172,13 @@ class PackedBatch:
             start += length
 
     def attend(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, form: Form) -> torch.Tensor:
+        if self.beginnings is None:
+            return self._attend(query, key, value, form)
+        places_T, firsts_U = self.beginnings
+        query, key, value = (inputs.index_select(1, places_T) for inputs in (query, key, value))
+        return self._attend(query, key, value, form).index_select(1, firsts_U)
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, form: Form) -> torch.Tensor:
         if key.shape[0] != query.shape[0]:
             repeat = query.shape[0] // key.shape[0]
             key, value = key.repeat_interleave(repeat, dim=0), value.repeat_interleave(repeat, dim=0)

@@ -61,16 +61,21 @@ class Head:
         return out
 
     def backward(
-        self, hidden_TD: torch.Tensor, targets_TK: torch.Tensor, segments: list[Segment], active_T: torch.Tensor, gradient_of: GradientOf
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, hidden_TD: torch.Tensor, targets_TK: torch.Tensor, segments: list[Segment], active_T: torch.Tensor, gradient_of: GradientOf,
+        same_T: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Log-probabilities [T, K] and dloss/dhidden [T, D]; gradients of head adapters are added into their buffers.
 
         `active_T` (bool) marks the tokens that can have a gradient at all: for the others (prompts, tokens without an advantage)
-        only log-probabilities are computed, which is half of the work.
+        only log-probabilities are computed, which is half of the work, and none where `same_T` names an earlier token with the same state
+        and the same targets (for all others itself).
         """
         logprobs = torch.empty(targets_TK.shape, dtype=torch.float32, device=hidden_TD.device)
         dhidden = torch.zeros_like(hidden_TD)
-        order = _active_first(active_T, segments)
+        copied_t = torch.empty(0, dtype=torch.int64, device=hidden_TD.device)
+        if same_T is not None:
+            copied_t = torch.nonzero(~active_T & (same_T != torch.arange(len(same_T), device=same_T.device))).flatten()
+        order = _active_first(active_T, segments, copied_t)
         with torch.no_grad():
             for rows_t, segment, trains in order:
                 for start in range(0, len(rows_t), self.chunk_tokens):
@@ -80,6 +85,8 @@ class Head:
                     logprobs[index_t] = run.logprobs
                     if trains:
                         dhidden[index_t] = run.gradient(gradient_of(run.logprobs, index_t))
+        if same_T is not None:
+            logprobs[copied_t] = logprobs[same_T[copied_t]]
         return logprobs, dhidden
 
     def _chunks(self, segments: list[Segment], num_tokens: int) -> list[Segment]:
@@ -91,13 +98,14 @@ class Head:
         ]
 
 
-def _active_first(active_T: torch.Tensor, segments: list[Segment]) -> list[tuple[torch.Tensor, Segment, bool]]:
-    """For each segment its tokens with and its tokens without a gradient, as index tensors."""
-    parts = []
+def _active_first(active_T: torch.Tensor, segments: list[Segment], copied_t: torch.Tensor) -> list[tuple[torch.Tensor, Segment, bool]]:
+    """For each segment its tokens with and its tokens without a gradient, as index tensors; those that are `copied` are in neither."""
+    parts, wanted_T = [], torch.ones_like(active_T)
+    wanted_T[copied_t] = False
     for segment in segments:
-        flags = active_T[segment.start : segment.stop]
+        flags, wanted = active_T[segment.rows], wanted_T[segment.rows]
         for trains in (True, False):
-            index = torch.nonzero(flags == trains).flatten() + segment.start
+            index = torch.nonzero((flags == trains) & wanted).flatten() + segment.start
             if len(index):
                 parts.append((index, segment, trains))
     return parts

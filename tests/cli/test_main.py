@@ -171,6 +171,20 @@ def test_progress_is_lines_where_no_terminal_is(capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_the_demo_s_last_line_leads_to_the_dashboard(capsys, tmp_path: Path):
+    from everlearn.cli.console import Console
+    from everlearn.cli.demo import end
+
+    console = Console()
+    console.home = tmp_path / "my home"
+    end(console, "http://127.0.0.1:4711", stays=False)  # its own server, which ends
+    line = capsys.readouterr().err
+    assert f"everlearn serve --home '{console.home}'" in line and "http://127.0.0.1:8000/dashboard/deploys" in line
+    console.url = "http://127.0.0.1:4711/"
+    end(console, console.url, stays=False)
+    assert capsys.readouterr().err.endswith(" http://127.0.0.1:4711/dashboard/deploys\n")
+
+
 def test_the_demo_ends_with_what_to_type_next(capsys, tmp_path: Path):
     from everlearn.cli.console import Console
     from everlearn.cli.demo import next_steps

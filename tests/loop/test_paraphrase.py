@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from everlearn.loop.paraphrase import FRAMES, chosen, cleaned, requests, same_question
+from everlearn.loop.paraphrase import FRAMES, chosen, cleaned, each, requests, same_question
 
 QUESTION = "In which town is Larkspur Kites based?"
 
@@ -37,6 +37,22 @@ def test_what_names_the_same_and_shares_its_words_asks_the_same(other: str, same
     assert same_question(QUESTION, other) is same
 
 
+@pytest.mark.parametrize(
+    ("question", "other", "same"),
+    [
+        ("Who founded Larkspur Kites?", "Which person founded Larkspur Kites?", True),
+        ("Who founded Larkspur Kites?", "When was Larkspur Kites founded?", False),
+        ("Who founded Larkspur Kites?", "Was Larkspur Kites founded in 1956?", False),
+        ("What time does the shop open?", "When does the shop open?", True),
+        ("How long is the warranty on a kite?", "What is the duration of the warranty on a kite?", True),
+        ("How long is the warranty on a kite?", "Where is the warranty on a kite?", False),
+        ("Is the shop open on Sunday?", "Would the shop be open on Sunday?", True),
+    ],
+)
+def test_another_wording_asks_for_the_same_thing(question: str, other: str, same: bool) -> None:
+    assert same_question(question, other) is same
+
+
 def test_numbers_are_names() -> None:
     assert not same_question("What costs 58 euros?", "What costs 85 euros?") and same_question(
         "What costs 58 euros?", "Which costs 58 euros?"
@@ -53,4 +69,4 @@ def test_the_model_s_wordings_come_first_and_frames_fill_up() -> None:
     ]
     found = chosen(QUESTION, sampled, 3)
     assert found == ["Where is Larkspur Kites based?", FRAMES[0].format(QUESTION), FRAMES[1].format(QUESTION)]
-    assert chosen(QUESTION, [], 0) == [] and len(requests(QUESTION, 3)) == 6
+    assert chosen(QUESTION, [], 0) == [] and len(requests(QUESTION, 3)) * each(3) == 6 and len(requests(QUESTION, 1)) * each(1) == 2
