@@ -25,7 +25,12 @@ class Rows:
 
     def get(self, path: str, **_: Any) -> Any:
         rows = [row for row in self.listed[path] if row["created_at"] <= self.until]
-        return {"data": sorted(rows, key=lambda row: row["created_at"], reverse=True), "has_more": False, "last_id": None, "source_cap": 100.0}
+        return {
+            "data": sorted(rows, key=lambda row: row["created_at"], reverse=True),
+            "has_more": False,
+            "last_id": None,
+            "source_cap": 100.0,
+        }
 
     def post(self, path: str, body: Any = None) -> Any:
         raise AssertionError(path)

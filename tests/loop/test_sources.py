@@ -81,7 +81,9 @@ def test_nor_what_becomes_of_the_version_that_went_live() -> None:
     assert next(part for part in verdict.parts if part.name == "live:feedback").reason.endswith(sources.ALONE)
     assert not any(alarm.veto for alarm in shown.alarms)
     assert isinstance(shown.sources, dict) and len(shown.sources["feedback"]) == len(shown.feedback)
-    worse = [row | {"value": 0.0} if row["source_id"] != "eve" and row["created_at"] > 5000 else row for row in server.listed["/v1/feedback"]]
+    worse = [
+        row | {"value": 0.0} if row["source_id"] != "eve" and row["created_at"] > 5000 else row for row in server.listed["/v1/feedback"]
+    ]
     server.listed["/v1/feedback"] = worse
     fallen = watch.evidence(now, Description("tiny"), asked, asked.watch or WatchRule(), 4999.5)
     assert judged(asked, fallen).decision == "reject", "what a thousand people say is heard all the same"
