@@ -259,7 +259,9 @@ def test_what_a_model_does_for_a_memory_is_its_key_s_use(client: Callable[..., o
         assert time.monotonic() < deadline, lines
         time.sleep(0.2)
     memory = used["memory"]
-    assert memory["model"] == "tiny" and memory["requests"] >= 1 and memory["tokens_in"] > 50 * memory["requests"] and memory["tokens_out"] > 0
+    assert (
+        memory["model"] == "tiny" and memory["requests"] >= 1 and memory["tokens_in"] > 50 * memory["requests"] and memory["tokens_out"] > 0
+    )
 
 
 def test_a_key_that_has_used_up_its_share_leaves_the_rules_text(client: Callable[..., openai.OpenAI]) -> None:

@@ -78,8 +78,8 @@ class StoreApi:
 
 
 def take(conn: Connection, found: Deployment, now: float, cap: float = outcomes.SOURCE_CAP) -> Look | None:
-    """The look at a deployment's canary, where a source counts `cap` times at most; None where there is none, or its runner hasn't noted what
-    came before it."""
+    """The look at a deployment's canary, where a source counts `cap` times at most; None where there is none, or its runner hasn't noted
+    what came before it."""
     if found.state != "canary" or "canary_began" not in found.cycle or "offline" not in found.cycle:
         return None
     described = descriptions.of(found.description)
