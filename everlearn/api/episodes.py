@@ -11,9 +11,9 @@ from sqlalchemy import Connection
 
 from everlearn.api import auth, bodies
 from everlearn.api.auth import scope, tenant
-from everlearn.api.feedback import Moment, feedback_json
+from everlearn.api.feedback import feedback_json
 from everlearn.api.openai import types
-from everlearn.api.paging import After, Limit, page, refuse_unknown
+from everlearn.api.paging import After, Limit, Moment, page, refuse_unknown
 from everlearn.api.records import encoded
 from everlearn.api.services import services
 from everlearn.api.tinker.forms import CHECK_ADDRESS
@@ -73,8 +73,8 @@ async def list_episodes(
     split: Literal["train", "heldout"] | None = None,
     user: str | None = None,
     model: str | None = None,
-    since: float | None = Moment,
-    until: float | None = Moment,
+    since: Moment = None,
+    until: Moment = None,
 ) -> dict[str, Any]:
     """The tenant's episodes, the newest first."""
     refuse_unknown(request, "limit", "after", "split", "user", "model", "since", "until")

@@ -9,12 +9,12 @@ import time
 from typing import Any
 
 import msgspec
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Request, Response
 
 from everlearn.api import auth, bodies, grants, splice
 from everlearn.api.auth import Caller, scope, tenant
 from everlearn.api.openai import types
-from everlearn.api.paging import After, Limit, page, refuse_unknown
+from everlearn.api.paging import After, Limit, Moment, page, refuse_unknown
 from everlearn.api.services import Services, services
 from everlearn.api.tinker.forms import CHECK_ADDRESS
 from everlearn.errors import Expired, InvalidRequest, NotFound, Unsupported
@@ -28,7 +28,6 @@ router = APIRouter(prefix="/v1/feedback", tags=["feedback"], dependencies=[CHECK
 SAYS, READS = [scope("sample")], [scope("read")]
 WITHOUT_KEY = [scope("sample", grants.SCOPE)]
 FILTERS = ("record_id", "episode_id", "kind", "source", "source_id", "name", "counts", "since", "until")
-Moment = Query(None, ge=0, le=1e12, allow_inf_nan=False, description="Unix seconds")
 RECORD_TIME = re.compile(r"rec_([0-9a-f]{11})[0-9a-z]+")
 
 
@@ -218,8 +217,8 @@ async def list_feedback(
     source_id: str | None = None,
     name: str | None = None,
     counts: bool | None = None,
-    since: float | None = Moment,
-    until: float | None = Moment,
+    since: Moment = None,
+    until: Moment = None,
 ) -> dict[str, Any]:
     """The tenant's feedback, newest first."""
     refuse_unknown(request, "limit", "after", *FILTERS)
@@ -233,7 +232,7 @@ async def list_feedback(
 
 
 @router.get("/summary", dependencies=READS)
-async def summary(request: Request, since: float | None = Moment, until: float | None = Moment) -> dict[str, Any]:
+async def summary(request: Request, since: Moment = None, until: Moment = None) -> dict[str, Any]:
     """How much was said that counts, by source and by kind, and what it is worth under the cap of each source."""
     refuse_unknown(request, "since", "until")
     svc, owner = services(request), tenant(request)

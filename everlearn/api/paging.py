@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import Query, Request
 from sqlalchemy.engine import Connection
@@ -15,6 +15,8 @@ from everlearn.store.names import storable
 
 Limit = Query(20, ge=1, le=1000)
 After = Query(None, max_length=200)
+# A type, not a default: FastAPI writes a parameter's name into a default, and a second parameter with the same one would read the first.
+Moment = Annotated[float | None, Query(ge=0, le=1e12, allow_inf_nan=False, description="Unix seconds")]
 Find = Callable[[Connection, str, int, str | None], Sequence[Any]]  # connection, tenant, how many, behind which
 
 

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 from sqlalchemy import Connection
 
 from everlearn.api.auth import scope, tenant
-from everlearn.api.paging import After, Limit, page, refuse_unknown
+from everlearn.api.paging import After, Limit, Moment, page, refuse_unknown
 from everlearn.api.services import services
 from everlearn.store import records
 from everlearn.store.records import Body, Row
@@ -71,11 +71,16 @@ async def list_records(
     model: str | None = None,
     key_id: str | None = None,
     user: str | None = None,
+    since: Moment = None,
+    until: Moment = None,
 ) -> dict[str, Any]:
-    """Figures without content, newest first; of one model (all versions of a bare name), one key, one user."""
-    refuse_unknown(request, "limit", "after", "model", "key_id", "user")
+    """Figures without content, newest first; of one model (all versions of a bare name), one key, one user; of answers that were given at
+    `since` or later, and before `until`."""
+    refuse_unknown(request, "limit", "after", "model", "key_id", "user", "since", "until")
     owner = tenant(request)
-    found = await services(request).read(lambda conn: records.list_rows(conn, owner, limit + 1, after, model, key_id, user))
+    found = await services(request).read(
+        lambda conn: records.list_rows(conn, owner, limit + 1, after, model, key_id, user, since=since, until=until)
+    )
     return page(found, limit, row_json)
 
 

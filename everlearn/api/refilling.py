@@ -2,35 +2,41 @@
 
 The answer never waits for it. With the answer's end the rules mask, allot and cut, so the window keeps its budget at every moment; the
 model's text takes the place of the rule's when it comes, within the same cap. A turn asks for at most MOST refills and MOST weights,
-however long the history is. Whatever keeps the model from it (it wrote nothing, the queue was full, its adapter is gone, somebody changed
-the chunk meanwhile) leaves the rule's text standing, and the chunk's history says so. A process that dies meanwhile leaves it standing too.
+however long the history is. Each is a request of the key that sent the turn, in its limits and in its usage; one that finds no room there
+waits a little, since nobody waits for it. Whatever keeps the model from it (it wrote nothing, the queue or the key's share was full, its
+adapter is gone, somebody changed the chunk meanwhile) leaves the rule's text standing, and the chunk's history says so. A process that dies
+meanwhile leaves it standing too.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from array import array
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import msgspec
 from sqlalchemy import Connection
 
 from everlearn.api.auth import Caller
 from everlearn.api.chatmodels import ChatModel
+from everlearn.api.limiter import Lease
 from everlearn.api.services import Services
 from everlearn.api.target import Target, resolve
 from everlearn.api.turns import Draw, Turn, encode_turn, open_text
-from everlearn.errors import EverlearnError, InvalidRequest, NotFound
+from everlearn.errors import EverlearnError, InvalidRequest, NotFound, RateLimited
 from everlearn.memory import orders
 from everlearn.memory.importance import BY_HAND, Importance, Recency, Surface
 from everlearn.memory.plan import Hole, Rewrite
 from everlearn.memory.refill import Extract, Forget, Refill
 from everlearn.memory.turns import Turns
 from everlearn.memory.window import Chunk, Encode, Window, line
-from everlearn.store import episodes, memories
+from everlearn.store import episodes, memories, usage
 from everlearn.store.memories import Memory
+from everlearn.types import SampleResult
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +44,8 @@ REFILLS = ("extract", "generate", "forget")
 IMPORTANCES = ("head", "recency", "decided")
 MOST = 8  # refills of a turn, and weights
 MOST_WAITING = 4  # turns of one memory whose refills are still to be written
+PATIENCE = 5.0  # seconds that an order waits for room in its key's limits
+KIND = "memory"  # in the usage
 SHOWN = 160  # characters of a reason in a chunk's history
 BEGINS, ENDS = "<|im_start|>", "<|im_end|>"
 
@@ -60,6 +68,17 @@ class Job(msgspec.Struct, frozen=True):
     new: tuple[int, ...]
     record_id: str
     episode_id: str
+
+
+@dataclass
+class Policy:
+    """Who does one job, and what that used so far. `room` lets no more orders be carried out at once than the key may have requests."""
+
+    svc: Services
+    job: Job
+    target: Target
+    room: asyncio.Semaphore
+    used: list[usage.Line] = field(default_factory=list)
 
 
 class Done(msgspec.Struct, frozen=True):
@@ -151,6 +170,7 @@ async def _work(svc: Services, job: Job, refused: str) -> None:
     who, reason = memory.policy or memory.base_model, refused
     levels: dict[tuple[int, ...], float | str] = {}
     done: list[Done] = []
+    used: list[usage.Line] = []
     window = window_of(await svc.read(lambda conn: memories.get(conn, memory.tenant, memory.memory_id)))
     try:
         target = await policy_of(svc, job.caller, memory)
@@ -161,43 +181,44 @@ async def _work(svc: Services, job: Job, refused: str) -> None:
         done = [Done(cut, failed=reason) for cut in cuts]
     else:
         over = [Done(cut, failed=f"a turn asks for {MOST} refills at most") for cut in cuts[MOST:]]
-        done = [*await asyncio.gather(*(_refilled(svc, job, target, window, cut) for cut in cuts[:MOST])), *over]
+        policy = Policy(svc, job, target, asyncio.Semaphore(job.caller.limits.concurrency or MOST), used)
+        done = [*await asyncio.gather(*(_refilled(policy, window, cut) for cut in cuts[:MOST])), *over]
         if memory.importance == "decided":
             places = weighed(window, job.new)
-            found = await asyncio.gather(*(_level(svc, job, target, window, place) for place in places))
+            found = await asyncio.gather(*(_level(policy, window, place) for place in places))
             levels = {window.chunks[place].sources: level for place, level in zip(places, found, strict=True)}
-    await svc.write(lambda conn: _settle(conn, job, who, done, levels))
+    await svc.write(lambda conn: _settle(conn, job, who, done, levels, used))
 
 
-async def _refilled(svc: Services, job: Job, target: Target, window: Window, cut: Cut) -> Done:
+async def _refilled(policy: Policy, window: Window, cut: Cut) -> Done:
     place = next((i for i, chunk in enumerate(window.chunks) if chunk.sources == cut.after.sources), None)
     if place is None:
         return Done(cut, failed="the chunk had left the window")
-    encode = encode_of(job.chat)
+    encode = encode_of(policy.job.chat)
     cap = min(cut.cap, len(cut.after.tokens) + window.room - window.size)
     chunks = [*window.chunks[:place], cut.before, *window.chunks[place + 1 :]]
     try:
-        said = await _say(svc, job, target, orders.shorter(chunks, Hole(place, cap)), orders.begun(cut.before), cap)
+        said = await _say(policy, orders.shorter(chunks, Hole(place, cap)), orders.begun(cut.before), cap)
     except EverlearnError as error:
         return Done(cut, failed=error.message)
     text = await asyncio.to_thread(orders.refilled, said.replace("\0", ""), cut.before, cap, encode)
     return Done(cut, text, tuple(encode(line(cut.before.role, text)))) if text.strip() else Done(cut, failed="it wrote nothing that fits")
 
 
-async def _level(svc: Services, job: Job, target: Target, window: Window, place: int) -> float | str:
+async def _level(policy: Policy, window: Window, place: int) -> float | str:
     """What the policy finds a chunk worth, or why it didn't say."""
     try:
-        said = await _say(svc, job, target, orders.keeping(window.chunks, place), "", orders.LEVEL_TOKENS)
+        said = await _say(policy, orders.keeping(window.chunks, place), "", orders.LEVEL_TOKENS)
     except EverlearnError as error:
         return error.message
     level = orders.level_of(said)
     return orders.UNDECIDED if level is None else level
 
 
-async def _say(svc: Services, job: Job, target: Target, order: str, begun: str, most: int) -> str:
+async def _say(policy: Policy, order: str, begun: str, most: int) -> str:
     """What the policy says, greedily. Where the model speaks ChatML the order is spelled as the library and its training spell it
     (everlearn/rl/prompts.py), else as the model's template does."""
-    chat, tokenizer = job.chat, job.chat.tokenizer
+    svc, chat, tokenizer = policy.svc, policy.job.chat, policy.job.chat.tokenizer
     ends = tokenizer.id_of(ENDS)
     if ends is not None and tokenizer.id_of(BEGINS) is not None:
         prompt = tokenizer.encode(f"{BEGINS}user\n{tokenizer.guard(order)}{ENDS}\n{BEGINS}assistant\n{begun}")
@@ -206,10 +227,39 @@ async def _say(svc: Services, job: Job, target: Target, order: str, begun: str, 
         _, prompt, _ = await encode_turn(svc, chat, Turn(messages=said, continue_final=bool(begun)))
     stops = [] if ends is None else [ends]
     draw = Draw(max_tokens=most, temperature=0.0, seed=0, stop_tokens=stops)
-    opened = await open_text(svc, job.memory.tenant, target, prompt, draw, grammar=None, stream=False)
-    generation = await svc.serving.generate(opened.spec)
-    result = await generation.result()
+    opened = await open_text(svc, policy.job.memory.tenant, policy.target, prompt, draw, grammar=None, stream=False)
+    async with policy.room:
+        with await _admitted(policy, opened.most_tokens) as lease:
+            lease.spent(0)  # unless the engine takes it
+            began = time.time()
+            generation = await svc.serving.generate(opened.spec)
+            lease.spent(len(prompt))
+            result = await generation.result()
+            line = _used(policy, len(prompt), result, began)
+            policy.used.append(line)
+            lease.spent(line.tokens_in + line.tokens_out)
     return tokenizer.decode(array("i", result.sequences[0].tokens.data).tolist(), skip_special=True)
+
+
+async def _admitted(policy: Policy, tokens: int) -> Lease:
+    """The order's share of its key's limits. One that would have to wait longer than PATIENCE raises RateLimited."""
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return policy.svc.limiter.admit(policy.job.caller, policy.target.name, tokens)
+        except RateLimited as error:
+            pause = float(error.retry_after or 1)
+            if time.monotonic() + pause > until:
+                raise
+            await asyncio.sleep(pause)
+
+
+def _used(policy: Policy, prompt: int, result: SampleResult, began: float) -> usage.Line:
+    caller, drawn = policy.job.caller, sum(sequence.tokens.shape[0] for sequence in result.sequences)
+    return usage.Line(
+        tenant=caller.tenant, day=usage.day_of(began), key_id=caller.key_id or "", subject=policy.target.name, kind=KIND, requests=1,
+        tokens_in=prompt, tokens_cached=result.prompt_cache_hit_tokens, tokens_out=drawn, seconds=time.time() - began,
+    )  # fmt: skip
 
 
 def weighed(window: Window, new: Sequence[int]) -> list[int]:
@@ -221,8 +271,12 @@ def weighed(window: Window, new: Sequence[int]) -> list[int]:
     return [*own, *(place for place in rest if place in free and place not in own)][:MOST]
 
 
-def _settle(conn: Connection, job: Job, who: str, done: Sequence[Done], levels: dict[tuple[int, ...], float | str]) -> None:
-    """The texts and weights as part of the memory as it is now. What was forgotten meanwhile leaves nothing."""
+def _settle(
+    conn: Connection, job: Job, who: str, done: Sequence[Done], levels: dict[tuple[int, ...], float | str], used: Sequence[usage.Line] = ()
+) -> None:
+    """The texts and weights as part of the memory as it is now, and what they used. What was forgotten meanwhile leaves nothing, but that
+    it was paid for."""
+    usage.add(conn, used)
     try:
         memory = memories.get(conn, job.memory.tenant, job.memory.memory_id)
     except NotFound:

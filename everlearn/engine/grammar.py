@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 # A regular expression can say more in a byte than a schema; the conversion of GBNF is Python and quadratic.
 MAX_SOURCE = {"json_schema": 2**17, "json_object": 2**17, "lark": 2**17, "regex": 2**14, "ebnf": 2**14}
 THREADS = 2
+THREAD_NAME = "grammar"
 # What is late by the clock alone, beyond so many times engine.grammar_seconds and a second, is late because the machine is busy.
 PATIENCE = 3.0
 # Threads given up on at one time before no new ones are started.
@@ -187,7 +188,7 @@ class Grammars:
         if self.threads < THREADS and self.lost < MAX_LOST and (found := self._next()):
             self.threads += 1
             before = threading.stack_size(STACK_BYTES)
-            threading.Thread(target=self._work, args=found, name="grammar", daemon=True).start()
+            threading.Thread(target=self._work, args=found, name=THREAD_NAME, daemon=True).start()
             threading.stack_size(before)
 
     def _work(self, tenant: str, made: Compilation) -> None:

@@ -141,6 +141,18 @@ def main() -> None:
     _work(engine, mailbox)
     engine.close()
     mailbox.close()
+    end()
+
+
+def end() -> None:
+    """Ends the process where a grammar still compiles, without taking the interpreter apart: its thread would come back from the library
+    into what is no more, and the library's own code (xgrammar's) ends that with an abort."""
+    from everlearn.engine.grammar import THREAD_NAME  # with torch, which main sets up first
+
+    if any(thread.name == THREAD_NAME for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _work(engine: Engine, mailbox: Mailbox) -> None:

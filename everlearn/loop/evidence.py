@@ -43,6 +43,9 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     the sampler's and the trainer's log-probabilities. `feedback` has one outcome for each episode that got any (the mean of its
     feedback, 0 bad, 1 good), `guardrails` one for each episode, both in order of arrival.
 
+    `sources` tells, for `feedback` and for guardrails that are made of people's words, who said each outcome, by a number; -1 where nobody
+    is named or nothing was said. It is absent where nobody at all is named.
+
     At the stage "watch" `candidate` is live and answers everybody, and `champion` is what answered before: its outcomes are its record,
     and `hours` is the time since the promotion.
     """
@@ -61,6 +64,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     feedback: tuple[Outcome, ...] = ()
     guardrails: dict[str, tuple[Outcome, ...]] = {}
     alarms: tuple[Alarm, ...] = ()
+    sources: dict[str, tuple[int, ...]] | msgspec.UnsetType = msgspec.UNSET  # absent, so that what was written before it still replays
 
 
 def digest(value: msgspec.Struct) -> str:

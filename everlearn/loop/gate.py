@@ -17,7 +17,7 @@ from typing import Literal
 import msgspec
 
 from everlearn.errors import Damaged, InvalidRequest
-from everlearn.loop import live, parts, sequential
+from everlearn.loop import live, parts, sequential, sources
 from everlearn.loop.evidence import Evidence, Stage, digest
 from everlearn.loop.parts import Part
 from everlearn.loop.rule import CanaryRule, Rule
@@ -57,7 +57,7 @@ def decide(rule: Rule, evidence: Evidence) -> Verdict:
     if evidence.stage != "offline":
         shown += parts.guardrails(rule, evidence)
     if evidence.stage == "canary" and rule.canary is not None:
-        shown.append(parts.canary(rule.canary, evidence))
+        shown.append(parts.canary(rule.canary, evidence, rule))
     decision, reason, step = _conclude(rule, evidence, shown)
     if decision == "promote" or (decision == "hold" and _is_shown(shown)):
         shown.append(parts.owner(rule, len(shown)))
@@ -107,7 +107,7 @@ def _conclude(rule: Rule, evidence: Evidence, shown: list[Part]) -> tuple[Decisi
     if not open_parts and (rule.canary is None or step == len(rule.canary.steps) - 1):
         return _promotion(rule, evidence, shown)
     if rule.canary is not None:
-        return _on_with_canary(rule.canary, evidence, open_parts)
+        return _on_with_canary(rule, rule.canary, evidence, open_parts)
     return "hold", "; ".join(f"{part.name}: {part.reason}" for part in open_parts), 0
 
 
@@ -134,14 +134,15 @@ def _promotion(rule: Rule, evidence: Evidence, shown: list[Part]) -> tuple[Decis
     return ("promote" if asked.result == "pass" else "hold"), asked.reason, 0
 
 
-def _on_with_canary(rule: CanaryRule, evidence: Evidence, open_parts: list[Part]) -> tuple[Decision, str, int]:
+def _on_with_canary(whole: Rule, rule: CanaryRule, evidence: Evidence, open_parts: list[Part]) -> tuple[Decision, str, int]:
     total = len(evidence.feedback)
     if total >= rule.max_feedback:
         return "hold", f"no decision in {total} outcomes (the rule allows {rule.max_feedback}): the champion stays", 0
     if evidence.hours >= rule.max_hours:
         return "hold", f"no decision in {evidence.hours:g} hours (the rule allows {rule.max_hours:g}): the champion stays", 0
-    step, own = evidence.step, sum(outcome.candidate for outcome in evidence.feedback)
+    step = evidence.step
     needed = rule.steps[step].min_feedback
+    own = sources.counted(whole, evidence, needed)
     if own >= needed and step + 1 < len(rule.steps):
         share = rule.steps[step + 1].share
         return "continue", f"{own} outcomes of the candidate, none against it: on to {share:.0%} of the traffic", step + 1

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from everlearn.loop import parts, sequential
+from everlearn.loop import parts, sequential, sources
 from everlearn.loop.evidence import Evidence, Outcome
 from everlearn.loop.paired import proportion
 from everlearn.loop.parts import Part
@@ -69,17 +69,22 @@ def watched(rule: Rule, evidence: Evidence) -> list[Part]:
     """One part for human outcome and one for each guardrail of the rule; outcomes of the version before count as the champion's."""
     if rule.watch is None:
         return []
-    shown = [compared(FEEDBACK, rule.watch, evidence.feedback, rule.watch.margin, ("down",), rule.watch.alpha)]
+    without = sources.left_out(rule, evidence, FEEDBACK, len(evidence.feedback))
+    shown = [compared(FEEDBACK, rule.watch, evidence.feedback, rule.watch.margin, ("down",), rule.watch.alpha, without=without)]
     for name, guard in rule.guardrails.items():
         ways = ("up", "down") if guard.worse == "both" else (guard.worse,)
-        shown.append(compared(name, rule.watch, evidence.guardrails.get(name, ()), guard.margin, ways, guard.alpha, guard.limit))
+        outcomes = evidence.guardrails.get(name, ())
+        without = sources.left_out(rule, evidence, name, len(outcomes))
+        shown.append(compared(name, rule.watch, outcomes, guard.margin, ways, guard.alpha, guard.limit, without))
     return shown
 
 
 def compared(
-    name: str, rule: WatchRule, outcomes: Sequence[Outcome], margin: float, ways: Sequence[str], alpha: float, limit: float = 1.0
-) -> Part:
-    """Fails where the live version is surely worse than the one before by more than `margin`, whenever that was shown."""
+    name: str, rule: WatchRule, outcomes: Sequence[Outcome], margin: float, ways: Sequence[str], alpha: float, limit: float = 1.0,
+    without: Sequence[np.ndarray] = (),
+) -> Part:  # fmt: skip
+    """Fails where the live version is surely worse than the one before by more than `margin`, whenever that was shown; also without each of
+    its sources, where `without` has what is left then (everlearn/loop/sources.py)."""
     arms_N, values_N = sequential.read(outcomes, limit, f"watch.{name}")
     record_N, live_N = values_N[~arms_N], values_N[arms_N]
     told, num = f"live:{name}", len(live_N)
@@ -87,12 +92,20 @@ def compared(
         reason = f"{len(record_N)} of {rule.min_record} outcomes of the version before; nothing to hold the live one against"
         return Part(name=told, result="wait", reason=reason, num=num, live=True)
     each = alpha / len(ways) / 2
-    ends = {way: surely(record_N, each, lower=way == "down") for way in ways}
-    places = {}
-    for way, end in ends.items():
-        tolerated = end - margin if way == "down" else end + margin
-        if 0.0 < tolerated < 1.0 and (place := crossing(live_N, tolerated, each, below=way == "down")) is not None:
+    places, alone = {}, ""
+    for way in ways:
+        place = _crossed(record_N, live_N, margin, way, each)
+        if place is None:
+            continue
+
+        def stands(kept_N: np.ndarray, way: str = way) -> bool:
+            before_N, since_N = values_N[kept_N & ~arms_N], values_N[kept_N & arms_N]
+            return len(before_N) >= rule.min_record and _crossed(before_N, since_N, margin, way, each) is not None
+
+        if sources.stands(without, stands):
             places[way] = place
+        else:
+            alone = sources.ALONE
     before, now = float(record_N.mean()), float(live_N.mean()) if num else float(record_N.mean())
     low, high = bound(live_N, each, lower=True), bound(live_N, each, lower=False)
     figures = f"{now:.3f} over {num} outcomes, {before:.3f} over {len(record_N)} of the version before"
@@ -101,9 +114,16 @@ def compared(
         side = "below" if way == "down" else "above"
         reason = f"{side} the version before by more than {margin:g} since outcome {places[way]}: {figures}"
     else:
-        reason = f"no harm beyond {margin:g} seen: {figures}"
+        reason = f"no harm beyond {margin:g} seen: {figures}{alone}"
     result = "fail" if places else "pass"
     return Part(name=told, result=result, reason=reason, value=now - before, low=low - before, high=high - before, num=num, live=True)  # type: ignore[arg-type]
+
+
+def _crossed(record_N: np.ndarray, live_N: np.ndarray, margin: float, way: str, alpha: float) -> int | None:
+    """Since which outcome the live version surely is beyond `margin` of the record, below it ("down") or above."""
+    end = surely(record_N, alpha, lower=way == "down")
+    tolerated = end - margin if way == "down" else end + margin
+    return crossing(live_N, tolerated, alpha, below=way == "down") if 0.0 < tolerated < 1.0 else None
 
 
 def shown(rule: Rule, evidence: Evidence) -> list[Part]:

@@ -2,22 +2,29 @@
 
 An episode belongs to the arm that answered it first. Where chance assigned episodes each is an outcome; where it assigned a user, as it
 does where the client names no episodes, that user's first episode with an arm is: what the same person says again says less than what
-another says, and a test that took all of it for new would be surer than it may be. Read over the public API: records, and the feedback on
-them.
+another says, and a test that took all of it for new would be surer than it may be. Of each source the words about its first
+`feedback.source_cap` episodes count, and each outcome of people's words is told with who said it, so that the gate can see what hangs on
+one of them (everlearn/loop/sources.py). Read over the public API: records, and the feedback on them.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
+import msgspec
+
+from everlearn.config import FeedbackSettings
 from everlearn.errors import NotFound
 from everlearn.loop.description import IN_SHADOW
 from everlearn.loop.evidence import Outcome
 from everlearn.loop.service import Api, Deployed, pages
+from everlearn.loop.sources import NOBODY
+from everlearn.loop.weights import within
 
 SHADOW = "shadow"  # the route of answers that nobody saw
 SHADOW_TOKENS = 512  # where they are cut (everlearn/api/shadow.py)
@@ -27,24 +34,35 @@ REVIEW = "review"  # the name of words that settle an answer in the review (ever
 FOUND = "ep_"  # how the id of an episode begins that no client named (everlearn/store/placing.py)
 REFUSES = re.compile(r"\b(?:I(?:'m| am) sorry|I can(?:'t|not)|I(?:'m| am) (?:unable|not able)|as an AI)\b", flags=re.IGNORECASE)
 Episode = list[dict[str, Any]]  # its records, oldest first
+FEEDBACK = "feedback"
+SOURCE_CAP = FeedbackSettings().source_cap
+
+
+class Told(NamedTuple):
+    """An outcome and who said it: "" for whoever isn't named, None where nothing was said or where it isn't a person's word."""
+
+    outcome: Outcome
+    source: str | None
 
 
 class Traffic:
     """What both arms answered since a time, and what was said of it. `settle`: how long after its last answer an episode's feedback has to
     come to count in the rate; what comes later counts as feedback all the same. `known`: measures of texts by record, kept between looks.
     `each`: every episode is an outcome, whoever was assigned (of a version that everybody gets nothing was assigned). `ended`: what came
-    after `until` is left out, for a time that is over. `listed`: the records, where the caller has them, oldest first."""
+    after `until` is left out, for a time that is over. `listed`: the records, where the caller has them, oldest first. `cap`: the number of
+    episodes about which what a source says counts."""
 
     def __init__(
         self, api: Api, now: Deployed, since: float, settle: float, until: float,
         known: dict[str, dict[str, float]] | None = None, each: bool = False, ended: bool = False,
-        listed: Sequence[dict[str, Any]] | None = None,
+        listed: Sequence[dict[str, Any]] | None = None, cap: float = SOURCE_CAP,
     ):  # fmt: skip
         self.api, self.now, self.settle, self.until = api, now, settle, until
         self.known = {} if known is None else known
         arms = {now.champion: False, now.candidate: True}
         end = until if ended else math.inf
-        found = pages(api, "/v1/records", since, model=now.name) if listed is None else listed
+        bounds = {"until": math.floor(end) + 1} if ended else {}  # rows show whole seconds
+        found = pages(api, "/v1/records", since, model=now.name, **bounds) if listed is None else listed
         records = [row for row in found if row["model"] in arms and row["created_at"] <= end]
         self.shadows: Episode = [row for row in records if row["route"] == SHADOW]
         self.episodes: dict[str, Episode] = {}
@@ -52,49 +70,75 @@ class Traffic:
             if row["route"] not in (SHADOW, EMBEDDINGS):
                 self.episodes.setdefault(row.get("episode_id") or row["id"], []).append(row)
         self.arms = {episode: arms[rows[0]["model"]] for episode, rows in self.episodes.items()}
-        self.said: dict[str, Episode] = {}
+        words: Episode = []
         self.tools: dict[str, Episode] = {}
         for row in pages(api, "/v1/feedback", since, counts=True):
             episode = row["target"]["episode_id"]
             if row["created_at"] > end:
                 continue
             if episode in self.arms and (value := self._value(row)) is not None:
-                self.said.setdefault(episode, []).append({**row, "worth": value})
+                words.append({**row, "worth": value})
             if episode in self.arms and row["kind"] == "outcome" and row.get("value") is not None:
                 self.tools.setdefault(episode, []).append(row)
+        self.said: dict[str, Episode] = {}
+        places = [(source_of(row), row["target"]["episode_id"]) for row in words]
+        for row, (_, episode), counts in zip(words, places, within(places, cap), strict=True):
+            if counts:
+                self.said.setdefault(episode, []).append(row)
+        self.spoke = Counter(source for episode, rows in self.said.items() for source in {source_of(row) for row in rows})
         self.units = {episode: episode if each else unit_of(episode, rows[0]) for episode, rows in self.episodes.items()}
 
     def feedback(self) -> tuple[Outcome, ...]:
         """The mean of each episode's feedback, 0 bad to 1 good, in the order in which the first of it came."""
-        means = [
-            (rows[0]["created_at"], rows[0]["id"], episode, fmean(row["worth"] for row in rows)) for episode, rows in self.said.items()
-        ]
-        return self._firsts((episode, mean) for _, _, episode, mean in sorted(means))
+        return tuple(one.outcome for one in self._feedback())
 
-    def tool_errors(self) -> tuple[Outcome, ...]:
-        """The share of its tools' outcomes that failed (below one half), of each episode that has any; in the order of the first."""
-        ordered = sorted((rows[0]["created_at"], rows[0]["id"], episode) for episode, rows in self.tools.items())
-        failed = {episode: fmean(float(row["value"] < 0.5) for row in rows) for episode, rows in self.tools.items()}
-        return self._firsts((episode, failed[episode]) for _, _, episode in ordered)
+    def _feedback(self) -> list[Told]:
+        order = sorted((rows[0]["created_at"], rows[0]["id"], episode) for episode, rows in self.said.items())
+        return self._firsts((episode, self._mean(episode), self._source(episode)) for _, _, episode in order)
 
-    def _firsts(self, found: Iterable[tuple[str, float]]) -> tuple[Outcome, ...]:
-        """Of each unit the first episode with each arm; what was told once stays."""
-        seen: set[tuple[str, bool]] = set()
-        kept = []
-        for episode, value in found:
-            unit = (self.units[episode], self.arms[episode])
-            if unit not in seen:
-                seen.add(unit)
-                kept.append(Outcome(self.arms[episode], value))
-        return tuple(kept)
+    def _mean(self, episode: str) -> float:
+        """Over its sources, of the mean of what each said: whoever says more isn't heard more."""
+        by_source: dict[str, list[float]] = {}
+        for row in self.said[episode]:
+            by_source.setdefault(source_of(row), []).append(row["worth"])
+        return fmean(fmean(worths) for worths in by_source.values())
 
-    def guardrails(self, names: Sequence[str]) -> dict[str, tuple[Outcome, ...]]:
-        found: dict[str, tuple[Outcome, ...]] = {}
+    def _source(self, episode: str) -> str:
+        """Of those who spoke of an episode, the one who spoke of most episodes: whatever hangs on one source hangs on such a one."""
+        return max({source_of(row) for row in self.said[episode]}, key=lambda source: (self.spoke[source], source))
+
+    def told(self, names: Sequence[str]) -> dict[str, list[Told]]:
+        """Feedback and these guardrails, each outcome with who said it."""
+        found = {FEEDBACK: self._feedback()}
         for name in names:
             found[name] = OF_FEEDBACK[name](self) if name in OF_FEEDBACK else self._each(name)
         return found
 
+    def _tool_errors(self) -> list[Told]:
+        """The share of its tools' outcomes that failed (below one half), of each episode that has any; in the order of the first."""
+        ordered = sorted((rows[0]["created_at"], rows[0]["id"], episode) for episode, rows in self.tools.items())
+        failed = {episode: fmean(float(row["value"] < 0.5) for row in rows) for episode, rows in self.tools.items()}
+        return self._firsts((episode, failed[episode], None) for _, _, episode in ordered)
+
+    def _firsts(self, found: Iterable[tuple[str, float, str | None]]) -> list[Told]:
+        """Of each unit the first episode with each arm; what was told once stays."""
+        seen: set[tuple[str, bool]] = set()
+        kept = []
+        for episode, value, source in found:
+            unit = (self.units[episode], self.arms[episode])
+            if unit not in seen:
+                seen.add(unit)
+                kept.append(Told(Outcome(self.arms[episode], value), source))
+        return kept
+
+    def guardrails(self, names: Sequence[str]) -> dict[str, tuple[Outcome, ...]]:
+        found = self.told(names)
+        return {name: tuple(one.outcome for one in found[name]) for name in names}
+
     def feedback_rate(self) -> tuple[Outcome, ...]:
+        return self.guardrails(["feedback_rate"])["feedback_rate"]
+
+    def _rate(self) -> list[Told]:
         """1 for an episode that got feedback in time, 0 for one that got none; those whose time isn't over are left out.
 
         Both enter when their time is over, also those with feedback: entering when it comes, they would be all that is known of an arm
@@ -102,7 +146,8 @@ class Traffic:
         """
         now = int(self.until)  # rows have whole seconds: in the present one more may come
         order = sorted((self._settled(episode), episode) for episode in self.episodes)
-        return self._firsts((episode, float(self._said_by(episode, at))) for at, episode in order if at < now)
+        over = [(episode, self._said_by(episode, at)) for at, episode in order if at < now]
+        return self._firsts((episode, float(said), self._source(episode) if said else None) for episode, said in over)
 
     def unseen(self, names: Sequence[str]) -> dict[str, tuple[Outcome, ...]]:
         """The same of the shadow's answers against the champion's, answer by answer; both as long as a shadow's can be."""
@@ -137,8 +182,8 @@ class Traffic:
             return []
         return [str(message.get("content") or "") for message in (found or {}).get("answer") or []]
 
-    def _each(self, name: str) -> tuple[Outcome, ...]:
-        return self._firsts((episode, fmean(self._of(name, row) for row in rows)) for episode, rows in self.episodes.items())
+    def _each(self, name: str) -> list[Told]:
+        return self._firsts((episode, fmean(self._of(name, row) for row in rows), None) for episode, rows in self.episodes.items())
 
     def _of(self, name: str, row: dict[str, Any]) -> float:
         """One answer's measure; what needs its text is read once."""
@@ -169,6 +214,25 @@ def unit_of(episode: str, row: dict[str, Any]) -> str:
     return f"user:{row['user']}" if episode.startswith(FOUND) and row.get("user") else episode
 
 
+def source_of(row: dict[str, Any]) -> str:
+    """Who says it; "" where that is only the key's owner, who speaks for whomever he serves."""
+    source = row.get("source_id") or ""
+    return "" if source == row.get("key_id") else source
+
+
+def evident(told: Mapping[str, Sequence[Told]]) -> dict[str, Any]:
+    """`feedback`, `guardrails` and `sources` of an Evidence; sources as numbers, in the order in which they come."""
+    named = {one.source: None for found in told.values() for one in found if one.source is not None}
+    numbers: dict[str | None, int] = {source: number for number, source in enumerate(named)} if set(named) - {""} else {}
+    sources = {
+        name: tuple(numbers.get(one.source, NOBODY) for one in found)
+        for name, found in told.items()
+        if any(one.source in numbers for one in found)
+    }
+    outcomes = {name: tuple(one.outcome for one in found) for name, found in told.items()}
+    return {"feedback": outcomes.pop(FEEDBACK, ()), "guardrails": outcomes, "sources": sources or msgspec.UNSET}
+
+
 def value_of(row: dict[str, Any]) -> float | None:
     """0 bad to 1 good; None where it says neither, and where it isn't the word of a person who met the answer: not of programs and models,
     nor of reviewers, who are shown answers because something seems to be wrong with them. Whoever corrects an answer wasn't pleased."""
@@ -190,7 +254,7 @@ MEASURES: dict[str, Callable[[Traffic, dict[str, Any]], float]] = {
     "refusal": lambda traffic, row: float(REFUSES.search(" ".join(traffic.contents(row))) is not None),
 }
 OF_TEXT = ("refusal",)  # each of these asks the server for the record
-OF_FEEDBACK: dict[str, Callable[[Traffic], tuple[Outcome, ...]]] = {
-    "feedback_rate": Traffic.feedback_rate,
-    "tool_errors": Traffic.tool_errors,
+OF_FEEDBACK: dict[str, Callable[[Traffic], list[Told]]] = {
+    "feedback_rate": Traffic._rate,
+    "tool_errors": Traffic._tool_errors,
 }

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from statistics import NormalDist
 from typing import Literal
 
 import msgspec
 import numpy as np
 
-from everlearn.loop import paired, sequential
+from everlearn.loop import paired, sequential, sources
 from everlearn.loop.evidence import Evidence, Measure, Retained
 from everlearn.loop.paired import Interval, Pair
 from everlearn.loop.rule import (
@@ -134,16 +135,23 @@ def alarms(rule: Rule, evidence: Evidence) -> list[Part]:
 
 def guardrails(rule: Rule, evidence: Evidence) -> list[Part]:
     """One part for each guardrail of the rule: a stop where harm beyond the margin is shown, whenever it was."""
-    return [guarded(name, guard, evidence) for name, guard in rule.guardrails.items()]
+    return [guarded(name, guard, evidence, rule) for name, guard in rule.guardrails.items()]
 
 
-def guarded(name: str, rule: GuardrailRule, evidence: Evidence) -> Part:
+def guarded(name: str, rule: GuardrailRule, evidence: Evidence, whole: Rule) -> Part:
+    """`whole` is the rule that the guardrail is part of."""
     arms_N, values_N = sequential.read(evidence.guardrails.get(name, ()), rule.limit, f"guardrails.{name}")
     found = sequential.blocks(arms_N, values_N)
     ways = {"up": (True,), "down": (False,), "both": (True, False)}[rule.worse]
     alpha = rule.alpha / len(ways)
     low, high = sequential.bounds(found, alpha, alpha)
-    harmed = [up for up in ways if sequential.crossing(found, rule.margin if up else -rule.margin, alpha, up) is not None]
+    places = sources.left_out(whole, evidence, name, len(arms_N))
+
+    def crossed(up: bool, kept_N: np.ndarray | slice = slice(None)) -> bool:
+        left = sequential.blocks(arms_N[kept_N], values_N[kept_N])
+        return sequential.crossing(left, rule.margin if up else -rule.margin, alpha, up) is not None
+
+    harmed = [up for up in ways if crossed(up) and sources.stands(places, partial(crossed, up))]
     harmless = all(high < rule.margin if up else low > -rule.margin for up in ways)
     own = int(arms_N.sum())
     figures = f"{_mean(found):+.3f} ({low:+.3f} to {high:+.3f}, {own} of {len(arms_N)} episodes the candidate's)"
@@ -174,13 +182,24 @@ def canary_blocks(rule: CanaryRule, evidence: Evidence) -> Blocks:
     return sequential.blocks(*sequential.read(evidence.feedback[: rule.max_feedback], name="feedback"))
 
 
-def canary(rule: CanaryRule, evidence: Evidence) -> Part:
-    """Human feedback on candidate and champion: better, worse, or not known yet."""
+def canary(rule: CanaryRule, evidence: Evidence, whole: Rule) -> Part:
+    """Human feedback on candidate and champion: better, worse, or not known yet. `whole` is the rule that has the canary."""
     arms_N, values_N = sequential.read(evidence.feedback[: rule.max_feedback], name="feedback")
     found = sequential.blocks(arms_N, values_N)
     low, high = sequential.bounds(found, rule.alpha, rule.alpha_stop)
-    better = sequential.crossing(found, rule.gain, rule.alpha)
-    worse = sequential.crossing(found, -rule.tolerated_loss, rule.alpha_stop, better=False)
+    left_out = [kept_N[: rule.max_feedback] for kept_N in sources.left_out(whole, evidence, "feedback", len(evidence.feedback))]
+
+    def crossed(better: bool, kept_N: np.ndarray | slice = slice(None)) -> int | None:
+        left = sequential.blocks(arms_N[kept_N], values_N[kept_N])
+        difference, alpha = (rule.gain, rule.alpha) if better else (-rule.tolerated_loss, rule.alpha_stop)
+        return sequential.crossing(left, difference, alpha, better)
+
+    better, worse = crossed(True), crossed(False)
+    alone = ""
+    if better is not None and not sources.stands(left_out, lambda kept_N: crossed(True, kept_N) is not None):
+        better, alone = None, sources.ALONE
+    if worse is not None and not sources.stands(left_out, lambda kept_N: crossed(False, kept_N) is not None):
+        worse, alone = None, sources.ALONE
     mean = _mean(found)
     figures = f"{mean:+.3f} ({low:+.3f} to {high:+.3f}, {int(arms_N.sum())} of {len(arms_N)} outcomes the candidate's)"
     result: Literal["pass", "fail", "wait"] = "wait"
@@ -189,7 +208,7 @@ def canary(rule: CanaryRule, evidence: Evidence) -> Part:
     elif better is not None:
         result, reason = "pass", f"better by more than {rule.gain:g} since outcome {better}: {figures}"
     else:
-        reason = f"undecided: {figures}"
+        reason = f"undecided: {figures}{alone}"
     return Part(name="canary", result=result, reason=reason, value=mean, low=low, high=high, num=len(arms_N), live=True)
 
 

@@ -131,10 +131,12 @@ class WatchRule(Section, frozen=True):
 
 class Rule(Section, frozen=True):
     """All that is asked. `owner` is who signed it; without a name nothing is promoted. `promote = "ask"` leaves the last word to a
-    person."""
+    person. `min_sources`: of how many people what users say must be for anything to follow from it: 2, also where it is absent, or 1,
+    which lets one decide alone (everlearn/loop/sources.py)."""
 
     owner: str = ""
     promote: Literal["automatic", "ask"] = "ask"
+    min_sources: Literal[1, 2] | msgspec.UnsetType = msgspec.UNSET  # absent, so that rules that were written before it keep their digest
     held_out: PairedRule | None = None
     corrections: CorrectionsRule | None = None
     safety: PairedRule | None = None

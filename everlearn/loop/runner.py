@@ -29,7 +29,7 @@ from everlearn.loop.description import Description
 from everlearn.loop.evidence import Evidence
 from everlearn.loop.gate import Verdict, decide
 from everlearn.loop.rule import Rule
-from everlearn.loop.service import Api, Deployed, Notes, deployed, pages, read, route
+from everlearn.loop.service import Api, Deployed, Notes, deployed, pages, read, route, source_cap
 from everlearn.loop.watch import Watch
 
 REST = "collect"
@@ -237,14 +237,14 @@ class Runner:
 
     def canary(self, now: Deployed, described: Description) -> bool:
         since, asked = float(now.cycle["canary_began"]), rule.rule_of(described.gate)
-        traffic = outcomes.Traffic(self.api, now, since, described.settle, self.clock(), self.known)
+        cap = source_cap(self.api)
+        traffic = outcomes.Traffic(self.api, now, since, described.settle, self.clock(), self.known, cap=cap)
         found = msgspec.structs.replace(
             _evidence(now.cycle["offline"]),
             stage="canary",
             step=int(now.cycle.get("step", 0)),
             hours=self._hours(since),
-            feedback=traffic.feedback(),
-            guardrails=traffic.guardrails(list(asked.guardrails)),
+            **outcomes.evident(traffic.told(list(asked.guardrails))),
         )
         return self._conclude(now, described, asked, found)
 

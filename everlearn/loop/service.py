@@ -10,6 +10,8 @@ import msgspec
 
 from everlearn.faultpoints import around
 
+NEVER = 1e11  # no feedback is as late: a summary of none
+
 
 class Api(Protocol):
     """JSON over HTTP, errors as everlearn's own: everlearn/cli/client.py, or whatever a test puts in its place."""
@@ -39,6 +41,11 @@ class Deployed(msgspec.Struct, frozen=True):
     description: dict[str, Any]
     cycle: dict[str, Any]
     created_at: float
+
+
+def source_cap(api: Api) -> float:
+    """How many labels all labels of one source are worth on this server (`feedback.source_cap`)."""
+    return float(api.get("/v1/feedback/summary", since=NEVER)["source_cap"])
 
 
 def route(name: str) -> str:

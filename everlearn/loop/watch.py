@@ -17,13 +17,14 @@ import numpy as np
 
 from everlearn.errors import Conflict, EverlearnError
 from everlearn.loop import description as descriptions
-from everlearn.loop import outcomes, rule
+from everlearn.loop import outcomes, rule, sources
 from everlearn.loop.description import Description
 from everlearn.loop.evidence import Alarm, Evidence, Outcome
 from everlearn.loop.gate import decide
 from everlearn.loop.live import surely
+from everlearn.loop.outcomes import FEEDBACK, Told
 from everlearn.loop.rule import Rule, WatchRule
-from everlearn.loop.service import Api, Deployed, pages, read, route
+from everlearn.loop.service import Api, Deployed, pages, read, route, source_cap
 from everlearn.rewards import guard
 
 HOUR = 3600.0
@@ -40,7 +41,7 @@ class Watch:
         self.known: dict[str, dict[str, float]] = {}  # what was read of the live version's texts
         self._listed: dict[str, dict[str, Any]] = {}  # its records, by id; those that are deleted stay until the next promotion
         self._since: tuple[tuple[str, str | None], float | None] = (("", None), None)  # of which champion and previous, and when it came
-        self._record: tuple[float, dict[str, tuple[Outcome, ...]]] = (0.0, {})  # of which promotion, and by guardrail
+        self._record: tuple[float, dict[str, list[Told]]] = (0.0, {})  # of which promotion, and by guardrail
 
     def watch(self, poll: float) -> None:
         """For ever, every `poll` seconds. Errors are told, and the next look is taken all the same."""
@@ -79,26 +80,27 @@ class Watch:
         """What everybody got since the promotion, behind the record of the version before."""
         assert now.previous is not None
         arms = msgspec.structs.replace(now, champion=now.previous, candidate=now.champion)
-        names = list(asked.guardrails)
+        names, cap = list(asked.guardrails), source_cap(self.api)
         if self._record[0] != since:
             self.known, self._listed = {}, {}  # another promotion: what was known of the last is past
             begin = since - watch.record_hours * HOUR
-            before = outcomes.Traffic(self.api, arms, begin, described.settle, since, each=True, ended=True)
-            found = {"feedback": before.feedback(), **before.guardrails(names)}
-            self._record = (since, {name: tuple(one for one in told if not one.candidate) for name, told in found.items()})
+            before = outcomes.Traffic(self.api, arms, begin, described.settle, since, each=True, ended=True, cap=cap)
+            self._record = (since, {name: _of(told, candidate=False) for name, told in before.told(names).items()})
         record = self._record[1]
-        live = outcomes.Traffic(self.api, arms, since, described.settle, self.clock(), self.known, each=True, listed=self._records(since))
-        feedback = tuple(one for one in live.feedback() if one.candidate)
-        since_then = {name: tuple(one for one in told if one.candidate) for name, told in live.guardrails(names).items()}
-        return Evidence(
+        listed = self._records(since)
+        live = outcomes.Traffic(self.api, arms, since, described.settle, self.clock(), self.known, each=True, listed=listed, cap=cap)
+        since_then = {name: _of(told, candidate=True) for name, told in live.told(names).items()}
+        shown = outcomes.evident({name: [*record.get(name, ()), *told] for name, told in since_then.items()})
+        found = Evidence(
             stage="watch",
             champion=now.previous,
             candidate=now.champion,
             hours=max(0.0, self.clock() - since) / HOUR,
-            feedback=(*record["feedback"], *feedback),
-            guardrails={name: (*record.get(name, ()), *since_then[name]) for name in names},
-            alarms=cusum(watch, record["feedback"], feedback),
+            **shown,
         )
+        without = sources.left_out(asked, found, FEEDBACK, len(found.feedback))
+        ended = len(record[FEEDBACK])
+        return msgspec.structs.replace(found, alarms=cusum(watch, found.feedback[:ended], found.feedback[ended:], without))
 
     def _records(self, since: float) -> list[dict[str, Any]]:
         """Those since the promotion, oldest first; what an earlier look has listed isn't listed again."""
@@ -125,14 +127,31 @@ class Watch:
             after = page["last_id"]
 
 
-def cusum(watch: WatchRule, record: Sequence[Outcome], live: Sequence[Outcome]) -> tuple[Alarm, ...]:
+def _of(told: Sequence[Told], candidate: bool) -> list[Told]:
+    return [one for one in told if one.outcome.candidate == candidate]
+
+
+def cusum(watch: WatchRule, record: Sequence[Outcome], live: Sequence[Outcome], without: Sequence[np.ndarray] = ()) -> tuple[Alarm, ...]:
     """`cusum`: Page's detector on human outcome against what the record of the version before surely promises (rewards/guard.py); none
     without a record that is long enough. What is held against is wrong with probability `alpha` / 2; where it isn't, a false alarm comes
     once in `labels` outcomes on average, which is another promise than the watch's tests'. (The record's own mean is above the truth half
-    of the time, and what is promised too high is crossed in the end.)"""
+    of the time, and what is promised too high is crossed in the end.) It is a veto where it is one without each source too; `without` has
+    what is left then, bool [N] of the outcomes of both."""
     if not watch.labels or len(record) < watch.min_record:
         return ()
-    promised = surely(np.array([one.value for one in record]), watch.alpha / 2, lower=True)
-    found = guard.divergence([promised] * len(live), [one.value for one in live], watch.margin, float(watch.labels))
+    values_N = np.array([one.value for one in (*record, *live)])
+    before_N = np.arange(len(values_N)) < len(record)
+
+    def diverged(kept_N: np.ndarray) -> Alarm:
+        promised = surely(values_N[kept_N & before_N], watch.alpha / 2, lower=True)
+        live_N = values_N[kept_N & ~before_N]
+        return guard.divergence([promised] * len(live_N), live_N.tolist(), watch.margin, float(watch.labels))
+
+    def stands(kept_N: np.ndarray) -> bool:
+        return int((kept_N & before_N).sum()) >= watch.min_record and diverged(kept_N).veto
+
+    found = diverged(np.ones(len(values_N), dtype=bool))
+    if found.veto and not sources.stands(without, stands):
+        found = msgspec.structs.replace(found, veto=False, reason=found.reason + sources.ALONE)
     reason = found.reason.replace("the model promises", "the record promises").replace("held-out labels", "outcomes")
     return (msgspec.structs.replace(found, name="cusum", reason=reason),)

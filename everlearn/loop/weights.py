@@ -8,7 +8,7 @@ programs, models) has a factor of its own.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Protocol
 
 from everlearn.config import FeedbackSettings
@@ -46,3 +46,20 @@ def share(count: int, cap: float) -> float:
 def effective(labels: Sequence[Sourced], cap: float, by_source: Mapping[str, float] = EQUAL) -> float:
     """How many labels these are worth: the sum of their weights."""
     return sum(weigh(labels, cap, by_source))
+
+
+def within(said: Sequence[tuple[str, Hashable]], cap: float) -> list[bool]:
+    """Which of these words count where each counts whole or not at all, and what has counted goes on to: `said` has, in order of arrival,
+    a word's source and what it is about. The first `cap` things that a source speaks about count, whatever it says of them.
+
+    "" is whoever isn't named. That is one source like any other, except where nobody at all was named so far: then it is everybody.
+    """
+    about: dict[str, set[Hashable]] = {}
+    found = []
+    for source, thing in said:
+        mine = about.setdefault(source, set())
+        counts = thing in mine or len(mine) + 1 <= cap or (not source and len(about) == 1)
+        if counts:
+            mine.add(thing)
+        found.append(counts)
+    return found

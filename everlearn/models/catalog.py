@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,6 +146,15 @@ class Catalog:
         if str(folder) in self._names:
             return self._names[str(folder)]
         name = default if HUB_ID.fullmatch(default) and not Path(default).is_dir() else folder.name
+        if name in self._names:  # adapters of the one would be loaded on the other: it isn't for us to take its place
+            other = self._entries[self._names[name]]
+            what = "the embedded model" if other.source == "embedded" else f"the model of {other.folder or other.given}"
+            own = next(made for made in (f"my-{name}", *(f"my-{name}-{number}" for number in range(2, 100))) if made not in self._names)
+            raise InvalidRequest(
+                f"{default} would be called {name!r} after its folder, and {name!r} is {what} here; give it a name of its own: "
+                f"everlearn model add {shlex.quote(default)} --name {own}, and then everlearn serve {own}",
+                param="models.default",
+            )
         self._add(name, default, [], "settings")
         return name
 

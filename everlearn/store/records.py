@@ -239,9 +239,12 @@ def list_rows(
     model: str | None = None,
     key_id: str | None = None,
     user: str | None = None,
+    *,
+    since: float | None = None,
+    until: float | None = None,
 ) -> list[Row]:
     """Figures of the tenant's records, newest first; with `after` those older than that one. A `model` without a number takes all
-    its versions in."""
+    its versions in. `since`, `until`: Unix seconds between which an answer began, the last excluded."""
     where = rows.c.tenant == tenant
     if after is not None:
         where &= rows.c.record_id < after
@@ -250,6 +253,10 @@ def list_rows(
     for column, value in ((rows.c.key_id, key_id), (rows.c.user, user)):
         if value is not None:
             where &= column == value
+    if since is not None:
+        where &= rows.c.created_at >= since
+    if until is not None:
+        where &= rows.c.created_at < until
     query = sa.select(rows).where(where).order_by(rows.c.record_id.desc()).limit(limit)
     return [Row(**row._mapping) for row in conn.execute(query)]
 

@@ -228,6 +228,11 @@ def test_an_episode_tells_what_happened_in_order(app: Server) -> None:
     assert (shown["user"], shown["client_given"], shown["records"], shown["feedback"]) == ("jo", True, 2, 1)
     listed = app.ask("GET", "/v1/episodes", params={"user": "jo"})
     assert [one["id"] for one in listed["data"]] == ["trip-1"]
+    began, said = shown["created_at"], shown["timeline"][0]["created_at"] + 3600
+    for bounds, found in (({"until": began}, []), ({"since": began - 1, "until": said}, ["trip-1"]), ({"since": said}, [])):
+        assert [one["id"] for one in app.ask("GET", "/v1/episodes", params={"user": "jo", **bounds})["data"]] == found, bounds
+        words = app.ask("GET", "/v1/feedback", params={"episode_id": "trip-1", **bounds})
+        assert len(words["data"]) == len(found), bounds
     for query in ("usr=jo", "split=test", "since=x", "after=%00", "limit=0"):
         app.ask("GET", f"/v1/episodes?{query}", 400)
     assert app.ask("GET", "/v1/episodes", key="b", params={"user": "jo"})["data"] == []

@@ -218,3 +218,56 @@ def test_what_was_answered_is_recorded_when_the_server_ends(new_server: Callable
     live.restart()
     with httpx.Client(base_url=live.url, timeout=60) as http:
         assert [http.get(f"/v1/records/{record_id}").status_code for record_id in ids] == [200] * 10
+
+
+TOLD = "Nora paid {n} euros in Lisbon. It was a nice day. The bus was {n} minutes late, and nobody knew why."
+BEHIND = {"budget": 300, "refill": "generate"}  # sentences enough to be cut, which a model writes anew behind the answer
+
+
+def remembered(client: openai.OpenAI, memory: str, n: int) -> None:
+    body = {"memory": {"id": memory, **BEHIND}}
+    ask(client, messages=[{"role": "user", "content": TOLD.format(n=n)}], max_tokens=6, seed=1, extra_body=body)
+
+
+def rewritten(client: openai.OpenAI, memory: str, wanted: str, seconds: float = 30.0) -> list[str]:
+    """Who rewrote what in a memory, once it was `wanted`."""
+    deadline = time.monotonic() + seconds
+    with httpx.Client(base_url=str(client.base_url), headers={"authorization": f"Bearer {client.api_key}"}) as http:
+        while True:
+            turns = http.get(f"memories/{memory}/turns", params={"limit": 100}).json()["data"]
+            found = [row["refill"] for turn in turns for row in http.get(f"memories/{memory}/turns/{turn['number']}").json()["rewrites"]]
+            if any(row.startswith(wanted) for row in found):
+                return found
+            assert time.monotonic() < deadline, set(found)
+            time.sleep(0.1)
+
+
+def test_what_a_model_does_for_a_memory_is_its_key_s_use(client: Callable[..., openai.OpenAI]) -> None:
+    """Also for a key that may have one request at once: what waits for nobody waits for its place."""
+    one = client(rpm=5000, tpm=1_000_000, concurrency=1).with_options(max_retries=20)
+    for n in range(14):
+        remembered(one, "written", n)
+    rewritten(one, "written", "generate")
+    headers = {"authorization": f"Bearer {one.api_key}"}
+    key_id = httpx.get(f"{one.base_url}records", params={"limit": 1}, headers=headers).json()["data"][0]["key_id"]
+    deadline = time.monotonic() + 20
+    while True:  # the line of the usage comes with the text; more orders of the last turns may be under way
+        lines = httpx.get(f"{one.base_url}usage", headers=headers).json()["data"]
+        used = {line["kind"]: line for line in lines if line["key_id"] == key_id}
+        if "memory" in used:
+            break
+        assert time.monotonic() < deadline, lines
+        time.sleep(0.2)
+    memory = used["memory"]
+    assert (
+        memory["model"] == "tiny" and memory["requests"] >= 1 and memory["tokens_in"] > 50 * memory["requests"] and memory["tokens_out"] > 0
+    )
+
+
+def test_a_key_that_has_used_up_its_share_leaves_the_rules_text(client: Callable[..., openai.OpenAI]) -> None:
+    """Each turn with a key of its own, whose only request a minute is the turn."""
+    reader = client()
+    for n in range(14):
+        remembered(client(rpm=1), "left", n)
+    found = rewritten(reader, "left", "generate failed (tiny): this key may use 1 requests a minute")
+    assert not any(row.startswith("generate (tiny)") for row in found)

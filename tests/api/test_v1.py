@@ -127,7 +127,42 @@ def test_records_are_there_as_soon_as_the_answer_is(app: Server) -> None:
     app.ask("GET", f"/v1/records/{made.record_id}", 404)
 
 
-@pytest.mark.parametrize("query", ["modle=support", "limit=0", "limit=1001", "limit=x", f"after={'x' * 300}", "model=%00", "after=%00"])
+def test_records_of_a_time(app: Server) -> None:
+    """From `since` on, and before `until`; so that pages that begin at one end where the ones before did."""
+    recorder, began = app.client.app.state.services.records, time.time() - 500  # type: ignore[attr-defined]
+    made = [record(created_at=began + 10 * place, record_id=records.new_id(began + 10 * place), model="timed@1") for place in range(5)]
+    for one in made:
+        recorder.add(one)
+    app.ask("GET", f"/v1/records/{made[-1].record_id}")
+
+    def between(**bounds: float) -> list[int]:
+        listed = app.ask("GET", "/v1/records", params={"model": "timed", **bounds})
+        return [next(place for place, one in enumerate(made) if one.record_id == item["id"]) for item in listed["data"]]
+
+    assert between(until=made[2].created_at) == [1, 0] and between(since=made[2].created_at) == [4, 3, 2]
+    assert between(since=made[1].created_at, until=made[3].created_at) == [2, 1]
+    assert between(since=made[3].created_at, until=made[1].created_at) == [], "no time lies between"
+    page = app.ask("GET", "/v1/records", params={"model": "timed", "until": made[3].created_at, "limit": 2})
+    assert [item["id"] for item in page["data"]] == [made[2].record_id, made[1].record_id] and page["has_more"]
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "modle=support",
+        "limit=0",
+        "limit=1001",
+        "limit=x",
+        f"after={'x' * 300}",
+        "model=%00",
+        "after=%00",
+        "until=soon",
+        "since=-1",
+        "until=nan",
+        "until=inf",
+        "untill=1",
+    ],
+)
 def test_a_misspelt_filter_lists_nothing(app: Server, query: str) -> None:
     assert app.ask("GET", f"/v1/records?{query}", 400)["error"]["message"]
 

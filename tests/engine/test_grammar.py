@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import random
+import subprocess
 import sys
 import time
 import weakref
@@ -309,3 +310,19 @@ def test_a_source_has_a_largest_size(base: BaseModel, kind: str) -> None:
 def test_every_error_is_one_of_ours(base: BaseModel) -> None:
     made = compiled(Grammars(base, seconds=5.0, kept=4), Grammar("json_schema", '{"x": '))
     assert isinstance(made.error, EverlearnError) and made.error.code == "invalid_request"
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_a_thread_that_still_compiles_isn_t_waited_for_when_the_engine_ends(compiles: bool) -> None:
+    """Nor is the interpreter taken apart around it: xgrammar's code, coming back into that, ends the process with an abort."""
+    program = f"""
+import atexit, threading, time
+from everlearn.engine import grammar, main
+atexit.register(print, "taken apart")
+threading.Thread(target=time.sleep, args=(60 * {compiles},), name=grammar.THREAD_NAME, daemon=True).start()
+time.sleep(0.2)
+print("ends")
+main.end()
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout.split("\n")[:-1]) == (0, ["ends"] if compiles else ["ends", "taken apart"]), ended.stderr

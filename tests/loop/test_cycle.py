@@ -44,6 +44,7 @@ class User:
 
     def __init__(self, client: openai.OpenAI, http: httpx.Client, name: str):
         self.client, self.http, self.name, self.count = client, http, name, 0
+        self.speakers: Iterator[str] | None = None  # who says it, one for each thing said; nobody is named without
 
     def ask(self, question: str, corrects: bool = False) -> bool:
         self.count += 1
@@ -62,7 +63,8 @@ class User:
         return good
 
     def say(self, record: str, **what: Any) -> None:
-        self.http.post("/v1/feedback", json={"record_id": record, **what}).raise_for_status()
+        who = {} if self.speakers is None else {"source_id": next(self.speakers)}
+        self.http.post("/v1/feedback", json={"record_id": record, **who, **what}).raise_for_status()
 
     def asks_all(self, rounds: int, corrects: bool = False) -> float:
         """The share of good answers."""

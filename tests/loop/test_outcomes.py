@@ -20,12 +20,17 @@ class Rows:
     url, key = "", ""
 
     def __init__(self, records: list[dict[str, Any]], feedback: list[dict[str, Any]], until: float):
-        self.listed = {"/v1/records": records, "/v1/feedback": feedback}
+        self.listed = {"/v1/records": records, "/v1/feedback": feedback, "/v1/feedback/summary": []}
         self.until = until
 
     def get(self, path: str, **_: Any) -> Any:
         rows = [row for row in self.listed[path] if row["created_at"] <= self.until]
-        return {"data": sorted(rows, key=lambda row: row["created_at"], reverse=True), "has_more": False, "last_id": None}
+        return {
+            "data": sorted(rows, key=lambda row: row["created_at"], reverse=True),
+            "has_more": False,
+            "last_id": None,
+            "source_cap": 100.0,
+        }
 
     def post(self, path: str, body: Any = None) -> Any:
         raise AssertionError(path)

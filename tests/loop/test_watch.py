@@ -55,6 +55,12 @@ def test_from_seeing_it_to_the_old_answer_takes_less_than_a_second(server: LiveS
         http.post("/v1/adapters", json={"name": "quick", "path": train(server, "who is it?", said, steps=20)}).raise_for_status()
     for number, times in ((1, 24), (2, 30)):
         http.post("/v1/deployments/quick/promote", json={"number": number}).raise_for_status()
+        user.speakers = (f"u{at}" for at in range(1000))
+        if number == 2:
+            user.speakers = iter(["eve"] * times)
+            assert sum(user.ask("who is it?") for _ in range(times)) == 0
+            assert not runner.guard.look(read(runner.api, "quick")), "one alone decides nothing, whatever they say"
+            user.speakers = (f"u{at}" for at in range(1000))
         assert sum(user.ask("who is it?") for _ in range(times)) == (times if number == 1 else 0)
     began = time.monotonic()
     assert runner.guard.look(read(runner.api, "quick"))

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from everlearn.config import FeedbackSettings
-from everlearn.loop.weights import effective, factors, share, weigh
+from everlearn.loop.weights import effective, factors, share, weigh, within
 
 
 class Label(NamedTuple):
@@ -35,3 +35,20 @@ def test_no_source_is_worth_more_than_the_cap(labels: list[Label], cap: float) -
     for place in set(labels):
         mine = [weight for label, weight in zip(labels, weights, strict=True) if label == place]
         assert sum(mine) == pytest.approx(min(cap, len(mine)))
+
+
+def test_where_what_counted_stays_counted_the_first_of_each_source_count() -> None:
+    """The same cap for tests that are asked after every outcome: a weight that shrinks behind would change what was told."""
+    crowd = [("one", f"episode {number}") for number in range(10_000)]
+    others = [(f"user {number}", f"episode {number}") for number in range(50)]
+    found = within([*crowd, *others, ("one", "episode 3")], 100.0)
+    assert sum(found[:10_000]) == 100 and all(found[:100]) and all(found[10_000:]), "more about the same thing still counts"
+    for num in range(0, len(crowd), 997):
+        assert within(crowd[:num], 100.0) == found[:num], "what comes later changes nothing"
+
+
+def test_whoever_isn_t_named_is_everybody_until_somebody_is() -> None:
+    nameless = [("", number) for number in range(300)]
+    assert all(within(nameless, 100.0))
+    found = within([*nameless, ("ana", 0), *(("", number) for number in range(300, 600))], 100.0)
+    assert sum(found) == 301, "beside people with names it is one source, and has had its share"

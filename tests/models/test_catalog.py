@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,22 @@ def test_default_may_be_a_folder(tmp_path: Path) -> None:
     assert Catalog(settings(tmp_path, default=str(folder))).default.name == "my-model"
     with pytest.raises(NotFound, match="name a Hugging Face folder"):
         Catalog(settings(tmp_path, default=str(tmp_path / "absent")))
+
+
+def test_a_folder_named_like_another_model_is_refused_with_a_way_out_that_works(tmp_path: Path) -> None:
+    """Adapters of the embedded model must not come to stand on a folder that happens to have its name."""
+    folder = write_model(tmp_path / "own models" / "smollm2")
+    with pytest.raises(InvalidRequest, match="would be called 'smollm2'.*is the embedded model here") as refused:
+        Catalog(settings(tmp_path, default=str(folder)))
+    way = refused.value.message.partition("everlearn model add ")[2]
+    path, _, name = shlex.split(way.partition(", and then")[0])
+    catalog.add(settings(tmp_path), path, name=name)
+    assert way.endswith(f"everlearn serve {name}") and Catalog(settings(tmp_path, default=name)).default.path == str(folder)
+    assert Catalog(settings(tmp_path, default=str(folder))).default.name == name, "by its folder as well, now that it is known"
+    assert Catalog(settings(tmp_path)).default.name == "smollm2"
+    other = write_model(tmp_path / "elsewhere" / name)
+    with pytest.raises(InvalidRequest, match=f"'{name}' is the model of .*own models.*model add .* --name my-{name}"):
+        Catalog(settings(tmp_path, default=str(other)))
 
 
 def test_cached_hub_id_is_found_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,6 +141,13 @@ def test_ten_thousand_thumbs_of_weight_next_to_nothing_change_next_to_nothing():
     assert after.weight == pytest.approx(100.04)
 
 
+def test_of_twenty_percent_flipped_thumbs_it_learns_what_people_like():
+    people = People(6)
+    honest = RewardModel.fit("ana", people.labels(1500), SETTINGS)
+    flipped = RewardModel.fit("ana", people.labels(1500, flips=0.2, prefix="f"), SETTINGS)
+    assert right(flipped, people) > right(honest, people) - 0.03 and flipped.report().flip_rates["thumb"] > 0.05
+
+
 def test_it_is_no_reward_before_it_has_earned_it():
     people = People(7)
     answers = people.answers(3)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -11,6 +10,7 @@ from sqlalchemy import Connection
 
 from everlearn.api.dashboard.looks import Look, Looks, Past
 from everlearn.api.deployments import deployment_json, event_json
+from everlearn.config import Settings
 from everlearn.errors import NotFound
 from everlearn.loop.gate import Verdict
 from everlearn.loop.parts import Part
@@ -39,12 +39,13 @@ def row(found: Deployment) -> dict[str, Any]:
     return told | {"cycle": cycle, "states": STATES}
 
 
-def shown(conn: Connection, found: Deployment, looks: Looks, home: Path, after: int | None = None) -> dict[str, Any]:
+def shown(conn: Connection, found: Deployment, looks: Looks, settings: Settings, after: int | None = None) -> dict[str, Any]:
     """A deployment, its versions, what its present or last candidate has shown (`verdict`), the interval of its canary (`course`), and its
     history."""
     events = deployments.history(conn, found.tenant, found.name, EVENTS + 1, after)
+    home = settings.home
     past = {event.id: looks.past(found, event, home) for event in events if "verdict" in event.evidence}
-    look, fresh_in = looks.now(conn, found, home)
+    look, fresh_in = looks.now(conn, found, home, settings.feedback.source_cap)
     told = row(found) | {"versions": versions(conn, found)}
     told["verdict"] = verdict_now(found, look) or next((past_json(one) for one in past.values() if one.look), None)
     course = course_of(events, past, look)

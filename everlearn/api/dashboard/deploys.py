@@ -39,7 +39,7 @@ async def deployment_page(request: Request, name: str, after: int | None = Query
     svc, owner = services(request), tenant(request)
 
     def read(conn: Connection) -> dict[str, Any]:
-        return deploy_views.shown(conn, deployments.get(conn, owner, name), LOOKS, svc.settings.home, after)
+        return deploy_views.shown(conn, deployments.get(conn, owner, name), LOOKS, svc.settings, after)
 
     return await svc.read(read)
 

@@ -77,20 +77,20 @@ class StoreApi:
         raise NotFound(f"{path} isn't read here", param="path")
 
 
-def take(conn: Connection, found: Deployment, now: float) -> Look | None:
-    """The look at a deployment's canary; None where there is none, or its runner hasn't noted what came before it."""
+def take(conn: Connection, found: Deployment, now: float, cap: float = outcomes.SOURCE_CAP) -> Look | None:
+    """The look at a deployment's canary, where a source counts `cap` times at most; None where there is none, or its runner hasn't noted
+    what came before it."""
     if found.state != "canary" or "canary_began" not in found.cycle or "offline" not in found.cycle:
         return None
     described = descriptions.of(found.description)
     asked, since = rule.rule_of(described.gate), float(found.cycle["canary_began"])
-    traffic = outcomes.Traffic(StoreApi(conn, found.tenant), deployed(deployment_json(found)), since, described.settle, now)
+    traffic = outcomes.Traffic(StoreApi(conn, found.tenant), deployed(deployment_json(found)), since, described.settle, now, cap=cap)
     evidence = msgspec.structs.replace(
         msgspec.convert(found.cycle["offline"], Evidence),
         stage="canary",
         step=int(found.cycle.get("step", 0)),
         hours=max(0.0, now - since) / HOUR,
-        feedback=traffic.feedback(),
-        guardrails=traffic.guardrails(list(asked.guardrails)),
+        **outcomes.evident(traffic.told(list(asked.guardrails))),
     )
     return Look(gate.decide(asked, evidence), asked, evidence, gate.course(asked, evidence), now)
 
@@ -104,12 +104,12 @@ class Looks:
         self._now: OrderedDict[Hashable, tuple[float, int, Look | None]] = OrderedDict()
         self._past: OrderedDict[Hashable, Past] = OrderedDict()
 
-    def now(self, conn: Connection, found: Deployment, home: Path) -> tuple[Look | None, float]:
+    def now(self, conn: Connection, found: Deployment, home: Path, cap: float = outcomes.SOURCE_CAP) -> tuple[Look | None, float]:
         """The look at the present canary, and after how many seconds the next one is taken."""
         key, time_now = (home, found.tenant, found.name), time.time()
         until, revision, look = self._now.get(key, (0.0, 0, None))
         if time_now >= until or revision != found.revision:
-            look = take(conn, found, time_now)
+            look = take(conn, found, time_now, cap)
             until = time.time() + 10.0 * (time.time() - time_now)
             _keep(self._now, key, (until, found.revision, look))
         return look, max(0.0, until - time_now)
