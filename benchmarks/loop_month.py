@@ -89,7 +89,7 @@ def main() -> None:
         args.base_url, args.threads = None, 1
         with server(args) as live, tinker.ServiceClient(base_url=live.url, api_key="tml-benchmark") as service:
             found = month(args, live.url, live.model, service)
-    found |= {"seed": args.seed, "days": args.days, "visits": args.visits, "seconds": round(time.perf_counter() - began, 1)}
+    found |= {"seed": args.seed, "visits": args.visits, "seconds": round(time.perf_counter() - began, 1)}
     print(json.dumps({name: found[name] for name in ("rollbacks", "rejected", "promoted", "replayed", "seconds")}), flush=True)
     if args.into:
         args.into.mkdir(parents=True, exist_ok=True)

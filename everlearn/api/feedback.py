@@ -6,10 +6,10 @@ import hashlib
 import json
 import re
 import time
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 
 from everlearn.api import auth, bodies, grants, splice
 from everlearn.api.auth import Caller, scope, tenant
@@ -260,7 +260,7 @@ def summed(found: list[Share], cap: float, svc: Services) -> dict[str, Any]:
 
 
 @router.get("/changes", dependencies=READS)
-async def list_changes(request: Request, limit: int = Limit, after: int = Query(0, ge=0, le=2**62)) -> dict[str, Any]:
+async def list_changes(request: Request, limit: int = Limit, after: Annotated[int, Query(ge=0, le=2**62)] = 0) -> dict[str, Any]:
     """What happened to the tenant's feedback since the change `after`, oldest first, and the number of the `newest` change of all: for
     whoever keeps something that was made of feedback."""
     refuse_unknown(request, "limit", "after")

@@ -40,7 +40,7 @@ class Watch:
         self.api, self.name, self.say, self.clock = api, name, say, clock
         self.known: dict[str, dict[str, float]] = {}  # what was read of the live version's texts
         self._listed: dict[str, dict[str, Any]] = {}  # its records, by id; those that are deleted stay until the next promotion
-        self._since: tuple[tuple[str, str | None], float | None] = (("", None), None)  # of which champion and previous, and when it came
+        self._since: tuple[int, float | None] = (-1, None)  # of which revision, and when its champion came
         self._record: tuple[float, dict[str, list[Told]]] = (0.0, {})  # of which promotion, and by guardrail
 
     def watch(self, poll: float) -> None:
@@ -110,9 +110,8 @@ class Watch:
 
     def _promoted(self, now: Deployed) -> float | None:
         """Since when the champion serves, where it was promoted; None where it came by a rollback or at the beginning."""
-        key = (now.champion, now.previous)
-        if self._since[0] != key:
-            self._since = (key, self._found(now))
+        if self._since[0] != now.revision:  # not only another champion: the same may have gone and come again between two looks
+            self._since = (now.revision, self._found(now))
         return self._since[1]
 
     def _found(self, now: Deployed) -> float | None:
