@@ -181,7 +181,8 @@ async def _work(svc: Services, job: Job, refused: str) -> None:
         done = [Done(cut, failed=reason) for cut in cuts]
     else:
         over = [Done(cut, failed=f"a turn asks for {MOST} refills at most") for cut in cuts[MOST:]]
-        policy = Policy(svc, job, target, asyncio.Semaphore(job.caller.limits.concurrency or MOST), used)
+        at_once = (job.caller.limits.concurrency or 2 * MOST) // 2  # the other half is for whoever waits for an answer
+        policy = Policy(svc, job, target, asyncio.Semaphore(max(1, min(MOST, at_once))), used)
         done = [*await asyncio.gather(*(_refilled(policy, window, cut) for cut in cuts[:MOST])), *over]
         if memory.importance == "decided":
             places = weighed(window, job.new)

@@ -205,8 +205,7 @@ def canary(facts: Sequence[Fact], user: User, runner: Runner) -> None:
         for fact, (answer, record, _) in zip(asked, user.ask_all([fact.question for fact in asked]), strict=True):
             user.say(record, kind="boolean", value=is_right(answer, fact.accept))
         if (now := runner.run()).state == "collect":
-            if now.champion != f"{runner.name}@1":
-                last = last_event(runner)
+            if (last := last_event(runner))["kind"] != "promoted":
                 raise InternalError(f"{now.champion} serves, and what was learned was {last['kind']}: {last['reason']}")
             return
     raise InternalError(f"the canary has not decided in {MOST_ANSWERS} answers; `everlearn deploy show {runner.name}` says why")

@@ -247,8 +247,11 @@ class Trainer:
 
     def _beginnings(self, parts: list[Part]) -> Beginnings | None:
         """What the row's sequences begin with in common, where the model is one that sees only what stands before (no experts, whose
-        choices are counted and replayed token by token; no states; no images) and copies' gradients add up in one order: on a CPU."""
-        if self.base.device.type != "cpu" or self.base.expert_modules or self.base.cache_form.state_layers:
+        choices are counted and replayed token by token; no states; no images) and copies' gradients add up in one order and in full: on a
+        CPU, in float32."""
+        if self.base.device.type != "cpu" or self.base.dtype != torch.float32:
+            return None
+        if self.base.expert_modules or self.base.cache_form.state_layers:
             return None
         data = [[part.job.command.data[i] for i in part.piece.datums] for part in parts]
         if any(datum.images for datums in data for datum in datums):

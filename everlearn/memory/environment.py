@@ -247,6 +247,8 @@ class MemoryTasks:
         for name, number in {**numbers, "most_questions": most_questions, "budgets": len(budgets)}.items():
             if number < 1:
                 raise InvalidRequest(f"{name} is {number}; it must be at least 1", param=name)
+        if weighed < 0:
+            raise InvalidRequest(f"weighed is {weighed}; it must be at least 0", param="weighed")
         self.history, self.chat, self.judge, self.pay, self.masking = history, chat, judge, pay, masking
         self.budgets, self.batches, self.groups_per_batch, self.group_size = tuple(budgets), batches, groups_per_batch, group_size
         self.per_history, self.most_questions, self.weighed, self.seed = per_history, most_questions, weighed, seed
