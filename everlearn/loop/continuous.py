@@ -24,7 +24,7 @@ import msgspec
 import tinker
 
 from everlearn.errors import Conflict, NotFound
-from everlearn.loop import changed, edits, grpo, lesson, paraphrase, update
+from everlearn.loop import changed, edits, grpo, lesson, paraphrase, reservoir, update
 from everlearn.loop.description import Description
 from everlearn.loop.lesson import Example, Recipe
 from everlearn.loop.moving import Moving, moving_of, used_up
@@ -210,11 +210,14 @@ class Mover:
         tokens = Tokens(runner.api, now.base_model)
         self._remember(now, described, moving)
         taken, heard = changed.anew(runner.api, said, found.upto)
-        new, taught = self._corrections(now, described, [one for one in taken if one["split"] == "train"])
-        again = self._again(found.again)
-        new, taught = [*new, *again], [*taught, *(one.newest for one in self.reservoir or () if one.newest in found.acts)]
+        given = reservoir.corrections(runner.api, now.name, described.filters, [one for one in taken if one["split"] == "train"])
+        self.reservoir, again = reservoir.reworded(reservoir.with_new(self.reservoir or [], given), found.again)
+        new = [*(one for one, corrects in given if corrects), *again]
+        taught = [*(one.newest for one, _ in given), *(one.newest for one in self.reservoir if one.newest in found.acts)]
         now = self._edited(now, described, moving, [*found.again, *taken])
-        new, self.reservoir = (_for_weights(now, corrections) for corrections in (new, self.reservoir or []))
+        new, self.reservoir = (_for_weights(now, corrections) for corrections in (new, self.reservoir))
+        if not moving.path and not moving.dataset:  # they begin here, and nothing older is frozen: all that is older is learned now
+            taught = [*(one.newest for one in self.reservoir), *taught]
         fresh = self._worded(tokens, now, described, new)
         if said:
             moving = msgspec.structs.replace(moving, behind=said[-1]["id"], since=float(said[-1]["created_at"]))
@@ -232,8 +235,8 @@ class Mover:
         try:
             if not found.acts:
                 return self._noted(now, moving)
-            told = {"feedback": found.acts, "learned": [one.newest for one in new if one.newest in found.acts]}
-            return self._noted(now, moving, changed.told(found.acts), told)
+            once_more = [one.newest for one in new if one.newest in found.acts]
+            return self._noted(now, moving, changed.told(found.acts, once_more), {"feedback": found.acts, "learned": once_more})
         except Conflict:
             self.trainer, self.reservoir = None, None  # somebody was faster: it goes on from their note
             raise
@@ -324,48 +327,6 @@ class Mover:
         if done != notes.now.cycle.get("remedies", {}):
             notes({"remedies": done})
         return notes.now
-
-    def _again(self, said: Sequence[dict[str, Any]]) -> list[Correction]:
-        """The corrections among what was edited, or counts again; not where a newer one of the same prompt is known. The reservoir has
-        their words as they were read, for those are what the note tells of."""
-        answers = {one["id"]: one["answer"] for one in said if one["kind"] == "demonstration" and one["answer"] is not None}
-        self.reservoir = [
-            msgspec.structs.replace(one, answer=answers[one.newest]) if one.newest in answers else one for one in self.reservoir or []
-        ]
-        return [one for one in self.reservoir if one.newest in answers]
-
-    def _corrections(self, now: Deployed, described: Description, said: Sequence[dict[str, Any]]) -> tuple[list[Correction], list[str]]:
-        """The corrections among what was said of this deployment's answers. The reservoir has them afterwards, in the place of what was
-        known of the same prompts; where `filters` has `good`, also answers that were called good, so that they stay as they are. And the
-        ids of all the feedback that it has them from."""
-        found: dict[tuple[int, ...], tuple[Correction, bool]] = {}
-        for one in said:
-            corrects = one["kind"] == "demonstration" and one["answer"] is not None
-            good = bool(described.filters.get("good")) and one["kind"] in ("boolean", "float")
-            good = good and float(one["value"] or 0.0) >= float(described.filters.get("threshold", 0.5))
-            if (corrects or good) and (answer := self._answer(now, one)) is not None:
-                found[tuple(answer.prompt)] = (answer, corrects)
-        kept = [one for one in self.reservoir or [] if tuple(one.prompt) not in found]
-        self.reservoir = [*kept, *(one for one, _ in found.values())]
-        return [one for one, corrects in found.values() if corrects], [one.newest for one, _ in found.values()]
-
-    def _answer(self, now: Deployed, said: dict[str, Any]) -> Correction | None:
-        """What a piece of feedback teaches: the corrected answer, or the one that it is about. None where its content isn't kept, where it
-        has no text, and where another model gave it."""
-        target = said["target"]
-        if target["record_id"] is None or (target["span"] is not None and said["kind"] != "demonstration"):
-            return None
-        try:
-            record = self.runner.api.get(f"/v1/records/{target['record_id']}")
-        except NotFound:
-            return None
-        content = record["content"]
-        if content is None or not content.get("messages") or record["model"].partition("@")[0] != now.name:
-            return None
-        given = content["answer"][target["choice"]].get("content") if said["answer"] is None else said["answer"]
-        if not isinstance(given, str):
-            return None
-        return Correction(record["id"], content["messages"], given, content["prompt_token_ids"], said["id"])
 
     def _worded(self, tokens: Tokens, now: Deployed, described: Description, new: Sequence[Correction]) -> list[Example]:
         """New corrections as examples, with other wordings that the base model gives."""
