@@ -96,7 +96,7 @@ def split_of(api: Api, episode: str) -> str:
 
 
 def told(acts: dict[str, str], learned: Sequence[str]) -> str:
-    """The line of the log. `learned`: which of them the weights learn once more, for not all do: one may be held out, or answered in a memory."""
+    """The line of the log. `learned`: what the weights learn once more; what is held out, or answered in a memory, isn't."""
     parts = []
     for act, words in (("edited", "edited"), ("restored", "counting again")):
         if which := [one for one, known in acts.items() if known == act]:

@@ -73,7 +73,7 @@ class Mover:
             moving = msgspec.structs.replace(moving, changes=changed.newest(self.runner.api))
             if moving.behind:
                 return self._noted(now, moving)
-        if (found := self._changed(described, moving)).deleted & set(moving.fresh):
+        if (found := self._changed(described, moving)).deleted & moving.followed:
             return self._anew(now, described, moving, DELETED, base=True)
         if now.state == "collect" and moving.owed <= 0 and moving.tried > moving.steps.get(moving.serving, 0):
             moving = msgspec.structs.replace(moving, owed=asked.gate_every)  # the last candidate was rejected: it may need more of the same
@@ -147,11 +147,23 @@ class Mover:
             return True
 
     def _frozen(self, now: Deployed, described: Description, moving: Moving) -> Moving | None:
-        """With all that it learned from in a dataset, which is marked when something of it is deleted; None where that was before."""
+        """With all that it learned from in a dataset, which is marked when something of it is deleted, and what counts no longer in `past`;
+        None where something was deleted before that."""
         made = self.runner._dataset(now, described, "sft", f"{now.name}-moving-{moving.step}")
+        dataset = made["id"] if made else ""
+        try:  # what one of them was made of is deleted: it is no longer to be trained on, or gone
+            before, there = (self._sources(one) for one in (moving.dataset, dataset))
+        except (Conflict, NotFound):
+            return None
         if any(not _there(self.runner.api, f"/v1/feedback/{one}") for one in moving.fresh):
             return None
-        return msgspec.structs.replace(moving, dataset=made["id"] if made else "", fresh=[])
+        past = [one for one in dict.fromkeys([*moving.past, *before, *moving.fresh]) if one not in there]
+        return msgspec.structs.replace(moving, dataset=dataset, fresh=[], past=past)
+
+    def _sources(self, dataset: str) -> dict[str, None]:
+        """The feedback that a dataset's items to learn from were made of, in order."""
+        items = self.runner._items(dataset, "train", "train") if dataset else []
+        return dict.fromkeys(one for item in items for one in item["feedback_ids"])
 
     def _changed(self, described: Description, moving: Moving) -> changed.Changed:
         """What became of feedback that was taken."""
@@ -161,7 +173,7 @@ class Mover:
         found = changed.since(self.runner.api, self.runner.name, moving, upto, lambda said: said["kind"] in kinds)
         if found.stale or found.deleted:
             self.reservoir = None
-        if not found.again and not found.deleted & set(moving.fresh):
+        if not found.again and not found.deleted & moving.followed:
             self.upto = (moving.behind, found.upto)
         return found
 
@@ -171,8 +183,9 @@ class Mover:
         self.trainer, self.reservoir = None, None
         steps, owed = {now.champion: moving.step}, described.continuous.gate_every
         again = msgspec.structs.replace(
-            moving, path="", steps=steps, serving=now.champion, tried=moving.step, owed=owed, dataset="", fresh=[], base=base
-        )
+            moving, path="", steps=steps, serving=now.champion, tried=moving.step, owed=owed, dataset="", fresh=[], base=base,
+            past=[] if base else moving.past,  # what is begun with may come from it
+        )  # fmt: skip
         return self._noted(now, again, f"beginning anew: {why}", {"dropped": {"step": moving.step, "dataset": moving.dataset}})
 
     def _noted(self, now: Deployed, moving: Moving, reason: str = "", evidence: dict[str, Any] | None = None) -> Deployed:

@@ -189,6 +189,29 @@ def test_what_weights_that_began_anew_learned_is_unlearned_too(http: httpx.Clien
     assert (anew.path, anew.base, anew.fresh) == ("", True, []) and "deleted" in noted(http, "older")[-1]["reason"]
 
 
+def test_what_was_learned_and_counts_no_longer_is_unlearned_when_it_is_deleted(http: httpx.Client, parts: Parts) -> None:
+    """Two candidates later: of what the same person said first no dataset that is made now knows."""
+    runner, user = parts("replaced", DESCRIPTION)
+    user.asks_all(4, corrects=True)
+    while not (now := read(runner.api, "replaced")).cycle.get("moving", {}).get("path"):
+        assert runner.step()
+    asked, first, frozen = description.of(now.description), moving_of(now).fresh, []
+    for which in first[-2:]:  # the first before anything is frozen, the second when a dataset has it
+        user.say(http.get(f"/v1/feedback/{which}").json()["target"]["record_id"], kind="demonstration", text="in france")
+        assert runner.step()
+        now = read(runner.api, "replaced")
+        moving = runner.mover._frozen(now, asked, moving_of(now))
+        assert moving is not None and (moving.fresh, moving.past) == ([], first[-2:][: len(frozen) + 1]) and moving.dataset not in frozen
+        frozen.append(moving.dataset)
+        runner.mover._noted(now, moving)
+    dataset = http.get(f"/v1/datasets/{frozen[-1]}").json()
+    http.delete(f"/v1/feedback/{first[-1]}").raise_for_status()
+    assert http.get(f"/v1/datasets/{frozen[-1]}").json()["marks"] == dataset["marks"] == 0, "the newest dataset has nothing of it"
+    assert runner.step()
+    anew = moving_of(read(runner.api, "replaced"))
+    assert (anew.path, anew.base, anew.past) == ("", True, []) and "deleted" in noted(http, "replaced")[-1]["reason"]
+
+
 def test_changes_of_what_was_not_taken_or_is_known_already_are_no_matter() -> None:
     """The changes of a busy tenant, whose other feedback isn't asked for."""
     moving = Moving(behind="f2", changes=0, heard={"f1": 3})
