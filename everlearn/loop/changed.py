@@ -95,12 +95,13 @@ def split_of(api: Api, episode: str) -> str:
         return ""
 
 
-def told(acts: dict[str, str]) -> str:
-    """The line of the log."""
-    edited = sum(act == "edited" for act in acts.values())
-    parts = [f"{edited} edited"] if edited else []
-    parts += [f"{len(acts) - edited} counting again"] if edited < len(acts) else []
-    return f"of feedback that was taken already {' and '.join(parts)}: taken as it is now"
+def told(acts: dict[str, str], learned: Sequence[str]) -> str:
+    """The line of the log. `learned`: what the weights learn once more; what is held out, or answered in a memory, isn't."""
+    parts = []
+    for act, words in (("edited", "edited"), ("restored", "counting again")):
+        if which := [one for one, known in acts.items() if known == act]:
+            parts.append(f"{len(which)} {words}, {len(set(which) & set(learned))} of them learned once more")
+    return f"of feedback that was taken already: {'; '.join(parts)}"
 
 
 def _of(api: Api, name: str, said: dict[str, Any]) -> bool:

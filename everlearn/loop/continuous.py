@@ -24,7 +24,7 @@ import msgspec
 import tinker
 
 from everlearn.errors import Conflict, NotFound
-from everlearn.loop import changed, edits, grpo, lesson, paraphrase, update
+from everlearn.loop import changed, edits, grpo, lesson, paraphrase, reservoir, update
 from everlearn.loop.description import Description
 from everlearn.loop.lesson import Example, Recipe
 from everlearn.loop.moving import Moving, moving_of, used_up
@@ -73,7 +73,7 @@ class Mover:
             moving = msgspec.structs.replace(moving, changes=changed.newest(self.runner.api))
             if moving.behind:
                 return self._noted(now, moving)
-        if (found := self._changed(described, moving)).deleted & set(moving.fresh):
+        if (found := self._changed(described, moving)).deleted & moving.followed:
             return self._anew(now, described, moving, DELETED, base=True)
         if now.state == "collect" and moving.owed <= 0 and moving.tried > moving.steps.get(moving.serving, 0):
             moving = msgspec.structs.replace(moving, owed=asked.gate_every)  # the last candidate was rejected: it may need more of the same
@@ -147,11 +147,23 @@ class Mover:
             return True
 
     def _frozen(self, now: Deployed, described: Description, moving: Moving) -> Moving | None:
-        """With all that it learned from in a dataset, which is marked when something of it is deleted; None where that was before."""
+        """With all that it learned from in a dataset, which is marked when something of it is deleted, and what counts no longer in `past`;
+        None where something was deleted before that."""
         made = self.runner._dataset(now, described, "sft", f"{now.name}-moving-{moving.step}")
+        dataset = made["id"] if made else ""
+        try:  # what one of them was made of is deleted: it is no longer to be trained on, or gone
+            before, there = (self._sources(one) for one in (moving.dataset, dataset))
+        except (Conflict, NotFound):
+            return None
         if any(not _there(self.runner.api, f"/v1/feedback/{one}") for one in moving.fresh):
             return None
-        return msgspec.structs.replace(moving, dataset=made["id"] if made else "", fresh=[])
+        past = [one for one in dict.fromkeys([*moving.past, *before, *moving.fresh]) if one not in there]
+        return msgspec.structs.replace(moving, dataset=dataset, fresh=[], past=past)
+
+    def _sources(self, dataset: str) -> dict[str, None]:
+        """The feedback that a dataset's items to learn from were made of, in order."""
+        items = self.runner._items(dataset, "train", "train") if dataset else []
+        return dict.fromkeys(one for item in items for one in item["feedback_ids"])
 
     def _changed(self, described: Description, moving: Moving) -> changed.Changed:
         """What became of feedback that was taken."""
@@ -161,7 +173,7 @@ class Mover:
         found = changed.since(self.runner.api, self.runner.name, moving, upto, lambda said: said["kind"] in kinds)
         if found.stale or found.deleted:
             self.reservoir = None
-        if not found.again and not found.deleted & set(moving.fresh):
+        if not found.again and not found.deleted & moving.followed:
             self.upto = (moving.behind, found.upto)
         return found
 
@@ -171,8 +183,9 @@ class Mover:
         self.trainer, self.reservoir = None, None
         steps, owed = {now.champion: moving.step}, described.continuous.gate_every
         again = msgspec.structs.replace(
-            moving, path="", steps=steps, serving=now.champion, tried=moving.step, owed=owed, dataset="", fresh=[], base=base
-        )
+            moving, path="", steps=steps, serving=now.champion, tried=moving.step, owed=owed, dataset="", fresh=[], base=base,
+            past=[] if base else moving.past,  # what is begun with may come from it
+        )  # fmt: skip
         return self._noted(now, again, f"beginning anew: {why}", {"dropped": {"step": moving.step, "dataset": moving.dataset}})
 
     def _noted(self, now: Deployed, moving: Moving, reason: str = "", evidence: dict[str, Any] | None = None) -> Deployed:
@@ -210,11 +223,14 @@ class Mover:
         tokens = Tokens(runner.api, now.base_model)
         self._remember(now, described, moving)
         taken, heard = changed.anew(runner.api, said, found.upto)
-        new, taught = self._corrections(now, described, [one for one in taken if one["split"] == "train"])
-        again = self._again(found.again)
-        new, taught = [*new, *again], [*taught, *(one.newest for one in self.reservoir or () if one.newest in found.acts)]
+        given = reservoir.corrections(runner.api, now.name, described.filters, [one for one in taken if one["split"] == "train"])
+        self.reservoir, again = reservoir.reworded(reservoir.with_new(self.reservoir or [], given), found.again)
+        new = [*(one for one, corrects in given if corrects), *again]
+        taught = [*(one.newest for one, _ in given), *(one.newest for one in self.reservoir if one.newest in found.acts)]
         now = self._edited(now, described, moving, [*found.again, *taken])
-        new, self.reservoir = (_for_weights(now, corrections) for corrections in (new, self.reservoir or []))
+        new, self.reservoir = (_for_weights(now, corrections) for corrections in (new, self.reservoir))
+        if not moving.path and not moving.dataset:  # they begin here, and nothing older is frozen: all that is older is learned now
+            taught = [*(one.newest for one in self.reservoir), *taught]
         fresh = self._worded(tokens, now, described, new)
         if said:
             moving = msgspec.structs.replace(moving, behind=said[-1]["id"], since=float(said[-1]["created_at"]))
@@ -232,8 +248,8 @@ class Mover:
         try:
             if not found.acts:
                 return self._noted(now, moving)
-            told = {"feedback": found.acts, "learned": [one.newest for one in new if one.newest in found.acts]}
-            return self._noted(now, moving, changed.told(found.acts), told)
+            once_more = [one.newest for one in new if one.newest in found.acts]
+            return self._noted(now, moving, changed.told(found.acts, once_more), {"feedback": found.acts, "learned": once_more})
         except Conflict:
             self.trainer, self.reservoir = None, None  # somebody was faster: it goes on from their note
             raise
@@ -324,48 +340,6 @@ class Mover:
         if done != notes.now.cycle.get("remedies", {}):
             notes({"remedies": done})
         return notes.now
-
-    def _again(self, said: Sequence[dict[str, Any]]) -> list[Correction]:
-        """The corrections among what was edited, or counts again; not where a newer one of the same prompt is known. The reservoir has
-        their words as they were read, for those are what the note tells of."""
-        answers = {one["id"]: one["answer"] for one in said if one["kind"] == "demonstration" and one["answer"] is not None}
-        self.reservoir = [
-            msgspec.structs.replace(one, answer=answers[one.newest]) if one.newest in answers else one for one in self.reservoir or []
-        ]
-        return [one for one in self.reservoir if one.newest in answers]
-
-    def _corrections(self, now: Deployed, described: Description, said: Sequence[dict[str, Any]]) -> tuple[list[Correction], list[str]]:
-        """The corrections among what was said of this deployment's answers. The reservoir has them afterwards, in the place of what was
-        known of the same prompts; where `filters` has `good`, also answers that were called good, so that they stay as they are. And the
-        ids of all the feedback that it has them from."""
-        found: dict[tuple[int, ...], tuple[Correction, bool]] = {}
-        for one in said:
-            corrects = one["kind"] == "demonstration" and one["answer"] is not None
-            good = bool(described.filters.get("good")) and one["kind"] in ("boolean", "float")
-            good = good and float(one["value"] or 0.0) >= float(described.filters.get("threshold", 0.5))
-            if (corrects or good) and (answer := self._answer(now, one)) is not None:
-                found[tuple(answer.prompt)] = (answer, corrects)
-        kept = [one for one in self.reservoir or [] if tuple(one.prompt) not in found]
-        self.reservoir = [*kept, *(one for one, _ in found.values())]
-        return [one for one, corrects in found.values() if corrects], [one.newest for one, _ in found.values()]
-
-    def _answer(self, now: Deployed, said: dict[str, Any]) -> Correction | None:
-        """What a piece of feedback teaches: the corrected answer, or the one that it is about. None where its content isn't kept, where it
-        has no text, and where another model gave it."""
-        target = said["target"]
-        if target["record_id"] is None or (target["span"] is not None and said["kind"] != "demonstration"):
-            return None
-        try:
-            record = self.runner.api.get(f"/v1/records/{target['record_id']}")
-        except NotFound:
-            return None
-        content = record["content"]
-        if content is None or not content.get("messages") or record["model"].partition("@")[0] != now.name:
-            return None
-        given = content["answer"][target["choice"]].get("content") if said["answer"] is None else said["answer"]
-        if not isinstance(given, str):
-            return None
-        return Correction(record["id"], content["messages"], given, content["prompt_token_ids"], said["id"])
 
     def _worded(self, tokens: Tokens, now: Deployed, described: Description, new: Sequence[Correction]) -> list[Example]:
         """New corrections as examples, with other wordings that the base model gives."""

@@ -12,9 +12,9 @@ class Moving(msgspec.Struct, frozen=True):
     """Where the moving weights stand. `path`: their state, "" before the first move. `behind`, `since`: the last feedback that is in them,
     and when it was given. `steps`: which of the versions that served had how many; `owed`: steps that what was said last is still to get.
     `tried`: the step of the last candidate; `spent`, `began`: training tokens since, and when. `dataset` and `fresh`: what they learned
-    from, frozen, and since. `base`: they are to begin with the base model, because something was deleted. `changes`: the last change of
-    feedback that was looked at, -1 before the first look; `heard`: pieces of it that were read when later ones were there already, up to
-    which (everlearn/loop/changed.py)."""
+    from, frozen, and since; `past`: what they learned from too, which the last dataset hasn't because it counts no longer. `base`: they are
+    to begin with the base model, because something was deleted. `changes`: the last change of feedback that was looked at, -1 before the
+    first look; `heard`: pieces of it that were read when later ones were there already, up to which (everlearn/loop/changed.py)."""
 
     path: str = ""
     step: int = 0
@@ -29,6 +29,7 @@ class Moving(msgspec.Struct, frozen=True):
     total: int = 0
     dataset: str = ""
     fresh: list[str] = []
+    past: list[str] = []
     base: bool = False
     changes: int = -1
     heard: dict[str, int] = {}
@@ -37,6 +38,11 @@ class Moving(msgspec.Struct, frozen=True):
     def ahead(self) -> int:
         """Optimizer steps since the version that serves."""
         return self.step - self.steps.get(self.serving, 0)
+
+    @property
+    def followed(self) -> set[str]:
+        """The feedback that they learned from and no dataset of theirs has: nothing but its changes tells that it is deleted."""
+        return {*self.fresh, *self.past}
 
 
 def moving_of(now: Deployed) -> Moving:

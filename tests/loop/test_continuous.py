@@ -135,7 +135,8 @@ def test_what_is_edited_after_it_was_learned_is_learned_once_more_and_no_oftener
     moving = moving_of(read(runner.api, "edited"))
     assert (moving.step, moving.owed, moving.behind) == (before.step + 4, 16, before.behind), "a move, and nothing was said anew"
     (line,) = noted(http, "edited")
-    assert line["evidence"]["feedback"] == dict.fromkeys(about, "edited") and f"{len(about)} edited" in line["reason"]
+    assert line["evidence"]["feedback"] == dict.fromkeys(about, "edited")
+    assert f"{len(about)} edited, 1 of them learned once more" in line["reason"], "the history claims no more than was done"
     assert len(line["evidence"]["learned"]) == 1, "of several about one question the newest counts, as in a dataset"
     other = Runner(runner.api, runner.service, "edited")  # the first was killed
     now = other.run()
@@ -168,6 +169,47 @@ def test_a_correction_deleted_before_any_candidate_is_unlearned_and_what_it_repl
     now = other.run()
     assert now.champion == "unsaid@1" and user.asks_all(1) == 1.0
     assert len(noted(http, "unsaid")) == 2
+
+
+def test_what_weights_that_began_anew_learned_is_unlearned_too(http: httpx.Client, parts: Parts) -> None:
+    """Before they are shown to the gate, and though nothing was said since they began."""
+    runner, user = parts("older", DESCRIPTION)
+    user.asks_all(4, corrects=True)
+    while not (before := moving_of(read(runner.api, "older"))).step:
+        assert runner.step()
+    tinker.RestClient(base_url=runner.api.url, api_key=runner.api.key).delete_checkpoint_from_tinker_path(before.path).result()
+    other = Runner(runner.api, runner.service, "older")
+    assert other.step() and moving_of(read(runner.api, "older")).fresh == []
+    assert other.step()
+    again = moving_of(read(runner.api, "older"))
+    assert (again.path != "", again.step, again.dataset) == (True, 8, "") and set(again.fresh) <= set(before.fresh)
+    http.delete(f"/v1/feedback/{again.fresh[0]}").raise_for_status()
+    assert other.step()
+    anew = moving_of(read(runner.api, "older"))
+    assert (anew.path, anew.base, anew.fresh) == ("", True, []) and "deleted" in noted(http, "older")[-1]["reason"]
+
+
+def test_what_was_learned_and_counts_no_longer_is_unlearned_when_it_is_deleted(http: httpx.Client, parts: Parts) -> None:
+    """Two candidates later: of what the same person said first no dataset that is made now knows."""
+    runner, user = parts("replaced", DESCRIPTION)
+    user.asks_all(4, corrects=True)
+    while not (now := read(runner.api, "replaced")).cycle.get("moving", {}).get("path"):
+        assert runner.step()
+    asked, first, frozen = description.of(now.description), moving_of(now).fresh, []
+    for which in first[-2:]:  # the first before anything is frozen, the second when a dataset has it
+        user.say(http.get(f"/v1/feedback/{which}").json()["target"]["record_id"], kind="demonstration", text="in france")
+        assert runner.step()
+        now = read(runner.api, "replaced")
+        moving = runner.mover._frozen(now, asked, moving_of(now))
+        assert moving is not None and (moving.fresh, moving.past) == ([], first[-2:][: len(frozen) + 1]) and moving.dataset not in frozen
+        frozen.append(moving.dataset)
+        runner.mover._noted(now, moving)
+    dataset = http.get(f"/v1/datasets/{frozen[-1]}").json()
+    http.delete(f"/v1/feedback/{first[-1]}").raise_for_status()
+    assert http.get(f"/v1/datasets/{frozen[-1]}").json()["marks"] == dataset["marks"] == 0, "the newest dataset has nothing of it"
+    assert runner.step()
+    anew = moving_of(read(runner.api, "replaced"))
+    assert (anew.path, anew.base, anew.past) == ("", True, []) and "deleted" in noted(http, "replaced")[-1]["reason"]
 
 
 def test_changes_of_what_was_not_taken_or_is_known_already_are_no_matter() -> None:
