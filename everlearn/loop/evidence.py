@@ -44,7 +44,8 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     feedback, 0 bad, 1 good), `guardrails` one for each episode, both in order of arrival.
 
     `sources` tells, for `feedback` and for guardrails that are made of people's words, who said each outcome, by a number; -1 where nobody
-    is named or nothing was said. It is absent where nobody at all is named.
+    is named or nothing was said, and for the unnamed where they are taken for everybody. It is absent where nobody at all is named.
+    `counting` goes with it: by which edition of everlearn/loop/sources.py it is to be read; absent in what the first one wrote.
 
     At the stage "watch" `candidate` is live and answers everybody, and `champion` is what answered before: its outcomes are its record,
     and `hours` is the time since the promotion.
@@ -65,6 +66,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     guardrails: dict[str, tuple[Outcome, ...]] = {}
     alarms: tuple[Alarm, ...] = ()
     sources: dict[str, tuple[int, ...]] | msgspec.UnsetType = msgspec.UNSET  # absent, so that what was written before it still replays
+    counting: Literal[2] | msgspec.UnsetType = msgspec.UNSET  # likewise
 
 
 def digest(value: msgspec.Struct) -> str:

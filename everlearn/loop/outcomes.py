@@ -23,7 +23,7 @@ from everlearn.errors import NotFound
 from everlearn.loop.description import IN_SHADOW
 from everlearn.loop.evidence import Outcome
 from everlearn.loop.service import Api, Deployed, pages
-from everlearn.loop.sources import NOBODY
+from everlearn.loop.sources import COUNTING, NOBODY
 from everlearn.loop.weights import within
 
 SHADOW = "shadow"  # the route of answers that nobody saw
@@ -96,16 +96,30 @@ class Traffic:
         order = sorted((rows[0]["created_at"], rows[0]["id"], episode) for episode, rows in self.said.items())
         return self._firsts((episode, self._mean(episode), self._source(episode)) for _, _, episode in order)
 
-    def _mean(self, episode: str) -> float:
-        """Over its sources, of the mean of what each said: whoever says more isn't heard more."""
+    def _means(self, episode: str) -> dict[str, float]:
+        """Of what each of an episode's sources said of it."""
         by_source: dict[str, list[float]] = {}
         for row in self.said[episode]:
             by_source.setdefault(source_of(row), []).append(row["worth"])
-        return fmean(fmean(worths) for worths in by_source.values())
+        return {source: fmean(worths) for source, worths in by_source.items()}
+
+    def _mean(self, episode: str) -> float:
+        """Over its sources, of the mean of what each said: whoever says more isn't heard more."""
+        return fmean(self._means(episode).values())
 
     def _source(self, episode: str) -> str:
-        """Of those who spoke of an episode, the one who spoke of most episodes: whatever hangs on one source hangs on such a one."""
-        return max({source_of(row) for row in self.said[episode]}, key=lambda source: (self.spoke[source], source))
+        """On whom the episode's mean hangs: the source without whom it would be furthest from what it is. Without one of n sources it moves
+        by |its mean - the mean of all| / (n - 1), so that is whoever is furthest from the others. Two sources always move it by the same,
+        and so do those who agree: of such it is the one who spoke of most episodes. An outcome has one source here, and where a source is
+        left out what others said of such an episode goes with it; of an episode that hangs on another its own share stays."""
+        means = self._means(episode)
+        middle = fmean(means.values())
+        return max(means, key=lambda source: (round(abs(means[source] - middle), 9), self.spoke[source], source))
+
+    def _spoke_by(self, episode: str, time: float) -> str:
+        """On whom it hangs that anything was said of an episode by a time: of those who did, the one who spoke of most episodes."""
+        told = {source_of(row) for row in self.said[episode] if float(row["created_at"]) <= time}
+        return max(told, key=lambda source: (self.spoke[source], source))
 
     def told(self, names: Sequence[str]) -> dict[str, list[Told]]:
         """Feedback and these guardrails, each outcome with who said it."""
@@ -146,8 +160,8 @@ class Traffic:
         """
         now = int(self.until)  # rows have whole seconds: in the present one more may come
         order = sorted((self._settled(episode), episode) for episode in self.episodes)
-        over = [(episode, self._said_by(episode, at)) for at, episode in order if at < now]
-        return self._firsts((episode, float(said), self._source(episode) if said else None) for episode, said in over)
+        over = [(episode, self._said_by(episode, at), at) for at, episode in order if at < now]
+        return self._firsts((episode, float(said), self._spoke_by(episode, at) if said else None) for episode, said, at in over)
 
     def unseen(self, names: Sequence[str]) -> dict[str, tuple[Outcome, ...]]:
         """The same of the shadow's answers against the champion's, answer by answer; both as long as a shadow's can be."""
@@ -221,16 +235,28 @@ def source_of(row: dict[str, Any]) -> str:
 
 
 def evident(told: Mapping[str, Sequence[Told]]) -> dict[str, Any]:
-    """`feedback`, `guardrails` and `sources` of an Evidence; sources as numbers, in the order in which they come."""
-    named = {one.source: None for found in told.values() for one in found if one.source is not None}
-    numbers: dict[str | None, int] = {source: number for number, source in enumerate(named)} if set(named) - {""} else {}
+    """`feedback`, `guardrails`, `sources` and `counting` of an Evidence; sources as numbers, in the order in which they come. Whoever isn't
+    named is one source where those who are give at least half of each version's feedback, else everybody and in nobody's place."""
+    named = {one.source: None for found in told.values() for one in found if one.source}
+    if named and not _everybody(told.get(FEEDBACK, ())):
+        named = {one.source: None for found in told.values() for one in found if one.source is not None}
+    numbers: dict[str | None, int] = {source: number for number, source in enumerate(named)}
     sources = {
         name: tuple(numbers.get(one.source, NOBODY) for one in found)
         for name, found in told.items()
         if any(one.source in numbers for one in found)
     }
     outcomes = {name: tuple(one.outcome for one in found) for name, found in told.items()}
-    return {"feedback": outcomes.pop(FEEDBACK, ()), "guardrails": outcomes, "sources": sources or msgspec.UNSET}
+    how = {"sources": sources, "counting": COUNTING} if sources else {"sources": msgspec.UNSET, "counting": msgspec.UNSET}
+    return {"feedback": outcomes.pop(FEEDBACK, ()), "guardrails": outcomes, **how}
+
+
+def _everybody(feedback: Sequence[Told]) -> bool:
+    """Whether the unnamed give more than half of what was said of one of the versions. Of one, not of both together: left out as a source
+    they would leave too little of that version for any harm to show, however long the other's record is."""
+    named = Counter(one.outcome.candidate for one in feedback if one.source)
+    nameless = Counter(one.outcome.candidate for one in feedback if one.source == "")
+    return any(nameless[arm] > named[arm] for arm in (True, False))
 
 
 def value_of(row: dict[str, Any]) -> float | None:

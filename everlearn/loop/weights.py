@@ -52,14 +52,21 @@ def within(said: Sequence[tuple[str, Hashable]], cap: float) -> list[bool]:
     """Which of these words count where each counts whole or not at all, and what has counted goes on to: `said` has, in order of arrival,
     a word's source and what it is about. The first `cap` things that a source speaks about count, whatever it says of them.
 
-    "" is whoever isn't named. That is one source like any other, except where nobody at all was named so far: then it is everybody.
+    "" is whoever isn't named. That is one source like any other while those who are named spoke of at least as many things so far; else it
+    is everybody, and all of it counts. (Of a named source only what counts does so here too: one who says much makes nobody a few.)
     """
     about: dict[str, set[Hashable]] = {}
+    named: set[Hashable] = set()
+    nameless: set[Hashable] = set()
     found = []
     for source, thing in said:
         mine = about.setdefault(source, set())
-        counts = thing in mine or len(mine) + 1 <= cap or (not source and len(about) == 1)
+        if not source:
+            nameless.add(thing)
+        counts = thing in mine or len(mine) + 1 <= cap or (not source and len(nameless) > len(named))
         if counts:
             mine.add(thing)
+            if source:
+                named.add(thing)
         found.append(counts)
     return found

@@ -118,3 +118,25 @@ def test_only_people_who_met_the_answer_are_feedback() -> None:
     ]
     assert traffic(rows, [met, *others], 10.0).feedback() == (Outcome(False, 1.0),)
     assert traffic(rows, others, 300.0).feedback() == () and traffic(rows, others, 300.0).feedback_rate() == (Outcome(False, 0.0),)
+
+
+def test_an_outcome_is_theirs_on_whom_its_mean_hangs() -> None:
+    """Four are content with an episode and one isn't: without that one it would be furthest from what it is, though others say more."""
+    names = ("ana", "ben", "cleo", "dan")
+    others = [says(12 + at, f"o{at}", "ana", 1.0) for at in range(5)]
+    said = [*(says(10, "e", who, 1.0) for who in names), says(11, "e", "eve", 0.0), *others]
+    records = [answer(1, "e"), *(answer(2, f"o{at}") for at in range(5))]
+    found = traffic(records, said, 300.0).told(["feedback_rate"])
+    first = found["feedback"][0]
+    assert (first.outcome.value, first.source) == (0.8, "eve")
+    assert {one.source for one in found["feedback_rate"]} == {"ana"}, "that something was said hangs on none of them"
+    two = [row for row in said if row["source_id"] in ("ana", "eve")]
+    assert traffic(records, two, 300.0).told([])["feedback"][0].source == "ana", "two move it by the same: who spoke of more"
+    late = [*two, says(250, "e", "fay", 0.5)]
+    late = [row | {"created_at": 250} if row["source_id"] == "ana" and row["target"]["episode_id"] == "e" else row for row in late]
+    rate = traffic(records, late, 300.0).told(["feedback_rate"])["feedback_rate"]
+    assert sorted(one.source or "" for one in rate) == ["ana"] * 5 + ["eve"], "of those who spoke in time"
+
+
+def says(at: int, episode: str, who: str, value: float) -> dict[str, Any]:
+    return thumb(at, episode) | {"id": f"f{at:06}-{who}", "source_id": who, "value": value}

@@ -47,8 +47,13 @@ def test_where_what_counted_stays_counted_the_first_of_each_source_count() -> No
         assert within(crowd[:num], 100.0) == found[:num], "what comes later changes nothing"
 
 
-def test_whoever_isn_t_named_is_everybody_until_somebody_is() -> None:
+def test_whoever_isn_t_named_is_everybody_while_the_named_are_fewer() -> None:
     nameless = [("", number) for number in range(300)]
     assert all(within(nameless, 100.0))
     found = within([*nameless, ("ana", 0), *(("", number) for number in range(300, 600))], 100.0)
-    assert sum(found) == 301, "beside people with names it is one source, and has had its share"
+    assert all(found), "one named word among hundreds takes nobody's voice"
+    crowd = [("ana", number) for number in range(10_000)]
+    assert sum(within([*crowd, *nameless], 100.0)) == 100 + 300, "nor do ten thousand of one, who counts for a hundred"
+    people = [(f"user {number}", 1000 + number) for number in range(300)]
+    found = within([*people, *nameless], 100.0)
+    assert sum(found) == 300 + 100, "beside as many people with names it is one source, and has its share"
