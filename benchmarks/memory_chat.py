@@ -25,7 +25,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, arguments, origin, server, write_result
+from common import ROOT, arguments, origin, server, short, write_result
 
 sys.path.insert(0, str(ROOT))
 from everlearn.memory.asking import ANSWER_TOKENS, QUESTION
@@ -112,7 +112,7 @@ def main() -> None:
         print(f"seed {args.only}: at most {run['prompt_tokens_max']} tokens, kept {sum(run['kept']):.0f} of {len(run['kept'])}, "
               f"answered {sum(run['answered']):.0f}; last turns alone keep {sum(run['last_k_kept']):.0f}")  # fmt: skip
         args.into.mkdir(parents=True, exist_ok=True)
-        sys.argv[1:] = ["--model", args.model, "--only", str(args.only), "--turns", str(args.turns), "--refill", args.refill]
+        sys.argv[1:] = ["--model", short(args.model), "--only", str(args.only), "--turns", str(args.turns), "--refill", args.refill]
         (args.into / f"{args.only}.json").write_text(json.dumps(origin("memory-chat") | {"run": run}, default=str))
     elif args.collect is not None:
         told = [json.loads(path.read_text()) for path in sorted(args.collect.glob("*.json"))]
@@ -120,7 +120,8 @@ def main() -> None:
         results: dict[str, Any] = {"runs": runs, "origins": told}
         for metric in ("kept", "last_k_kept", "answered"):
             results[metric] = interval([run[metric] for run in runs])._asdict()
-        results["preference_of_turn_3"] = {"kept": sum(run["kept"][0] for run in runs), "of": len(runs)}
+        first = {name: sum(run[name][0] for run in runs) for name in ("kept", "answered", "last_k_kept")}
+        results["preference_of_turn_3"] = first | {"of": len(runs)}
         results["prompt_tokens_max"] = max(run["prompt_tokens_max"] for run in runs)
         sys.argv[1:] = ["--collect", args.collect.name]
         print({name: value for name, value in results.items() if name not in ("runs", "origins")})
