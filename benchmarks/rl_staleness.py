@@ -43,9 +43,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "icepop": {"loss": "ppo", "decoupled": True, "loss_config": {"importance_weight": "icepop"}},
     "plain": {"loss": "importance_sampling", "decoupled": True, "loss_config": {"importance_weight": "none"}},
     "plain-ppo": {"loss": "ppo"},
-    "plain-is": {"loss": "importance_sampling"},
 }
-COLOURS = {"decoupled": "#1d4ed8", "tis": "#0d9488", "icepop": "#7c3aed", "plain": "#dc2626", "plain-ppo": "#f59e0b", "plain-is": "#be185d"}
+COLOURS = {"decoupled": "#1d4ed8", "tis": "#0d9488", "icepop": "#7c3aed", "plain": "#dc2626", "plain-ppo": "#f59e0b"}
 LAGS = (1, 4, 8)
 STRENGTHS = (4e-3,)
 RATE, STEPS = 1e-4, 64
