@@ -88,10 +88,6 @@ class Traffic:
         self.spoke = Counter(source for episode, rows in self.said.items() for source in {source_of(row) for row in rows})
         self.units = {episode: episode if each else unit_of(episode, rows[0]) for episode, rows in self.episodes.items()}
 
-    def feedback(self) -> tuple[Outcome, ...]:
-        """The mean of each episode's feedback, 0 bad to 1 good, in the order in which the first of it came."""
-        return tuple(one.outcome for one in self._feedback())
-
     def _feedback(self) -> list[Told]:
         order = sorted((rows[0]["created_at"], rows[0]["id"], episode) for episode, rows in self.said.items())
         return self._firsts((episode, self._mean(episode), self._source(episode)) for _, _, episode in order)
@@ -144,13 +140,6 @@ class Traffic:
                 seen.add(unit)
                 kept.append(Told(Outcome(self.arms[episode], value), source))
         return kept
-
-    def guardrails(self, names: Sequence[str]) -> dict[str, tuple[Outcome, ...]]:
-        found = self.told(names)
-        return {name: tuple(one.outcome for one in found[name]) for name in names}
-
-    def feedback_rate(self) -> tuple[Outcome, ...]:
-        return self.guardrails(["feedback_rate"])["feedback_rate"]
 
     def _rate(self) -> list[Told]:
         """1 for an episode that got feedback in time, 0 for one that got none; those whose time isn't over are left out.

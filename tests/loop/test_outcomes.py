@@ -55,12 +55,22 @@ def traffic(records: list[dict[str, Any]], feedback: list[dict[str, Any]], until
     return Traffic(Rows(records, feedback, until), NOW, 0.0, settle, until)
 
 
+def guardrails(found: Traffic, names: list[str]) -> dict[str, tuple[Outcome, ...]]:
+    told: dict[str, tuple[Outcome, ...]] = outcomes.evident(found.told(names))["guardrails"]
+    return told
+
+
+def feedback_of(found: Traffic) -> tuple[Outcome, ...]:
+    told: tuple[Outcome, ...] = outcomes.evident(found.told([]))["feedback"]
+    return told
+
+
 def test_feedback_alone_doesn_t_bring_an_episode_into_the_rate() -> None:
     """The same people with both versions, the candidate's share just grown: what is known so far shows no difference."""
     records = [answer(10 * number, f"e{number}", 1 + number % 2) for number in range(40)]
     feedback = [thumb(10 * number + 5, f"e{number}") for number in range(40) if number % 4 < 2]
-    assert traffic(records, feedback, until=99.0).feedback_rate() == (), "nobody's time is over"
-    found = traffic(records, feedback, until=300.0).feedback_rate()
+    assert guardrails(traffic(records, feedback, until=99.0), ["feedback_rate"])["feedback_rate"] == (), "nobody's time is over"
+    found = guardrails(traffic(records, feedback, until=300.0), ["feedback_rate"])["feedback_rate"]
     assert len(found) == 20
     for arm in (False, True):
         values = [outcome.value for outcome in found if outcome.candidate == arm]
@@ -80,7 +90,7 @@ def test_the_rate_only_grows() -> None:
     feedback = [thumb(10, "early"), thumb(150, "talks"), thumb(250, "quiet")]
     before: tuple[Outcome, ...] = ()
     for until in range(0, 600, 10):
-        found = traffic(records, feedback, float(until)).feedback_rate()
+        found = guardrails(traffic(records, feedback, float(until)), ["feedback_rate"])["feedback_rate"]
         assert found[: len(before)] == before, until
         before = found
     assert before == (Outcome(False, 1.0), Outcome(False, 0.0), Outcome(True, 1.0), Outcome(False, 0.0))
@@ -94,7 +104,7 @@ def test_answers_in_the_shadow_are_compared_as_if_both_were_cut_there() -> None:
         "length": (Outcome(False, 512.0), Outcome(True, 512.0)),
         "tool_calls": (Outcome(False, 0.0), Outcome(True, 0.0)),
     }
-    assert [one.value for one in traffic(records, [], 10.0).guardrails(["length"])["length"]] == [2000.0], "what was shown counts whole"
+    assert [one.value for one in guardrails(traffic(records, [], 10.0), ["length"])["length"]] == [2000.0], "what was shown counts whole"
 
 
 def test_vectors_are_no_answers() -> None:
@@ -103,9 +113,9 @@ def test_vectors_are_no_answers() -> None:
     both = [answer(1, "e", 1, tokens=40), *vectors]
     found, plain = traffic(both, [], 300.0), traffic(both[:1], [], 300.0)
     assert set(found.episodes) == {"e"}
-    assert found.guardrails(["length", "feedback_rate", "cut_off"]) == plain.guardrails(["length", "feedback_rate", "cut_off"])
+    assert guardrails(found, ["length", "feedback_rate", "cut_off"]) == guardrails(plain, ["length", "feedback_rate", "cut_off"])
     assert found.unseen(["length"]) == plain.unseen(["length"])
-    assert found.guardrails(["length"])["length"] == (Outcome(False, 40.0),)
+    assert guardrails(found, ["length"])["length"] == (Outcome(False, 40.0),)
 
 
 def test_only_people_who_met_the_answer_are_feedback() -> None:
@@ -116,8 +126,10 @@ def test_only_people_who_met_the_answer_are_feedback() -> None:
         thumb(6, "a") | {"name": review.NAME, "value": 0.0},
         thumb(7, "a") | {"name": review.NAME, "kind": "demonstration", "value": None, "answer": "in spain"},
     ]
-    assert traffic(rows, [met, *others], 10.0).feedback() == (Outcome(False, 1.0),)
-    assert traffic(rows, others, 300.0).feedback() == () and traffic(rows, others, 300.0).feedback_rate() == (Outcome(False, 0.0),)
+    assert feedback_of(traffic(rows, [met, *others], 10.0)) == (Outcome(False, 1.0),)
+    assert feedback_of(traffic(rows, others, 300.0)) == () and guardrails(traffic(rows, others, 300.0), ["feedback_rate"])[
+        "feedback_rate"
+    ] == (Outcome(False, 0.0),)
 
 
 def test_an_outcome_is_theirs_on_whom_its_mean_hangs() -> None:

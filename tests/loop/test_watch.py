@@ -19,7 +19,7 @@ from everlearn.loop.watch import Watch, cusum
 from tests.live import LiveServer
 from tests.loop.conftest import train
 from tests.loop.test_cycle import TRUTHS, User, events, parts, replayed  # noqa: F401  (parts is a fixture)
-from tests.loop.test_outcomes import NOW, Rows, answer, thumb, traffic
+from tests.loop.test_outcomes import NOW, Rows, answer, feedback_of, guardrails, thumb, traffic
 
 pytestmark = [pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"), pytest.mark.timeout(600)]
 GATE: dict[str, Any] = {
@@ -104,7 +104,7 @@ def test_a_look_goes_on_behind_the_last_and_the_record_ends_with_the_promotion()
 
 
 def told(found: Traffic) -> list[tuple[bool, float]]:
-    return [(one.candidate, one.value) for one in found.feedback()]
+    return [(one.candidate, one.value) for one in feedback_of(found)]
 
 
 def test_of_a_user_whom_chance_assigned_the_first_episode_counts() -> None:
@@ -113,7 +113,7 @@ def test_of_a_user_whom_chance_assigned_the_first_episode_counts() -> None:
     found += [answer(20 + number, f"named{number}", 1) | {"user": "ben"} for number in range(3)]
     said = [thumb(100 + row["created_at"], row["episode_id"]) for row in found]
     assert told(traffic(found, said, until=300.0)) == [(True, 1.0), *[(False, 1.0)] * 3]
-    assert len(traffic(found, said, until=300.0).guardrails(["length", "feedback_rate"])["feedback_rate"]) == 4
+    assert len(guardrails(traffic(found, said, until=300.0), ["length", "feedback_rate"])["feedback_rate"]) == 4
 
 
 def test_tools_that_failed_are_counted_by_episode() -> None:
@@ -122,7 +122,7 @@ def test_tools_that_failed_are_counted_by_episode() -> None:
         thumb(at, episode) | {"kind": "outcome", "source": "program", "value": value}
         for at, episode, value in ((3, "b", 0.0), (4, "b", 1.0), (5, "a", 1.0))
     ]
-    assert [(one.candidate, one.value) for one in traffic(rows, ended, 10.0).guardrails(["tool_errors"])["tool_errors"]] == [
+    assert [(one.candidate, one.value) for one in guardrails(traffic(rows, ended, 10.0), ["tool_errors"])["tool_errors"]] == [
         (True, 0.5),
         (False, 0.0),
     ]
