@@ -61,6 +61,7 @@ def test_a_correction_by_keyboard_becomes_a_version_that_is_promoted_and_rolled_
     page.keyboard.type("reads well")
     page.keyboard.press("Enter")
     until(page.locator("#champion"), "keyboard@1")
+    until(page.locator("#act[open]"), count=0)  # the page may hear of the move before its own request is answered
     now = users.deployment()
     assert (now["champion"], now["state"], now["previous"]) == ("keyboard@1", "collect", "keyboard@0")
     page.keyboard.press("b")

@@ -182,17 +182,17 @@ def test_a_model_writes_anew_what_was_cut_behind_the_answer(client, http):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_an_adapter_writes_as_the_memory_s_policy(server, client, http):
     path = train(server, "hello", "hello", steps=1)
-    http.post("/adapters", json={"name": "keeper", "path": path}).raise_for_status()
-    long_talk(client, "oda", 12, refill="generate", policy="keeper")
-    history(http, "oda", "(keeper@1)")
-    assert seen(http, "oda")["policy"] == "keeper"
+    http.post("/adapters", json={"name": "scribe", "path": path}).raise_for_status()
+    long_talk(client, "oda", 12, refill="generate", policy="scribe")
+    history(http, "oda", "(scribe@1)")
+    assert seen(http, "oda")["policy"] == "scribe"
     # In a memory that has been full for long, chunks are forgotten whole rather than cut, and nobody is asked: this one's first cuts come
     # when the adapter is gone already.
-    long_talk(client, "ola", 1, refill="generate", policy="keeper")
-    assert seen(http, "ola")["policy"] == "keeper" and len(seen(http, "ola")["chunks"]) == 2
-    assert http.delete("/adapters/keeper").status_code in (200, 204)
+    long_talk(client, "ola", 1, refill="generate", policy="scribe")
+    assert seen(http, "ola")["policy"] == "scribe" and len(seen(http, "ola")["chunks"]) == 2
+    assert http.delete("/adapters/scribe").status_code in (200, 204)
     long_talk(client, "ola", 12)
-    rows = history(http, "ola", "generate failed (keeper): there is no model 'keeper'")
+    rows = history(http, "ola", "generate failed (scribe): there is no model 'scribe'")
     assert all(row["before"] == row["after"] for row in rows if "failed" in row["refill"]), "the rule's text stands"
 
 

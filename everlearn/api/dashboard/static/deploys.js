@@ -20,7 +20,9 @@ addEventListener("DOMContentLoaded", () => {
     reason.focus();
   }
 
+  /* What is answered when its dialog has been left, or another one stands open, changes no dialog. */
   async function act() {
+    const asked = wanted;
     const body = { reason: reason.value, expected: wanted.revision };
     if (wanted.act === "pause") body.paused = wanted.paused;
     if (wanted.number !== undefined) body.number = Number(wanted.number);
@@ -28,11 +30,15 @@ addEventListener("DOMContentLoaded", () => {
     const [method, where] = wanted.act === "pause" ? ["PATCH", address] : ["POST", `${address}/${wanted.act}`];
     try {
       const reply = await fetch(where, { method, headers, body: JSON.stringify(body) });
-      if (reply.ok) { dialog.close(); document.body.dispatchEvent(new CustomEvent("live-deployments")); return; }
+      if (reply.ok) {
+        if (wanted === asked) dialog.close();
+        document.body.dispatchEvent(new CustomEvent("live-deployments"));
+        return;
+      }
       const page = new DOMParser().parseFromString(await reply.text(), "text/html").querySelector("[role=alert]");
-      error.textContent = page?.textContent || `error ${reply.status}`;
+      if (wanted === asked) error.textContent = page?.textContent || `error ${reply.status}`;
     } catch {
-      error.textContent = "the server doesn't answer; press Enter to try again";
+      if (wanted === asked) error.textContent = "the server doesn't answer; press Enter to try again";
     }
   }
 

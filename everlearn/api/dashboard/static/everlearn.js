@@ -2,7 +2,9 @@
 "use strict";
 
 const everlearn = {
-  typing: (element) => element instanceof HTMLElement && (element.isContentEditable || /^(INPUT|TEXTAREA|SELECT)$/.test(element.tagName)),
+  /* Whether a key is a letter in a field. A dialog that was just closed keeps the focus until the next frame: nobody types there. */
+  typing: (element) => element instanceof HTMLElement && element.checkVisibility() &&
+    (element.isContentEditable || /^(INPUT|TEXTAREA|SELECT)$/.test(element.tagName)),
 
   /* Says something for a few seconds. */
   notice(text) {
