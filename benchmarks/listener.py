@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """A language model of under a million parameters that answers questions about what it was told: what memory_train.py begins with.
 
-    python benchmarks/listener.py FOLDER [--seconds 900]       # on a GPU where there is one
+    python benchmarks/listener.py FOLDER [--seconds 900]                 # on a GPU where there is one
+    python benchmarks/listener.py FOLDER --begin OTHER --seconds 1500    # goes on with a model, at its full length and a lower rate
 
 It speaks the language of the synthetic suite and nothing else. It is taught to answer a question from lines that stand before it, to write
 a line again in fewer words (which of its sentences stays is drawn), to write notes of a text (which of its sentences is drawn), and to
@@ -34,7 +35,7 @@ from everlearn.memory.window import line
 
 SPACE = "\u2581"  # as SentencePiece spells it: before each word, and before the first digit of a number
 FIRST_SEED = 1_000_000  # of histories that it is taught from
-RATE = 3e-3
+RATE, LATER_RATE = 3e-3, 6e-4
 CASES, REUSED = 400, 0.8
 # Share of the time, facts of a history, most tokens of a row, rows of a batch: from a few lines to more than a window.
 STAGES = ((0.25, (1, 3), 96, 32), (0.3, (2, 8), 256, 24), (0.3, (6, 20), 640, 10), (0.15, (12, 30), 1280, 5))
@@ -125,8 +126,12 @@ class Lessons:
         known = [question for question in questions if any(question.words <= own for _, own in lines)]
         self.rng.shuffle(known)
         tokens, weights = [], []
+        messages = self.rng.random() < 0.5  # what a memory holds stands in one order, or each line is a message of a chat
+        if messages:
+            told = (text.strip().partition(": ") for text, _ in lines)
+            self._said(tokens, weights, "".join(f"{BEGIN}{role}\n{text}{END}\n" for role, _, text in told), 0.03)
         for number, question in enumerate(known):
-            context = "".join(text for text, _ in lines).strip() + "\n\n" if number == 0 else ""
+            context = "".join(text for text, _ in lines).strip() + "\n\n" if number == 0 and not messages else ""
             asked = asking.QUESTION.format(context="", question=question.text).lstrip()
             self._said(tokens, weights, ("\n" if number else "") + f"{BEGIN}user\n{context}{asked}{END}\n{BEGIN}assistant\n", 0.03)
             self._said(tokens, weights, question.answers[0] + END, 1.0)
@@ -223,20 +228,25 @@ def batches(tokenizer: Tokenizer, stage: int, times: int, workers: int) -> Itera
     return iter(torch.utils.data.DataLoader(Endless(), batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None))
 
 
-def train(model: Any, tokenizer: Tokenizer, seconds: float, device: str, times: int, workers: int, log: Callable[[str], None]) -> None:
+def train(
+    model: Any, tokenizer: Tokenizer, seconds: float, device: str, times: int, workers: int, later: bool, log: Callable[[str], None]
+) -> None:
+    """`later`: with what comes last, at a lower rate, in a model that has learned already."""
     import torch
 
     model.to(device).train()
     torch.backends.cuda.matmul.allow_tf32 = True
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    stages, rate = list(enumerate(STAGES))[-2 if later else 0 :], LATER_RATE if later else RATE
+    whole = sum(share for _, (share, *_) in stages)
     started, step, ends = time.perf_counter(), 0, 0.0
-    for stage, (share, *_) in enumerate(STAGES):
-        ends += share * seconds
+    for stage, (share, *_) in stages:
+        ends += share / whole * seconds
         drawn = batches(tokenizer, stage, times, workers)
         while (now := time.perf_counter() - started) < ends:
             ids, weights = (part.to(device, non_blocking=True) for part in next(drawn))
             for group in optimizer.param_groups:
-                group["lr"] = RATE * min(1.0, (step + 1) / 100) * max(0.03, 1 - now / seconds)
+                group["lr"] = rate * min(1.0, (step + 1) / 100) * max(0.03, 1 - now / seconds)
             with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
                 logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1).float()
             losses = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
@@ -252,18 +262,21 @@ def train(model: Any, tokenizer: Tokenizer, seconds: float, device: str, times: 
             step += 1
 
 
-def make(folder: Path, seconds: float, hidden: int = 128, layers: int = 4, times: int = 0, workers: int = 0) -> Path:
+def make(
+    folder: Path, seconds: float, hidden: int = 128, layers: int = 4, times: int = 0, workers: int = 0, begin: Path | None = None
+) -> Path:
     """The model's folder. It appears whole or not at all. `times`: batches so many times as large (0: 8 on a GPU, 1 elsewhere)."""
     import torch
+    from transformers import AutoModelForCausalLM
 
     if folder.exists():
         return folder
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = make_tokenizer()
-    model = new_model(tokenizer.get_vocab_size(), hidden, layers)
+    tokenizer = Tokenizer.from_file(str(begin / "tokenizer.json")) if begin else make_tokenizer()
+    model = AutoModelForCausalLM.from_pretrained(begin) if begin else new_model(tokenizer.get_vocab_size(), hidden, layers)
     print(f"{sum(one.numel() for one in model.parameters()):,} parameters, {tokenizer.get_vocab_size()} tokens, {device}", flush=True)
     times = times or (8 if device == "cuda" else 1)
-    train(model, tokenizer, seconds, device, times, workers, lambda text: print(text, flush=True))
+    train(model, tokenizer, seconds, device, times, workers, begin is not None, lambda text: print(text, flush=True))
     folder.parent.mkdir(parents=True, exist_ok=True)
     return saved(model.cpu(), tokenizer, folder)
 
@@ -274,11 +287,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=900.0, help="of training")
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--begin", type=Path, metavar="OTHER", help="the model to go on with")
     parser.add_argument("--times", type=int, default=0, help="as many rows in a batch (default: 8 on a GPU, 1 elsewhere)")
     parser.add_argument("--workers", type=int, default=max(0, (os.cpu_count() or 1) - 4), help="processes that make batches")
     args = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    make(args.folder, args.seconds, args.hidden, args.layers, args.times, args.workers)
+    make(args.folder, args.seconds, args.hidden, args.layers, args.times, args.workers, args.begin)
 
 
 if __name__ == "__main__":

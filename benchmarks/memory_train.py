@@ -42,7 +42,7 @@ import tinker
 
 from everlearn.memory import importance, study
 from everlearn.memory.asking import Asking
-from everlearn.memory.decide import Decided
+from everlearn.memory.decide import Certain, Decided
 from everlearn.memory.distil import examples
 from everlearn.memory.environment import Judge, MemoryTasks
 from everlearn.memory.generate import Generate
@@ -82,10 +82,12 @@ class Size(NamedTuple):
     members: int = 8
     budget: int = 128
     heads: int = 3  # histories that a head is distilled from
+    facts: int = 35  # of a history that is trained on, in so many turns: most chunks of a window are chatter, as they are in use
+    told_in: int = 400
 
 
 SIZES = {
-    "small": Size(2000, (300, 1000), 2048, steps=26, warm=12, rate=4e-4, warm_rate=2e-3, groups=16, members=4),
+    "small": Size(2000, (300, 1000), 2048, steps=36, warm=26, rate=4e-4, warm_rate=2e-3, groups=16, members=4),
     "smollm2": Size(300, (100,), 8192, steps=32, warm=8, rate=2e-4, warm_rate=4e-4),
 }
 
@@ -159,11 +161,13 @@ def writers(args: argparse.Namespace, asked: Asked) -> dict[str, Any]:
     }
 
 
-def policy(asked: Asked, sampler: tinker.SamplingClient, head: importance.Head | None = None) -> Any:
+def policy(
+    asked: Asked, sampler: tinker.SamplingClient, head: importance.Head | None = None, by: type[Certain] | type[Decided] = Certain
+) -> Any:
     """That decides and writes; with a head it decides, and the sentences that the head likes best stay."""
 
     def make(budget: int) -> Method:
-        decided = Decided(sampler, asked.chat, once=True)
+        decided = by(sampler, asked.chat, once=True)
         if head is not None:
             return method("decided", asked.encode, budget, decided=decided, head=head)
         return method("policy", asked.encode, budget, decided=decided, refill=Generate(sampler, asked.chat))
@@ -190,8 +194,8 @@ def taught(args: argparse.Namespace, asked: Asked, told: dict[str, Any]) -> tink
 
     def tasks(start: int, batches: int, members: int) -> MemoryTasks:
         return MemoryTasks(
-            lambda number: synthetic(140, start + number, 35), asked.chat, judge, budgets=(size.budget,), masking=PRESSED, batches=batches,
-            groups_per_batch=2 if args.smoke else size.groups, group_size=min(members, 3) if args.smoke else members,
+            lambda number: synthetic(size.told_in, start + number, size.facts), asked.chat, judge, budgets=(size.budget,), masking=PRESSED,
+            batches=batches, groups_per_batch=2 if args.smoke else size.groups, group_size=min(members, 3) if args.smoke else members,
             weighed=size.warm if members > 1 else 0, seed=args.seed,
         )  # fmt: skip
 
@@ -205,7 +209,7 @@ def taught(args: argparse.Namespace, asked: Asked, told: dict[str, Any]) -> tink
         print(f"step {row['step']:.0f} " + " ".join(f"{name} {row[name]:.3f}" for name in NOTED if name in row), flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        training = Training(run, min(size.warm, steps // 2), size.warm_rate, WARM_EPOCHS)
+        training = Training(run, min(size.warm, steps - 1), size.warm_rate, WARM_EPOCHS)
         mine, others = tasks(first, steps, size.members), tasks(first + 5000, 2, 1)
         done = train(asked.service, training, mine, Path(folder), others, on_step=noted)
     told["training"] = {
@@ -229,6 +233,8 @@ def one(args: argparse.Namespace, part: str) -> None:
         if part == "trained":
             head, sampler = distilled(args, asked, told), taught(args, asked, told)
             made = {"trained": policy(asked, sampler), "trained+extract": policy(asked, sampler, head)}
+            if args.main:
+                made["trained+words"] = policy(asked, sampler, head, by=Decided)
         elif part == "head":
             head = distilled(args, asked, told)
             made = {"head": lambda budget: method("extract", asked.encode, budget, head=head)}

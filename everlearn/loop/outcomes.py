@@ -21,7 +21,8 @@ import msgspec
 from everlearn.config import FeedbackSettings
 from everlearn.errors import NotFound
 from everlearn.loop.description import IN_SHADOW
-from everlearn.loop.evidence import Outcome
+from everlearn.loop.evidence import Evidence, Outcome
+from everlearn.loop.rule import Rule
 from everlearn.loop.service import Api, Deployed, pages
 from everlearn.loop.sources import COUNTING, NOBODY
 from everlearn.loop.weights import within
@@ -35,6 +36,7 @@ FOUND = "ep_"  # how the id of an episode begins that no client named (everlearn
 REFUSES = re.compile(r"\b(?:I(?:'m| am) sorry|I can(?:'t|not)|I(?:'m| am) (?:unable|not able)|as an AI)\b", flags=re.IGNORECASE)
 Episode = list[dict[str, Any]]  # its records, oldest first
 FEEDBACK = "feedback"
+HOUR = 3600.0
 SOURCE_CAP = FeedbackSettings().source_cap
 
 
@@ -221,6 +223,18 @@ def source_of(row: dict[str, Any]) -> str:
     """Who says it; "" where that is only the key's owner, who speaks for whomever he serves."""
     source = row.get("source_id") or ""
     return "" if source == row.get("key_id") else source
+
+
+def of_canary(traffic: Traffic, asked: Rule) -> Evidence:
+    """What the gate is shown of a canary so far: what was found offline, and the traffic since it began."""
+    cycle = traffic.now.cycle
+    return msgspec.structs.replace(
+        msgspec.convert(cycle["offline"], Evidence),
+        stage="canary",
+        step=int(cycle.get("step", 0)),
+        hours=max(0.0, traffic.until - float(cycle["canary_began"])) / HOUR,
+        **evident(traffic.told(list(asked.guardrails))),
+    )
 
 
 def evident(told: Mapping[str, Sequence[Told]]) -> dict[str, Any]:

@@ -41,7 +41,6 @@ KINDS = {  # of the labels that it learns from
     "grpo": ["boolean", "float", "preference", "demonstration"],
 }
 RETRIES = 5  # when somebody else was faster, again and again
-HOUR = 3600.0
 
 
 class Runner:
@@ -231,7 +230,10 @@ class Runner:
         # What only shown answers can tell (their feedback's rate, how long they took) is asked in the canary, where people see them.
         asked = msgspec.structs.replace(asked, guardrails={k: v for k, v in asked.guardrails.items() if k in descriptions.IN_SHADOW})
         found = msgspec.structs.replace(
-            _evidence(now.cycle["offline"]), stage="shadow", hours=self._hours(since), guardrails=traffic.unseen(list(asked.guardrails))
+            msgspec.convert(now.cycle["offline"], Evidence),
+            stage="shadow",
+            hours=self._hours(since),
+            guardrails=traffic.unseen(list(asked.guardrails)),
         )
         return self._conclude(now, described, asked, found)
 
@@ -239,14 +241,7 @@ class Runner:
         since, asked = float(now.cycle["canary_began"]), rule.rule_of(described.gate)
         cap = source_cap(self.api)
         traffic = outcomes.Traffic(self.api, now, since, described.settle, self.clock(), self.known, cap=cap)
-        found = msgspec.structs.replace(
-            _evidence(now.cycle["offline"]),
-            stage="canary",
-            step=int(now.cycle.get("step", 0)),
-            hours=self._hours(since),
-            **outcomes.evident(traffic.told(list(asked.guardrails))),
-        )
-        return self._conclude(now, described, asked, found)
+        return self._conclude(now, described, asked, outcomes.of_canary(traffic, asked))
 
     # -- what follows ------------------------------------------------------------------------------------------------------
 
@@ -350,7 +345,7 @@ class Runner:
         return after
 
     def _hours(self, since: float) -> float:
-        return max(0.0, self.clock() - since) / HOUR
+        return max(0.0, self.clock() - since) / outcomes.HOUR
 
 
 WORK: dict[str, Callable[[Runner, Deployed, Description], bool]] = {
@@ -372,10 +367,6 @@ def _asks(verdict: Verdict) -> bool:
 def _remedies(now: Deployed) -> dict[str, Any]:
     """What became of corrections of answers in memories, for the history; nothing where there were none."""
     return {"remedies": now.cycle["remedies"]} if now.cycle.get("remedies") else {}
-
-
-def _evidence(table: dict[str, Any]) -> Evidence:
-    return msgspec.convert(table, Evidence)
 
 
 def _candidate(now: Deployed) -> str:

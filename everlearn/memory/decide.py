@@ -2,38 +2,57 @@
 
 What it writes is an action like any other, so a policy can be trained to decide well (everlearn/memory/train.py). An answer that is none of
 the three leaves the chunk at `UNDECIDED`, and is counted.
+
+`Certain` doesn't let it write: it asks how sure the policy is. Of a long history's chunks one in a hundred is needed, and a policy that is
+wrong about one in twenty says keep of five times as many. What ranks them is how sure it is.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import tinker
 
-from everlearn.memory.orders import LEVEL_TOKENS, UNDECIDED, keeping, level_of
+from everlearn.memory.orders import DROP, KEEP, LEVEL_TOKENS, UNDECIDED, keeping, level_of
 from everlearn.memory.window import Chunk, Window
 from everlearn.rl.prompts import ChatMl
 
+Said = tuple[str, str]  # a line: its role and its text
+
+
+class Ask(Protocol):
+    def __call__(self, chunks: Sequence[Chunk], places: Sequence[int]) -> list[float]: ...
+
+
+class Once:
+    """What was asked of each line. It isn't asked again while the line stands in the window as it is, whatever comes to stand around it:
+    that is one answer for each turn of a history, and not several."""
+
+    def __init__(self) -> None:
+        self.known: dict[Said, float] = {}
+
+    def of(self, chunks: Sequence[Chunk], places: Sequence[int], ask: Ask) -> list[float]:
+        new = [place for place in places if _said(chunks[place]) not in self.known]
+        self.known |= dict(zip((_said(chunks[place]) for place in new), ask(chunks, new), strict=True))
+        found = [self.known[_said(chunks[place])] for place in places]
+        here = {_said(chunk) for chunk in chunks}  # what left the window is forgotten here too
+        self.known = {said: level for said, level in self.known.items() if said in here}
+        return found
+
 
 class Decided:
-    """`once`: a line that was decided on isn't asked about again while it stands in the window as it is, whatever comes to stand around it.
-    That is one answer for each turn of a history, and not several."""
+    """By what the policy writes, greedily. `once`: a line is asked about once (`Once`)."""
 
     name, late = "decided", True
 
     def __init__(self, sampler: tinker.SamplingClient, chat: ChatMl, once: bool = False):
         self.sampler, self.chat, self.undecided = sampler, chat, 0
-        self.known: dict[tuple[str, str], float] | None = {} if once else None
+        self.once = Once() if once else None
 
     def of(self, window: Window, chunks: Sequence[Chunk], places: Sequence[int]) -> list[float]:
-        if self.known is None:
-            return self._asked(chunks, places)
-        new = [place for place in places if _said(chunks[place]) not in self.known]
-        self.known |= dict(zip((_said(chunks[place]) for place in new), self._asked(chunks, new), strict=True))
-        found = [self.known[_said(chunks[place])] for place in places]
-        here = {_said(chunk) for chunk in chunks}  # what left the window is forgotten here too
-        self.known = {said: level for said, level in self.known.items() if said in here}
-        return found
+        return self._asked(chunks, places) if self.once is None else self.once.of(chunks, places, self._asked)
 
     def _asked(self, chunks: Sequence[Chunk], places: Sequence[int]) -> list[float]:
         params = tinker.SamplingParams(max_tokens=LEVEL_TOKENS, temperature=0.0, stop=list(self.chat.stop))
@@ -43,7 +62,33 @@ class Decided:
         return [UNDECIDED if level is None else level for level in levels]
 
 
-def _said(chunk: Chunk) -> tuple[str, str]:
+class Certain:
+    """By how sure the policy is that a line is to be kept rather than dropped: p(keep) / (p(keep) + p(drop)), the probabilities being those
+    of the two words as its whole answer. Nothing is written: two forward passes over the order for each line. `once` as above."""
+
+    name, late = "certain", True
+
+    def __init__(self, sampler: tinker.SamplingClient, chat: ChatMl, once: bool = False):
+        self.sampler, self.chat = sampler, chat
+        self.once = Once() if once else None
+
+    def of(self, window: Window, chunks: Sequence[Chunk], places: Sequence[int]) -> list[float]:
+        return self._asked(chunks, places) if self.once is None else self.once.of(chunks, places, self._asked)
+
+    def _asked(self, chunks: Sequence[Chunk], places: Sequence[int]) -> list[float]:
+        words = [self.chat.encode(word) for word in (KEEP, DROP)]
+        orders = [decision(self.chat, chunks, place).to_ints() for place in places]
+        futures = [[self.sampler.compute_logprobs(tinker.ModelInput.from_ints([*order, *word])) for word in words] for order in orders]
+        found = [[_last(future.result(), len(word)) for future, word in zip(pair, words, strict=True)] for pair in futures]
+        return [1.0 / (1.0 + math.exp(min(drop - keep, 700.0))) for keep, drop in found]
+
+
+def _last(logprobs: Sequence[float | None], num: int) -> float:
+    """The log-probability of the last `num` tokens."""
+    return sum(value if value is not None else -math.inf for value in logprobs[-num:])
+
+
+def _said(chunk: Chunk) -> Said:
     return chunk.role, chunk.text
 
 

@@ -20,6 +20,7 @@ AROUND_CHARS = 400  # of each of them
 HOLE_CHARS = 6000
 LINE_CHARS = 2000
 UNDECIDED = 0.5
+KEEP, DROP = "keep", "drop"
 LEVEL_TOKENS = 6
 LEVEL = re.compile(r"\W*(keep|drop|compress(?:\W*([1-9]))?)\b", re.IGNORECASE)
 SHORTER = (

@@ -13,7 +13,7 @@ import tinker
 
 from everlearn.errors import Conflict, InvalidRequest
 from everlearn.memory.credit import best_decisions, best_of, levelled, separated
-from everlearn.memory.decide import Decided, decision
+from everlearn.memory.decide import Certain, Decided, decision
 from everlearn.memory.environment import ANSWER, DECISION, REFILL, Judge, MemoryGroup, MemoryTasks, Pay
 from everlearn.memory.generate import Generate
 from everlearn.memory.mask import Masking
@@ -370,10 +370,29 @@ def test_what_a_run_can_t_be_is_refused(service, server, chat, judge, tmp_path):
 
 
 def test_a_policy_is_asked_once_about_a_line(judge, chat):
-    chunks = moments(history(0), chat.encode, 300, 1)[0].window.chunks
-    decided = Decided(judge.sampler, chat, once=True)
     window = moments(history(0), chat.encode, 300, 1)[0].window
-    first = decided.of(window, chunks, range(len(chunks)))
+    chunks, places = window.chunks, range(len(window.chunks))
+    decided, certain = Decided(judge.sampler, chat, once=True), Certain(judge.sampler, chat, once=True)
+    first, sure = decided.of(window, chunks, places), certain.of(window, chunks, places)
     asked = decided.undecided
-    assert decided.of(window, chunks, range(len(chunks))) == first and decided.undecided == asked
-    assert decided.of(window, chunks[1:], [0]) == first[1:2] and len(decided.known) == len({(c.role, c.text) for c in chunks[1:]})
+    assert decided.of(window, chunks, places) == first and decided.undecided == asked
+    assert decided.of(window, chunks[1:], [0]) == first[1:2] and certain.of(window, chunks[1:], [0]) == sure[1:2]
+    for once in (decided.once, certain.once):
+        assert once is not None and len(once.known) == len({(chunk.role, chunk.text) for chunk in chunks[1:]}), "what left is forgotten"
+
+
+def test_how_sure_a_policy_is_ranks_what_its_word_can_t(service, server, chat):
+    """Taught that one line is kept and two are dropped, it says so of all others in one word or the other; how sure it is lies between."""
+    trainer = service.create_lora_training_client(server.model, rank=8, seed=5).result()
+    window = moments(history(0), chat.encode, 300, 1)[0].window
+    orders = [decision(chat, window.chunks, place).to_ints() for place in range(3)]
+    taught = [said(order, chat.encode(f"{word}<|im_end|>")) for order, word in zip(orders, ("drop", "keep", "drop"), strict=True)]
+    for _ in range(30):
+        trainer.forward_backward(taught, "cross_entropy")
+        trainer.optim_step(tinker.AdamParams(learning_rate=1e-2)).result()
+    sampler = service.create_sampling_client(model_path=trainer.save_weights_for_sampler("sure").result().path).result()
+    sure = Certain(sampler, chat).of(window, window.chunks, range(len(window.chunks)))
+    assert sure[1] > 0.9 and max(sure[0], sure[2]) < 0.1 and all(0.0 <= value <= 1.0 for value in sure), sure
+    assert len(set(sure)) > len(window.chunks) / 2, sure
+    words = Decided(sampler, chat).of(window, window.chunks, range(3))
+    assert words == [0.0, 1.0, 0.0], words

@@ -28,7 +28,6 @@ from everlearn.loop.service import deployed
 from everlearn.store import feedback, records
 from everlearn.store.deployments import Deployment, Event
 
-HOUR = 3600.0
 KEPT = 256
 T = TypeVar("T")
 
@@ -85,13 +84,7 @@ def take(conn: Connection, found: Deployment, now: float, cap: float = outcomes.
     described = descriptions.of(found.description)
     asked, since = rule.rule_of(described.gate), float(found.cycle["canary_began"])
     traffic = outcomes.Traffic(StoreApi(conn, found.tenant), deployed(deployment_json(found)), since, described.settle, now, cap=cap)
-    evidence = msgspec.structs.replace(
-        msgspec.convert(found.cycle["offline"], Evidence),
-        stage="canary",
-        step=int(found.cycle.get("step", 0)),
-        hours=max(0.0, now - since) / HOUR,
-        **outcomes.evident(traffic.told(list(asked.guardrails))),
-    )
+    evidence = outcomes.of_canary(traffic, asked)
     return Look(gate.decide(asked, evidence), asked, evidence, gate.course(asked, evidence), now)
 
 
