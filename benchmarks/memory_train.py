@@ -87,7 +87,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "small": Size(2000, (300, 1000), 2048, steps=36, warm=26, rate=4e-4, warm_rate=2e-3, groups=16, members=4),
+    "small": Size(2000, (300, 1000), 2048, steps=32, warm=24, rate=2e-4, warm_rate=2e-3, groups=16, members=4),
     "smollm2": Size(300, (100,), 8192, steps=32, warm=8, rate=2e-4, warm_rate=4e-4),
 }
 
@@ -196,7 +196,7 @@ def taught(args: argparse.Namespace, asked: Asked, told: dict[str, Any]) -> tink
         return MemoryTasks(
             lambda number: synthetic(size.told_in, start + number, size.facts), asked.chat, judge, budgets=(size.budget,), masking=PRESSED,
             batches=batches, groups_per_batch=2 if args.smoke else size.groups, group_size=min(members, 3) if args.smoke else members,
-            weighed=size.warm if members > 1 else 0, seed=args.seed,
+            weighed=members > 1, seed=args.seed,
         )  # fmt: skip
 
     run = Settings(

@@ -41,7 +41,8 @@ from everlearn.types import SampleResult
 log = logging.getLogger(__name__)
 
 REFILLS = ("extract", "generate", "forget")
-IMPORTANCES = ("head", "recency", "decided")
+IMPORTANCES = ("head", "recency", "decided", "certain")
+BY_MODEL = ("decided", "certain")  # of them, those that ask the policy
 MOST = 8  # refills of a turn, and weights
 MOST_WAITING = 4  # turns of one memory whose refills are still to be written
 PATIENCE = 5.0  # seconds that an order waits for room in its key's limits
@@ -103,7 +104,7 @@ def rules_of(chat: ChatModel, memory: Memory) -> Turns:
     encode = encode_of(chat)
     importance: Importance = Recency() if memory.importance == "recency" else Surface()
     refill: Refill = Forget() if memory.refill == "forget" else Extract(encode, BY_HAND.score)
-    return Turns(encode, importance, refill, stays=memory.importance == "decided")
+    return Turns(encode, importance, refill, stays=memory.importance in BY_MODEL)
 
 
 def encode_of(chat: ChatModel) -> Encode:
@@ -142,7 +143,7 @@ class Refills:
 
     def offer(self, svc: Services, job: Job) -> None:
         """Begins what a turn left to do, if its memory wants a model for it."""
-        writes, weighs = job.memory.refill == "generate" and job.cuts, job.memory.importance == "decided"
+        writes, weighs = job.memory.refill == "generate" and job.cuts, job.memory.importance in BY_MODEL
         if not (writes or weighs) or svc.dispatcher.draining:
             return
         key = (job.memory.tenant, job.memory.memory_id)
@@ -184,7 +185,7 @@ async def _work(svc: Services, job: Job, refused: str) -> None:
         at_once = (job.caller.limits.concurrency or 2 * MOST) // 2  # the other half is for whoever waits for an answer
         policy = Policy(svc, job, target, asyncio.Semaphore(max(1, min(MOST, at_once))), used)
         done = [*await asyncio.gather(*(_refilled(policy, window, cut) for cut in cuts[:MOST])), *over]
-        if memory.importance == "decided":
+        if memory.importance in BY_MODEL:
             places = weighed(window, job.new)
             found = await asyncio.gather(*(_level(policy, window, place) for place in places))
             levels = {window.chunks[place].sources: level for place, level in zip(places, found, strict=True)}
@@ -208,17 +209,36 @@ async def _refilled(policy: Policy, window: Window, cut: Cut) -> Done:
 
 async def _level(policy: Policy, window: Window, place: int) -> float | str:
     """What the policy finds a chunk worth, or why it didn't say."""
+    order = orders.keeping(window.chunks, place)
     try:
-        said = await _say(policy, orders.keeping(window.chunks, place), "", orders.LEVEL_TOKENS)
+        if policy.job.memory.importance == "certain":
+            level = _sure(policy, await _asked(policy, order, "", 1, orders.ALTERNATIVES))
+        else:
+            level = orders.level_of(await _say(policy, order, "", orders.LEVEL_TOKENS))
     except EverlearnError as error:
         return error.message
-    level = orders.level_of(said)
     return orders.UNDECIDED if level is None else level
 
 
+def _sure(policy: Policy, result: SampleResult) -> float | None:
+    likely, tokenizer = result.sequences[0].topk, policy.job.chat.tokenizer
+    if likely is None or not likely.token_ids.shape[0]:
+        return None
+    first = 4 * likely.token_ids.shape[1]  # bytes of the first token's row
+    ids, logprobs = array("i", likely.token_ids.data[:first]), array("f", likely.logprobs.data[:first])
+    keep, drop = (tokenizer.encode(word)[0] for word in (orders.KEEP, orders.DROP))
+    return orders.sure_of(dict(zip(ids, logprobs, strict=True)), keep, drop)
+
+
 async def _say(policy: Policy, order: str, begun: str, most: int) -> str:
-    """What the policy says, greedily. Where the model speaks ChatML the order is spelled as the library and its training spell it
-    (everlearn/rl/prompts.py), else as the model's template does."""
+    """What the policy says, greedily."""
+    result = await _asked(policy, order, begun, most)
+    return policy.job.chat.tokenizer.decode(array("i", result.sequences[0].tokens.data).tolist(), skip_special=True)
+
+
+async def _asked(policy: Policy, order: str, begun: str, most: int, alternatives: int | None = None) -> SampleResult:
+    """The policy's greedy answer, with the log-probabilities of so many `alternatives` of each token. Where the model speaks ChatML the
+    order is spelled as the library and its training spell it (everlearn/rl/prompts.py), else as the model's template does."""
     svc, chat, tokenizer = policy.svc, policy.job.chat, policy.job.chat.tokenizer
     ends = tokenizer.id_of(ENDS)
     if ends is not None and tokenizer.id_of(BEGINS) is not None:
@@ -227,7 +247,7 @@ async def _say(policy: Policy, order: str, begun: str, most: int) -> str:
         said = [{"role": "user", "content": order}, *([{"role": "assistant", "content": begun}] if begun else [])]
         _, prompt, _ = await encode_turn(svc, chat, Turn(messages=said, continue_final=bool(begun)))
     stops = [] if ends is None else [ends]
-    draw = Draw(max_tokens=most, temperature=0.0, seed=0, stop_tokens=stops)
+    draw = Draw(max_tokens=most, temperature=0.0, seed=0, stop_tokens=stops, top_logprobs=alternatives)
     opened = await open_text(svc, policy.job.memory.tenant, policy.target, prompt, draw, grammar=None, stream=False)
     async with policy.room:
         with await _admitted(policy, opened.most_tokens) as lease:
@@ -239,7 +259,7 @@ async def _say(policy: Policy, order: str, begun: str, most: int) -> str:
             line = _used(policy, len(prompt), result, began)
             policy.used.append(line)
             lease.spent(line.tokens_in + line.tokens_out)
-    return tokenizer.decode(array("i", result.sequences[0].tokens.data).tolist(), skip_special=True)
+    return result
 
 
 async def _admitted(policy: Policy, tokens: int) -> Lease:

@@ -141,11 +141,11 @@ def _method(name: str, encode: Encode, budget: int, seed: int, head: Path | None
     weights = importance.BY_HAND if head is None else importance.load(head)
     if asking is None:
         return method(name, encode, budget, seed=seed, head=weights)
-    from everlearn.memory.decide import Decided
+    from everlearn.memory.decide import Certain
     from everlearn.memory.generate import Generate
 
     model, writer = asking
-    refill, decided = Generate(writer, model.chat), Decided(writer, model.chat, once=True)
+    refill, decided = Generate(writer, model.chat), Certain(writer, model.chat, once=True)
     return method(name, encode, budget, seed=seed, head=weights, write=model.write, refill=refill, decided=decided)
 
 

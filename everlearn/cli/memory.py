@@ -58,7 +58,7 @@ def show(console: Console, memory_id: str, turn: int | None) -> None:
 @command.command("change")
 @click.argument("memory_id")
 @click.option("--refill", type=click.Choice(["extract", "generate", "forget"]), help="who writes what is cut")
-@click.option("--importance", type=click.Choice(["head", "recency", "decided"]), help="who weighs chunks")
+@click.option("--importance", type=click.Choice(["head", "recency", "decided", "certain"]), help="who weighs chunks")
 @click.option("--policy", metavar="NAME", help='the adapter that writes and decides; "": the base model')
 @pass_console
 def change(console: Console, memory_id: str, refill: str | None, importance: str | None, policy: str | None) -> None:

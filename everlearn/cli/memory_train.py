@@ -27,12 +27,16 @@ EVALUATE_EVERY = 15  # steps: however many are asked for, so that a run can be m
 @click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FOLDER", help="of the run; the same folder continues it")
 @click.option("--model", default="smollm2", show_default=True, metavar="NAME|FOLDER", help="base model of the adapter")
 @click.option("--data", type=click.Path(path_type=Path), metavar="FILE", help="histories in LongMemEval's form [default: synthetic ones]")
-@click.option("--turns", type=click.IntRange(min=8), default=160, show_default=True, help="length of a synthetic history")
-@click.option("--facts", type=click.IntRange(1, 35), default=30, show_default=True, help="asked about in a synthetic history")
+@click.option("--turns", type=click.IntRange(min=8), default=400, show_default=True, help="length of a synthetic history")
+@click.option("--facts", type=click.IntRange(1, 35), default=35, show_default=True, help="asked about in a synthetic history")
 @click.option("--budget", type=click.IntRange(min=64), default=256, show_default=True, help="tokens of the windows that are trained at")
 @click.option("--steps", type=click.IntRange(min=1), default=60, show_default=True, help="in all")
 @click.option(
-    "--warm", type=click.IntRange(min=0), default=8, show_default=True, help="first steps, which imitate the best decisions of each group"
+    "--warm",
+    type=click.IntRange(min=0),
+    default=16,
+    show_default=True,
+    help="first steps, in which what is due of each chunk is taught outright",
 )
 @click.option("--groups", type=click.IntRange(min=1), default=8, show_default=True, help="windows in a step")
 @click.option("--members", type=click.IntRange(min=2), default=8, show_default=True, help="times that each window is played")
@@ -87,7 +91,7 @@ def train(console: Console, out: Path, model: str, data: Path | None, **options:
                 batches=batches,
                 groups_per_batch=options["groups"],
                 group_size=members,
-                weighed=options["warm"] if members > 1 else 0,
+                weighed=members > 1,
                 seed=options["seed"],
             )
 

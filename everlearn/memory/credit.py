@@ -4,7 +4,8 @@ A window that lost the evidence makes every answer wrong, and a good answer does
 answered as well. So there are two advantages for each member of a group, each 0 on the tokens of the other kind:
 
 - **memory** (decisions and refills): the member's whole reward against the group's, which all began at the same window; of a
-  decision, what its word earned more than the other words is taken off (`levelled`);
+  decision, what its word earned more than the other words is taken off (`levelled`). A decision on a chunk that was weighed is credited by
+  itself: how much higher its level is than the members' on average, times how much more its chunk is worth than those beside it;
 - **answer**: whether the answer to a question is right, against the members whose windows still held its evidence.
 """
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from everlearn.errors import InvalidRequest
 from everlearn.memory.environment import ANSWER, DECISION
+from everlearn.memory.orders import DROP, KEEP
 from everlearn.rl.advantages import ESTIMATORS, is_collapsed
 from everlearn.rl.trajectory import TrajectoryGroup, Transition
 
@@ -35,10 +37,11 @@ def separated(group: TrajectoryGroup, estimator: str = "group_mean") -> tuple[Ad
     answer: Advantages = [[] for _ in group.trajectories_G]
     rewards = [group.reward(index).total for index in scored]
     values = [0.0] * len(scored) if is_collapsed(rewards) else ESTIMATORS[estimator](rewards)
-    rights = _answers(group)
+    rights, decided = _answers(group), _decisions(group)
     for index, value in zip(scored, values, strict=True):
         turns = group.trajectories_G[index].transitions
         memory[index] = [0.0 if turn.logs["kind"] == ANSWER else float(value) for turn in turns]
+        memory[index] = [decided.get((index, number), one) for number, one in enumerate(memory[index])]
         answer[index] = [rights.get((index, number), 0.0) for number in range(len(turns))]
     return memory, answer
 
@@ -50,7 +53,8 @@ def levelled(groups: Sequence[TrajectoryGroup], memory: Sequence[Advantages]) ->
     How much is kept in all is settled by the budget and not by the policy: a window in which all is kept loses as much as one in which
     all is dropped. But where many chunks matter, "keep" is right more often than not, and a policy that is paid for that says nothing
     else long before it has learned of which chunks. So every word earns as much on average, and a shift from one to another that is the
-    same for all chunks has no gradient. What they earn more than what is none of them stays: it is what teaches to decide at all.
+    same for all chunks has no gradient. What they earn more than what is none of them stays: it is what teaches to decide at all. Of chunks
+    that were weighed this holds already.
     """
     words: dict[str, list[float]] = {}
     for group, own in zip(groups, memory, strict=True):
@@ -70,10 +74,23 @@ def levelled(groups: Sequence[TrajectoryGroup], memory: Sequence[Advantages]) ->
 
 
 def _word(turn: Transition) -> str | None:
-    if turn.logs["kind"] != DECISION or turn.logs["level"] is None:
+    if turn.logs["kind"] != DECISION or turn.logs["level"] is None or "worth" in turn.logs:
         return None
     level = turn.logs["level"]
     return "keep" if level == 1.0 else "drop" if level == 0.0 else "compress"
+
+
+def _decisions(group: TrajectoryGroup) -> dict[tuple[int, int], float]:
+    """The advantage of (member, turn), where the turn decides on a chunk that was weighed: (level - mean level) x (worth - mean worth). The
+    group's reward is one number for all of a window's decisions; this says which of them it came from. One that is none is left out."""
+    found: dict[tuple[int, int], float] = {}
+    scored = group.scored
+    for number, above in _above(group.trajectories_G[scored[0]].transitions if scored else []).items():
+        levels = {index: group.trajectories_G[index].transitions[number].logs["level"] for index in scored}
+        known = {index: level for index, level in levels.items() if level is not None}
+        mean = float(np.mean(list(known.values()))) if known else 0.0
+        found |= {(index, number): above * (level - mean) for index, level in known.items()}
+    return found
 
 
 def _answers(group: TrajectoryGroup) -> dict[tuple[int, int], float]:
@@ -98,23 +115,18 @@ def best_of(group: TrajectoryGroup) -> int | None:
     return None if is_collapsed(scores) else scored[int(np.argmax(scores))]
 
 
-def best_decisions(group: TrajectoryGroup) -> dict[tuple[int, int], float]:
-    """By (member, turn) how much a decision counts that is best among the members' on the same chunk: the highest level where the chunk is
-    worth more than those beside it on average, the lowest where it is worth less. Nothing where all decided alike or nothing was weighed.
-
-    level x (worth - mean worth) is what a level is good for when room is short: what a chunk takes, the others lose. A chunk's best
-    decisions count |worth - mean worth| together, so keeping counts as much as dropping, however many chunks are worth little.
+def due(group: TrajectoryGroup) -> dict[int, tuple[str, float]]:
+    """By turn what is to be said of a chunk that was weighed, and how much that counts: keep where the chunk is worth more than those
+    beside it on average, drop where it is worth less, as much as |worth - mean worth|. So keeping counts as much as dropping, however many
+    chunks are worth little. Members needn't have found it: what all of them get wrong, no choice among theirs would mend.
     """
-    found: dict[tuple[int, int], float] = {}
-    scored = group.scored
-    first = group.trajectories_G[scored[0]].transitions if scored else []
-    turns = [number for number, turn in enumerate(first) if "worth" in turn.logs]
-    mean = float(np.mean([first[number].logs["worth"] for number in turns])) if turns else 0.0
-    for number in turns:
-        above = first[number].logs["worth"] - mean
-        levels = {index: group.trajectories_G[index].transitions[number].logs["level"] for index in scored}
-        values = {index: above * level for index, level in levels.items() if level is not None}
-        if values and not is_collapsed(list(values.values())):
-            best = [index for index, value in values.items() if value == max(values.values())]
-            found |= {(index, number): abs(above) / len(best) for index in best}
-    return found
+    first = group.trajectories_G[group.scored[0]].transitions if group.scored else []
+    above = _above(first)
+    return {number: (KEEP if value > 0.0 else DROP, abs(value)) for number, value in above.items() if value}
+
+
+def _above(turns: Sequence[Transition]) -> dict[int, float]:
+    """By turn what a chunk that was weighed is worth more than the others that are decided on."""
+    worths = {number: float(turn.logs["worth"]) for number, turn in enumerate(turns) if "worth" in turn.logs}
+    mean = float(np.mean(list(worths.values()))) if worths else 0.0
+    return {number: worth - mean for number, worth in worths.items()}

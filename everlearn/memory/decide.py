@@ -9,13 +9,12 @@ wrong about one in twenty says keep of five times as many. What ranks them is ho
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Protocol
 
 import tinker
 
-from everlearn.memory.orders import DROP, KEEP, LEVEL_TOKENS, UNDECIDED, keeping, level_of
+from everlearn.memory.orders import ALTERNATIVES, DROP, KEEP, LEVEL_TOKENS, UNDECIDED, keeping, level_of, sure_of
 from everlearn.memory.window import Chunk, Window
 from everlearn.rl.prompts import ChatMl
 
@@ -63,29 +62,27 @@ class Decided:
 
 
 class Certain:
-    """By how sure the policy is that a line is to be kept rather than dropped: p(keep) / (p(keep) + p(drop)), the probabilities being those
-    of the two words as its whole answer. Nothing is written: two forward passes over the order for each line. `once` as above."""
+    """By how sure the policy is that a line is to be kept rather than dropped (`sure_of`): one token of an answer is drawn for each line,
+    and what counts is which others were likely. `once` as above. Where neither word is, the line stays at `UNDECIDED`, and is counted."""
 
     name, late = "certain", True
 
     def __init__(self, sampler: tinker.SamplingClient, chat: ChatMl, once: bool = False):
-        self.sampler, self.chat = sampler, chat
+        self.sampler, self.chat, self.undecided = sampler, chat, 0
         self.once = Once() if once else None
 
     def of(self, window: Window, chunks: Sequence[Chunk], places: Sequence[int]) -> list[float]:
         return self._asked(chunks, places) if self.once is None else self.once.of(chunks, places, self._asked)
 
     def _asked(self, chunks: Sequence[Chunk], places: Sequence[int]) -> list[float]:
-        words = [self.chat.encode(word) for word in (KEEP, DROP)]
-        orders = [decision(self.chat, chunks, place).to_ints() for place in places]
-        futures = [[self.sampler.compute_logprobs(tinker.ModelInput.from_ints([*order, *word])) for word in words] for order in orders]
-        found = [[_last(future.result(), len(word)) for future, word in zip(pair, words, strict=True)] for pair in futures]
-        return [1.0 / (1.0 + math.exp(min(drop - keep, 700.0))) for keep, drop in found]
-
-
-def _last(logprobs: Sequence[float | None], num: int) -> float:
-    """The log-probability of the last `num` tokens."""
-    return sum(value if value is not None else -math.inf for value in logprobs[-num:])
+        params = tinker.SamplingParams(max_tokens=1, temperature=0.0)
+        orders = [decision(self.chat, chunks, place) for place in places]
+        futures = [self.sampler.sample(order, 1, params, topk_sample_logprobs=ALTERNATIVES) for order in orders]
+        keep, drop = (self.chat.encode(word)[0] for word in (KEEP, DROP))
+        likely = [dict((future.result().sequences[0].topk_logprobs or [None])[0] or ()) for future in futures]
+        levels = [sure_of(one, keep, drop) for one in likely]
+        self.undecided += sum(level is None for level in levels)
+        return [UNDECIDED if level is None else level for level in levels]
 
 
 def _said(chunk: Chunk) -> Said:

@@ -224,7 +224,7 @@ class MemoryGroup(EnvGroup):
 class MemoryTasks:
     """A dataset of moments: `history(n)` makes history n, of which at most `per_history` moments are taken, at one of the `budgets`. In
     place of a history that has none at this budget stands the next that has, so what is played is the same whenever it is asked for.
-    `weighed`: so many of the first batches have their chunks weighed, for a warm start that picks the best of each decision."""
+    `weighed`: chunks are weighed one by one, so that each decision is taught, and credited, by itself."""
 
     def __init__(
         self,
@@ -240,15 +240,13 @@ class MemoryTasks:
         group_size: int = 8,
         per_history: int = 2,
         most_questions: int = 8,
-        weighed: int = 0,
+        weighed: bool = False,
         seed: int = 0,
     ):
         numbers = {"batches": batches, "groups_per_batch": groups_per_batch, "group_size": group_size, "per_history": per_history}
         for name, number in {**numbers, "most_questions": most_questions, "budgets": len(budgets)}.items():
             if number < 1:
                 raise InvalidRequest(f"{name} is {number}; it must be at least 1", param=name)
-        if weighed < 0:
-            raise InvalidRequest(f"weighed is {weighed}; it must be at least 0", param="weighed")
         self.history, self.chat, self.judge, self.pay, self.masking = history, chat, judge, pay, masking
         self.budgets, self.batches, self.groups_per_batch, self.group_size = tuple(budgets), batches, groups_per_batch, group_size
         self.per_history, self.most_questions, self.weighed, self.seed = per_history, most_questions, weighed, seed
@@ -266,8 +264,7 @@ class MemoryTasks:
         return deal(index, self.batches, self.groups_per_batch, self.group)
 
     def group(self, number: int) -> MemoryGroup:
-        weighed = number < self.weighed * self.groups_per_batch
-        return MemoryGroup(self.moment(number), self.group_size, self.chat, self.judge, self.pay, self.masking, weighed)
+        return MemoryGroup(self.moment(number), self.group_size, self.chat, self.judge, self.pay, self.masking, self.weighed)
 
     def moment(self, number: int) -> Moment:
         history, place = divmod(number, self.per_history)

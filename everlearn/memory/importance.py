@@ -5,7 +5,7 @@
 | `recency` | nothing: all chunks are worth the same, and the older go first | none |
 | `head` | a logistic regression on a chunk's surface; by hand (`BY_HAND`), or distilled from `counterfactual` | none, or a forward pass |
 | `counterfactual` | how much less likely later turns are without the chunk (everlearn/memory/counterfactual.py) | 1 + N forward passes |
-| `decided` | the policy itself, in words (everlearn/memory/decide.py) | N short samples |
+| `decided`, `certain` | the policy itself, in words, or how sure it is (everlearn/memory/decide.py) | N short samples |
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@
 | `extract` | the window: importance by a head, sentences kept word for word |
 | `forget` | the window: importance by a head, chunks whole or gone |
 | `generate` | the window: importance by a head, chunks rewritten by a model |
-| `decided` | the window: importance by a policy's own decisions, sentences kept word for word |
-| `policy` | the window: the policy decides, and rewrites chunks too |
+| `decided` | the window: importance by how sure a policy is of keeping, sentences kept word for word |
+| `policy` | the window: the same policy rewrites chunks too |
 
 None shows more than the budget, but for `full`.
 """

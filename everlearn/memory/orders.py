@@ -3,13 +3,14 @@
 | order | asks | answer |
 |---|---|---|
 | `shorter` | a hole's line again in fewer words, with what stands around it | `refilled`: its first paragraph, cut to the cap |
-| `keeping` | what becomes of a line: keep, compress, drop | `level_of`: 0 to 1 |
+| `keeping` | what becomes of a line: keep, compress, drop | `level_of`: 0 to 1; or `sure_of`, of how the answer would begin |
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from everlearn.memory.plan import Hole
 from everlearn.memory.refill import fitted
@@ -21,6 +22,7 @@ HOLE_CHARS = 6000
 LINE_CHARS = 2000
 UNDECIDED = 0.5
 KEEP, DROP = "keep", "drop"
+ALTERNATIVES = 20  # likeliest first tokens of an answer that are looked at
 LEVEL_TOKENS = 6
 LEVEL = re.compile(r"\W*(keep|drop|compress(?:\W*([1-9]))?)\b", re.IGNORECASE)
 SHORTER = (
@@ -73,6 +75,16 @@ def level_of(answer: str) -> float | None:
     if word == "keep":
         return 1.0
     return 0.0 if word == "drop" else int(found[2] or 5) / 10.0
+
+
+def sure_of(likely: Mapping[int, float], keep: int, drop: int) -> float | None:
+    """How sure a model is that a line is to be kept rather than dropped: p(keep) / (p(keep) + p(drop)), from the log-probabilities of the
+    likeliest first tokens of its answer, `keep` and `drop` being those of the two words. One that isn't among them is taken to be as likely
+    as the last of them; None if neither is."""
+    if not (keep in likely or drop in likely):
+        return None
+    least = min(likely.values())
+    return 1.0 / (1.0 + math.exp(min(likely.get(drop, least) - likely.get(keep, least), 700.0)))
 
 
 def _short(chunk: Chunk) -> str:

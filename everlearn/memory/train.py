@@ -2,8 +2,8 @@
 
 A run is one of reinforcement learning (everlearn/rl/train.py): its folder, its metrics, and where it can be continued are the same. It has
 two parts. In the first `warm_steps` steps the best member of each group is imitated, best by how little likelier answers became without
-what it let go (best of n, scored by the counterfactual); where chunks are weighed one by one (`MemoryTasks.weighed`), of each chunk the
-best decision. Then groups are compared (GRPO), each from one window. Memory tokens and answer
+what it let go (best of n, scored by the counterfactual); where chunks are weighed one by one (`MemoryTasks.weighed`), what is due of each
+is taught outright. Then groups are compared (GRPO), each from one window. Memory tokens and answer
 tokens are credited apart (everlearn/memory/credit.py), sent apart, and measured apart: `memory/...` and `answer/...`.
 
 What comes out is an adapter: `Decided` and `Generate` take a sampler of it.
@@ -22,12 +22,13 @@ import tinker
 from tinker import types
 
 from everlearn.errors import Conflict, InvalidRequest
-from everlearn.memory.credit import Advantages, best_decisions, best_of, levelled, separated
+from everlearn.memory.credit import Advantages, best_of, due, levelled, separated
 from everlearn.memory.environment import DECISION, REFILL, MemoryTasks
 from everlearn.rl import measures
 from everlearn.rl.advantages import ESTIMATORS
 from everlearn.rl.datums import datums_of
 from everlearn.rl.policy import seed_of
+from everlearn.rl.prompts import END, ChatMl
 from everlearn.rl.records import Decode, write_records
 from everlearn.rl.runfolder import note, noted
 from everlearn.rl.settings import Settings
@@ -117,7 +118,7 @@ def _step(learner: MemoryLearner, tasks: MemoryTasks, step: int) -> Metrics:
     row |= measures.of_rollouts(groups)
     learner.check_failures(groups)
     warm = step < learner.training.warm_steps
-    row |= learner.imitate(groups, step) if warm else learner.reinforce(groups, step)
+    row |= learner.imitate(groups, tasks.chat) if warm else learner.reinforce(groups, step)
     ended = time.monotonic()
     return row | {"seconds/playing": played - begun, "seconds/training": ended - played, "seconds/step": ended - started}
 
@@ -172,9 +173,9 @@ class MemoryLearner(Learner):
             row |= {f"{kind}/loss/{name}": value for name, value in measures.merged([output.metrics]).items()}
         return row
 
-    def imitate(self, groups: Sequence[TrajectoryGroup], step: int) -> Metrics:
-        """Cross-entropy on what is to be said again; `warm/nll` is that before the last of its optimizer steps."""
-        data = imitated(groups)
+    def imitate(self, groups: Sequence[TrajectoryGroup], chat: ChatMl) -> Metrics:
+        """Cross-entropy on what is to be said; `warm/nll` is that before the last of its optimizer steps."""
+        data = imitated(groups, chat)
         row: Metrics = {"warm/datums": float(len(data)), **self.distance(groups)}
         tokens = sum(float(datum.loss_fn_inputs["weights"].to_numpy().sum()) for datum in data)
         for _ in range(self.training.warm_epochs if data else 0):
@@ -197,24 +198,24 @@ def credited(group: TrajectoryGroup, advantages: Advantages, weight: float) -> l
     ]
 
 
-def imitated(groups: Sequence[TrajectoryGroup]) -> list[types.Datum]:
-    """What to say again, as datums for `cross_entropy`: of the best member of each group all that it decided and wrote; where its chunks
-    were weighed, of each chunk the best decisions, and of that member what it wrote."""
+def imitated(groups: Sequence[TrajectoryGroup], chat: ChatMl) -> list[types.Datum]:
+    """What is to be said, as datums for `cross_entropy`: what the best member of each group wrote, and what it decided; of chunks that were
+    weighed, what is due instead, whoever decided so."""
     found = []
     for group in groups:
-        best, decisions = best_of(group), best_decisions(group)
-        counts: dict[int, dict[int, float]] = {}
-        for (index, number), value in decisions.items():
-            counts.setdefault(index, {})[number] = value
-        if best is not None:
-            kinds = (REFILL,) if decisions else (DECISION, REFILL)
-            turns = group.trajectories_G[best].transitions
-            counts.setdefault(best, {}).update({number: 1.0 for number, turn in enumerate(turns) if turn.logs["kind"] in kinds})
-        for index, own in counts.items():
-            trajectory = group.trajectories_G[index]
-            for datum in datums_of(trajectory, [own.get(number, 0.0) for number in range(len(trajectory.transitions))]):
-                inputs = datum.loss_fn_inputs
-                if np.any(inputs["advantages"].to_numpy()):
-                    kept = {"target_tokens": inputs["target_tokens"], "weights": inputs["advantages"]}
-                    found.append(types.Datum(model_input=datum.model_input, loss_fn_inputs=kept))
+        best, decisions = best_of(group), due(group)
+        for number, (word, weight) in decisions.items():
+            prompt = group.trajectories_G[group.scored[0]].transitions[number].observation.to_ints()
+            answer = chat.encode(f"{word}{END}")
+            tokens, weights = [*prompt, *answer], [0.0] * (len(prompt) - 1) + [weight] * len(answer)
+            inputs = {"target_tokens": tokens[1:], "weights": weights}
+            found.append(types.Datum(model_input=types.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=inputs))
+        if best is None:
+            continue
+        trajectory, kinds = group.trajectories_G[best], (REFILL,) if decisions else (DECISION, REFILL)
+        for datum in datums_of(trajectory, [float(turn.logs["kind"] in kinds) for turn in trajectory.transitions]):
+            inputs = datum.loss_fn_inputs
+            if np.any(inputs["advantages"].to_numpy()):
+                kept = {"target_tokens": inputs["target_tokens"], "weights": inputs["advantages"]}
+                found.append(types.Datum(model_input=datum.model_input, loss_fn_inputs=kept))
     return found

@@ -12,7 +12,7 @@ import pytest
 import tinker
 
 from everlearn.errors import Conflict, InvalidRequest
-from everlearn.memory.credit import best_decisions, best_of, levelled, separated
+from everlearn.memory.credit import best_of, due, levelled, separated
 from everlearn.memory.decide import Certain, Decided, decision
 from everlearn.memory.environment import ANSWER, DECISION, REFILL, Judge, MemoryGroup, MemoryTasks, Pay
 from everlearn.memory.generate import Generate
@@ -157,9 +157,9 @@ def test_a_window_that_keeps_all_that_is_asked_for_earns_more_than_one_that_drop
             return [0.0 if kept(question, pieces_of(chunks)) else -5.0 for question in questions]
 
     reader = Reader(judge.sampler, chat)
-    tasks = MemoryTasks(history, chat, reader, budgets=(400,), masking=Masking(most=16, keep=0.0, slack=0.3), group_size=2, weighed=1)
+    tasks = MemoryTasks(history, chat, reader, budgets=(400,), masking=Masking(most=16, keep=0.0, slack=0.3), group_size=2, weighed=True)
     envs = asyncio.run(tasks.group(0).make_envs())
-    assert asyncio.run(tasks.group(tasks.groups_per_batch).make_envs())[0].worths == []
+    assert asyncio.run(MemoryTasks(history, chat, reader, budgets=(400,)).group(0).make_envs())[0].worths == []
     totals = []
     for env, keeps in zip(envs, (True, False), strict=True):
         evident = [any(kept(question, pieces_of([chunk])) for question in env.moment.questions) for chunk in env.chunks]
@@ -216,24 +216,37 @@ def test_saying_one_word_more_often_earns_nothing_by_itself():
     assert found[4] == memory[4]
 
 
-def test_the_best_member_is_that_of_the_best_memory_not_of_the_luckiest_answer():
+def test_the_best_member_is_that_of_the_best_memory_not_of_the_luckiest_answer(chat):
     group = made([(0.2, 1.0, 1.0), (0.9, 0.0, 1.0), (0.1, 0.0, 1.0)])
     assert best_of(group) == 1 and best_of(made([(0.5, 1.0, 1.0), (0.5, 0.0, 1.0)])) is None
-    data = imitated([group])
+    data = imitated([group], chat)
     assert sum(float(datum.loss_fn_inputs["weights"].to_numpy().sum()) for datum in data) == 4.0  # a decision and a refill of two tokens
 
 
-def test_of_each_chunk_that_was_weighed_the_best_decisions_are_imitated():
-    """The chunk that is worth more than its neighbour is to be kept, the other dropped; who decided so may be different members."""
-    levels = [(1.0, 1.0), (0.0, 0.0), (0.5, None)]
-    group = TrajectoryGroup(
-        [Trajectory([turn(DECISION, 0.0, level=one, worth=0.8), turn(DECISION, own, level=two, worth=0.1)])
-         for own, (one, two) in zip((0.2, 0.9, 0.1), levels, strict=True)], [Reward()] * 3,
-    )  # fmt: skip
-    assert best_decisions(group) == pytest.approx({(0, 0): 0.35, (1, 1): 0.35}), "both count the same"
-    assert sum(float(datum.loss_fn_inputs["weights"].to_numpy().sum()) for datum in imitated([group])) == pytest.approx(4 * 0.35)
+def weighed(rows: list[tuple[float, float | None, float | None]]) -> TrajectoryGroup:
+    """Two chunks, worth 0.8 and 0.1. Of each member its reward, and its levels of both."""
+    members = [Trajectory([turn(DECISION, 0.0, level=one, worth=0.8), turn(DECISION, own, level=two, worth=0.1)]) for own, one, two in rows]
+    return TrajectoryGroup(members, [Reward()] * len(rows))
+
+
+def test_of_a_chunk_that_was_weighed_what_is_due_is_taught_whoever_decided_so(chat):
+    """The chunk that is worth more than its neighbour is to be kept, the other dropped, though nobody did."""
+    group = weighed([(0.2, 0.0, 1.0), (0.9, 0.0, 1.0), (0.1, 0.5, None)])
+    assert due(group) == {0: ("keep", pytest.approx(0.35)), 1: ("drop", pytest.approx(0.35))}, "both count the same"
+    data = imitated([group], chat)
+    pairs = [[datum.loss_fn_inputs[name].to_numpy() for name in ("target_tokens", "weights")] for datum in data]
+    said = [tokens[weights > 0].tolist() for tokens, weights in pairs]
+    assert said == [chat.encode("keep<|im_end|>"), chat.encode("drop<|im_end|>")]
     alike = TrajectoryGroup([Trajectory([turn(DECISION, 0.0, level=1.0, worth=worth)]) for worth in (0.5, 0.5)], [Reward()] * 2)
-    assert best_decisions(alike) == best_decisions(made([(0.2, 1.0, 1.0)])) == {}
+    assert due(alike) == due(made([(0.2, 1.0, 1.0)])) == {}
+
+
+def test_a_decision_on_a_chunk_that_was_weighed_is_credited_by_itself():
+    """Not by the window's reward, which is one number for both; and one that is none by that alone."""
+    group = weighed([(0.9, 0.0, 0.0), (0.1, 1.0, 1.0), (0.2, 0.5, None)])
+    memory, _ = separated(group, "group_mean")
+    assert memory[0] == pytest.approx([-0.175, 0.175]) and memory[1] == pytest.approx([0.175, -0.175])
+    assert memory[2] == pytest.approx([0.0, -0.2]) and levelled([group], [memory]) == [memory]
 
 
 def test_the_gradient_of_memory_tokens_does_not_depend_on_answers(service, server, groups, tmp_path):

@@ -19,7 +19,7 @@ from everlearn.memory.distil import examples
 from everlearn.memory.generate import Generate
 from everlearn.memory.importance import FEATURES, distilled
 from everlearn.memory.memory import Memory
-from everlearn.memory.orders import UNDECIDED, level_of
+from everlearn.memory.orders import UNDECIDED, level_of, sure_of
 from everlearn.memory.plan import Plan
 from everlearn.memory.synthetic import synthetic
 from everlearn.memory.window import Chunk, Window, chunk_of, line
@@ -110,6 +110,9 @@ def test_surprisal_takes_one_forward_pass(sampler, chunks):
 def test_decisions_are_read_or_counted(sampler, chat, chunks):
     told = {"keep": 1.0, " Keep.": 1.0, "drop it": 0.0, "compress 3": 0.3, "Compress: 9": 0.9, "compress": 0.5, "keeper": None, "": None}
     assert {answer: level_of(answer) for answer in told} == told
+    assert sure_of({7: math.log(0.3), 8: math.log(0.1), 9: math.log(0.01)}, 7, 8) == pytest.approx(0.75)
+    assert sure_of({7: math.log(0.3), 9: math.log(0.1)}, 7, 8) == pytest.approx(0.75), "what isn't listed is as likely as the last at most"
+    assert sure_of({9: -1.0}, 7, 8) is None and sure_of({7: -0.1, 8: -3000.0}, 8, 7) == pytest.approx(0.0)
     decided = Decided(sampler, chat)
     values = decided.of(Window(1000), chunks, [0, 1])
     assert all(0 <= value <= 1 for value in values) and decided.undecided == sum(value == UNDECIDED for value in values)

@@ -16,6 +16,8 @@ import openai
 import pytest
 
 from everlearn.cli.main import run as everlearn
+from everlearn.memory import orders
+from everlearn.memory.window import Chunk
 from tests.live import KEY, LiveServer, start_server
 from tests.loop.conftest import train
 
@@ -194,6 +196,23 @@ def test_an_adapter_writes_as_the_memory_s_policy(server, client, http):
     long_talk(client, "ola", 12)
     rows = history(http, "ola", "generate failed (scribe): there is no model 'scribe'")
     assert all(row["before"] == row["after"] for row in rows if "failed" in row["refill"]), "the rule's text stands"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_how_sure_an_adapter_is_weighs_chunks(server, client, http):
+    """Of a policy that was taught to say keep of any line; the model itself would say something else."""
+    told = Chunk("user", "The bus was 3 minutes late.", (), (0,), 0)
+    path = train(server, orders.keeping([told], 0), "keep", steps=20)
+    http.post("/adapters", json={"name": "keeps-all", "path": path}).raise_for_status()
+    for memory, policy in (("una", "keeps-all"), ("ugo", "")):
+        body = {"id": memory, "budget": BUDGET, "importance": "certain", "policy": policy}
+        say(client, memory, "The bus was 4 minutes late.", extra_body={"memory": body})
+    deadline, levels = time.monotonic() + 30, [0.0]
+    while min(levels) < 0.9 and time.monotonic() < deadline:
+        time.sleep(0.1)
+        levels = [chunk["importance"] for chunk in seen(http, "una")["chunks"]]
+    assert min(levels) > 0.9 and seen(http, "una")["importance"] == "certain", levels
+    assert all(chunk["importance"] < 0.9 for chunk in seen(http, "ugo")["chunks"])
 
 
 def test_what_a_model_could_not_write_is_told_in_the_history(client, http):
