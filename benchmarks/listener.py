@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 from everlearn.memory import asking, methods, orders, synthetic
 from everlearn.memory.importance import SENTENCES, split
 from everlearn.memory.suites import Case, words_of
-from everlearn.memory.window import line
+from everlearn.memory.window import Window, chunk_of, line, shown
 
 SPACE = "\u2581"  # as SentencePiece spells it: before each word, and before the first digit of a number
 FIRST_SEED = 1_000_000  # of histories that it is taught from
@@ -126,16 +126,25 @@ class Lessons:
         known = [question for question in questions if any(question.words <= own for _, own in lines)]
         self.rng.shuffle(known)
         tokens, weights = [], []
-        messages = self.rng.random() < 0.5  # what a memory holds stands in one order, or each line is a message of a chat
-        if messages:
-            told = (text.strip().partition(": ") for text, _ in lines)
-            self._said(tokens, weights, "".join(f"{BEGIN}{role}\n{text}{END}\n" for role, _, text in told), 0.03)
+        in_chat = self.rng.random() < 0.5  # what a memory holds stands in one order, or in a chat as a server shows it
+        if in_chat:
+            self._said(tokens, weights, self._chat([text for text, _ in lines]), 0.03)
         for number, question in enumerate(known):
-            context = "".join(text for text, _ in lines).strip() + "\n\n" if number == 0 and not messages else ""
+            context = "".join(text for text, _ in lines).strip() + "\n\n" if number == 0 and not in_chat else ""
             asked = asking.QUESTION.format(context="", question=question.text).lstrip()
             self._said(tokens, weights, ("\n" if number else "") + f"{BEGIN}user\n{context}{asked}{END}\n{BEGIN}assistant\n", 0.03)
             self._said(tokens, weights, question.answers[0] + END, 1.0)
         return tokens, weights
+
+    def _chat(self, lines: list[str]) -> str:
+        """Those lines as a window's messages, of which the last ones, or none, stand as they were said."""
+        told = [(role, text) for role, _, text in (one.strip().partition(": ") for one in lines)]
+        chunks = tuple(chunk_of(self.encode, role, text, place) for place, (role, text) in enumerate(told))
+        window = Window(100_000, chunks, len(chunks) - 1, recent=self.rng.randint(1, 6))
+        messages = shown(window)
+        if messages and messages[-1]["role"] == "user":  # the question is a message of its own
+            messages.append({"role": "assistant", "content": self.rng.choice(synthetic.CHAT_ASSISTANT[:4:3])})
+        return "".join(f"{BEGIN}{one['role']}\n{one['content']}{END}\n" for one in messages)
 
     def _fitting(self, lines: list[tuple[str, frozenset[str]]], room: int) -> list[tuple[str, frozenset[str]]]:
         """Those that chance left, in their order, within `room` tokens."""
