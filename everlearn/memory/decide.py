@@ -27,7 +27,8 @@ class Ask(Protocol):
 
 class Once:
     """What was asked of each line. It isn't asked again while the line stands in the window as it is, whatever comes to stand around it:
-    that is one answer for each turn of a history, and not several."""
+    that is one answer for each turn of a history, and not several. What is left of a chunk that was cut is worth at most what the chunk
+    was: a bare remainder ("I understand.") is the easiest to be mistaken about, and would outlast all others."""
 
     def __init__(self) -> None:
         self.known: dict[Said, float] = {}
@@ -35,7 +36,7 @@ class Once:
     def of(self, chunks: Sequence[Chunk], places: Sequence[int], ask: Ask) -> list[float]:
         new = [place for place in places if _said(chunks[place]) not in self.known]
         self.known |= dict(zip((_said(chunks[place]) for place in new), ask(chunks, new), strict=True))
-        found = [self.known[_said(chunks[place])] for place in places]
+        found = [_at_most(self.known[_said(chunks[place])], chunks[place]) for place in places]
         here = {_said(chunk) for chunk in chunks}  # what left the window is forgotten here too
         self.known = {said: level for said, level in self.known.items() if said in here}
         return found
@@ -83,6 +84,10 @@ class Certain:
         levels = [sure_of(one, keep, drop) for one in likely]
         self.undecided += sum(level is None for level in levels)
         return [UNDECIDED if level is None else level for level in levels]
+
+
+def _at_most(level: float, chunk: Chunk) -> float:
+    return min(level, chunk.importance) if chunk.rewrites and chunk.importance != UNDECIDED else level
 
 
 def _said(chunk: Chunk) -> Said:

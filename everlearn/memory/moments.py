@@ -1,8 +1,9 @@
 """Moments to train at: a window that a turn is about to press, and the questions that its chunks can still answer.
 
 What a memory decides has no effect that can be seen at once, and two memories that decided differently hardly meet again: whole histories
-are no fair comparison. So histories are played once, with chance as the judge of what stays, and stopped where there is pressure; from
-there a group decides and writes again and again, each time from the same window (the local re-rollouts of Memory-R2, arXiv 2605.21768).
+are no fair comparison. So histories are played once, with chance as the judge of what stays, chunks and sentences of them, and stopped
+where there is pressure; from there a group decides and writes again and again, each time from the same window (the local re-rollouts of
+Memory-R2, arXiv 2605.21768).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from everlearn.errors import InvalidRequest
 from everlearn.memory.importance import counted
 from everlearn.memory.mask import Masking
 from everlearn.memory.plan import planned
-from everlearn.memory.refill import Forget
+from everlearn.memory.refill import Extract
 from everlearn.memory.scores import kept
 from everlearn.memory.suites import Case, Question
 from everlearn.memory.turns import Turns
@@ -46,14 +47,18 @@ class Chance:
         self.seed = seed
 
     def of(self, window: Window, chunks: Sequence[Chunk], places: Sequence[int]) -> list[float]:
-        return [(1 + seed_of("importance", self.seed, chunks[place].role, chunks[place].text)) / 2**31 for place in places]
+        return [self.score(window, chunks[place].role, chunks[place].text) for place in places]
+
+    def score(self, window: Window, role: str, text: str) -> float:
+        return (1 + seed_of("importance", self.seed, role, text)) / 2**31
 
 
 def moments(case: Case, encode: Encode, budget: int, num: int, *, seed: int = 0, masking: Masking = SQUEEZE) -> list[Moment]:
     """At most `num` moments of one history, drawn from those that have a question, in order."""
     if num < 1:
         raise InvalidRequest(f"num is {num}; take at least one moment of a history", param="num")
-    turns, window, found = Turns(encode, Chance(seed), Forget()), Window(budget), []
+    chance = Chance(seed)
+    turns, window, found = Turns(encode, chance, Extract(encode, chance.score)), Window(budget), []
     for role, text in case.turns:
         moment = _moment(case, encode, window, role, text, masking)
         if moment is not None:

@@ -389,13 +389,17 @@ def test_a_policy_is_asked_once_about_a_line(judge, chat):
     first, sure = decided.of(window, chunks, places), certain.of(window, chunks, places)
     asked = decided.undecided
     assert decided.of(window, chunks, places) == first and decided.undecided == asked
+    cut = [msgspec.structs.replace(chunk, text=chunk.text[:9], rewrites=1, importance=0.001) for chunk in chunks[:2]]
+    assert certain.of(window, [*cut, *chunks[1:]], [0, 1, 2]) == [0.001, 0.001, sure[1]], (
+        "what is left of a chunk is worth no more than it was"
+    )
     assert decided.of(window, chunks[1:], [0]) == first[1:2] and certain.of(window, chunks[1:], [0]) == sure[1:2]
     for once in (decided.once, certain.once):
         assert once is not None and len(once.known) == len({(chunk.role, chunk.text) for chunk in chunks[1:]}), "what left is forgotten"
 
 
 def test_how_sure_a_policy_is_ranks_what_its_word_can_t(service, server, chat):
-    """Taught that one line is kept and two are dropped, it says so of all others in one word or the other; how sure it is lies between."""
+    """Taught that one line is kept and two are dropped, it would say one word or the other of all others; how sure it is lies between."""
     trainer = service.create_lora_training_client(server.model, rank=8, seed=5).result()
     window = moments(history(0), chat.encode, 300, 1)[0].window
     orders = [decision(chat, window.chunks, place).to_ints() for place in range(3)]
@@ -407,5 +411,3 @@ def test_how_sure_a_policy_is_ranks_what_its_word_can_t(service, server, chat):
     sure = Certain(sampler, chat).of(window, window.chunks, range(len(window.chunks)))
     assert sure[1] > 0.9 and max(sure[0], sure[2]) < 0.1 and all(0.0 <= value <= 1.0 for value in sure), sure
     assert len(set(sure)) > len(window.chunks) / 2, sure
-    words = Decided(sampler, chat).of(window, window.chunks, range(3))
-    assert words == [0.0, 1.0, 0.0], words
