@@ -14,9 +14,9 @@ the model without an adapter. Training histories have seeds of their own (`TRAIN
 |---|---|
 | `rules` | full, last, random, bm25, and the window with weights by hand: `extract`, `forget` |
 | `writers` | `summary` and `overwrite`, written by the model as it is |
-| `untrained` | the policy before training: it decides and writes (`untrained`) |
+| `untrained` | the policy before training: decides and writes (`untrained`); decides, and sentences stay by a head (`untrained+extract`) |
 | `head` | a head distilled from the model's counterfactuals on training histories, with extraction (`head`) |
-| `trained` | the policy after training: decides and writes (`trained`); decides, and the head's sentences stay (`trained+extract`) |
+| `trained` | the policy after training, in the same two ways; and with its words for levels, not its certainty (`trained+words`) |
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ PRESSED = Masking(most=4, keep=0.25, slack=0.33)  # in training: eight decisions
 BUDGET, BUDGETS = 512, (256, 1024)
 WARM_EPOCHS = 6  # optimizer steps from what a warm step imitates
 KV_TOKENS = 131_072  # so that several runs fit one GPU
-ARMS = ("trained", "untrained", "head", "extract", "bm25", "last")  # that are drawn; the table has all
+ARMS = ("trained+extract", "untrained+extract", "head", "extract", "bm25", "last")  # that are drawn; the table has all
 
 
 NOTED = ("held_out/env/kept", "env/kept", "env/level/needed", "env/level/other", "reward/total", "warm/nll", "entropy", "seconds/step")
@@ -87,7 +87,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "small": Size(2000, (300, 1000), 2048, steps=24, warm=16, rate=2e-4, warm_rate=2e-3, groups=16, members=4),
+    "small": Size(2000, (300, 1000), 2048, steps=16, warm=12, rate=2e-4, warm_rate=2e-3, groups=16, members=4),
     "smollm2": Size(300, (100,), 8192, steps=32, warm=8, rate=2e-4, warm_rate=4e-4),
 }
 
@@ -129,7 +129,7 @@ def examined(args: argparse.Namespace, asked: Asked, made: dict[str, Any]) -> It
 
     started = time.perf_counter()
     with ThreadPoolExecutor(args.at_once) as pool:
-        fitting = [(place, label) for place in places(size, args) for label in made if fits(size, place[1], label)]
+        fitting = [(place, label) for place in places(size, args) for label in made if fits(size, place, label)]
         wanted = [(*place, number, label) for place, label in fitting for number in range(args.histories)]
         for future in as_completed([pool.submit(run, *one) for one in wanted]):
             found = future.result()
@@ -144,8 +144,12 @@ def portion(size: Size, budget: int) -> int:
     return min(PORTION, size.context - 2 * budget - 128)
 
 
-def fits(size: Size, budget: int, label: str) -> bool:
-    """False where `overwrite` has no room to read anything: its notes and their successors fill the model's context."""
+def fits(size: Size, place: tuple[int, int], label: str) -> bool:
+    """False where `overwrite` has no room to read anything, since its notes and their successors fill the model's context; and where what a
+    model writes for every turn of a history (`trained`, `untrained`) isn't the place that is compared."""
+    turns, budget = place
+    if label in ("trained", "untrained", "trained+words") and place != (size.turns, BUDGET):
+        return turns <= 100
     return label != "overwrite" or portion(size, budget) >= 128
 
 
@@ -201,7 +205,7 @@ def taught(args: argparse.Namespace, asked: Asked, told: dict[str, Any]) -> tink
 
     run = Settings(
         asked.name, steps=steps, rank=16, learning_rate=args.rate or size.rate, loss="ppo", loss_config={"kl_coeff": 0.05},
-        estimator="group_mean", max_tokens=32, seed=args.seed, evaluate_every=max(1, steps // 4), save_every=steps,
+        estimator="group_mean", max_tokens=32, seed=args.seed, evaluate_every=max(1, steps // 2), save_every=steps,
     )  # fmt: skip
     started = time.perf_counter()
 
@@ -233,13 +237,12 @@ def one(args: argparse.Namespace, part: str) -> None:
         if part == "trained":
             head, sampler = distilled(args, asked, told), taught(args, asked, told)
             made = {"trained": policy(asked, sampler), "trained+extract": policy(asked, sampler, head)}
-            if args.main:
-                made["trained+words"] = policy(asked, sampler, head, by=Decided)
+            made["trained+words"] = policy(asked, sampler, head, by=Decided)
         elif part == "head":
             head = distilled(args, asked, told)
             made = {"head": lambda budget: method("extract", asked.encode, budget, head=head)}
         elif part == "untrained":
-            made = {"untrained": policy(asked, asked.base)}
+            made = {"untrained": policy(asked, asked.base), "untrained+extract": policy(asked, asked.base, importance.BY_HAND)}
         else:
             made = (rules if part == "rules" else writers)(args, asked)
         sys.argv[1:] = ["--only", f"{args.model}/{args.seed}/{part}", "--histories", str(args.histories)]  # without this machine's places

@@ -17,8 +17,8 @@ class Masking(msgspec.Struct, frozen=True):
     what was rewritten again and again decays."""
 
     most: int = 8
-    keep: float = 0.5
-    slack: float = 0.0625
+    keep: float = 0.75
+    slack: float = 0.02
     half_life: float = 0.0
     inertia: float = 0.1
 
