@@ -64,7 +64,7 @@ class LazyGroup(Noun):
 def build() -> LazyGroup:
     group = LazyGroup(
         "everlearn",
-        help="Train LoRA adapters through the Tinker API and serve them through the OpenAI API, on one copy of the model.",
+        help="Train LoRA adapters through the Tinker API and serve them through those of OpenAI and Anthropic, on one copy of the model.",
         epilog="Exit codes: 0 ok, 1 failed, 2 usage, 3 server unreachable, 4 not found.",
         params=global_options(),
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},

@@ -94,7 +94,8 @@ def correct(console: Console, memory_id: str, number: int, text: str) -> None:
 @pass_console
 def forget(console: Console, memory_id: str, number: int | None) -> None:
     """Forget turn NUMBER and all that was made of it, or without NUMBER the whole memory. No byte of it stays in the store."""
-    console.confirm(f"turn {number} of memory {memory_id} is lost" if number is not None else f"all of memory {memory_id} is lost")
+    what = f"turn {number}" if number is not None else "all"
+    console.confirm(f"{what} of memory {memory_id} would be lost")
     parts = () if number is None else ("turns", number)
     console.client().delete(route(memory_id, *parts))
     console.note(f"forgot {'all of it' if number is None else f'turn {number}'}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -31,6 +32,7 @@ ANSWER_TOKENS = 24
 MOST_ANSWERS = 400
 ROUND = 16  # answers between two looks of the runner
 AT_ONCE = 32  # questions that are asked at the same time: the server answers them in one batch
+TOLD_EVERY = 20  # answers
 WRONG = Recipe(rank=8, learning_rate=5e-3, epochs=2, batch=20, rehearsed=0)
 
 DESCRIPTION: dict[str, Any] = {
@@ -87,10 +89,15 @@ class User:
         answer = raw.parse()
         return answer.choices[0].message.content or "", str(raw.headers["x-everlearn-record"]), str(answer.model)
 
-    def ask_all(self, asked: Sequence[str]) -> list[tuple[str, str, str]]:
-        """Several users at once, in the order of the questions."""
+    def ask_all(self, asked: Sequence[str], say: Callable[[str], None] = lambda _: None) -> list[tuple[str, str, str]]:
+        """Several users at once, in the order of the questions; how many are answered is said from time to time."""
+        found = []
         with ThreadPoolExecutor(AT_ONCE) as threads:
-            return list(threads.map(self.ask, asked))
+            for answer in threads.map(self.ask, asked):
+                found.append(answer)
+                if len(found) % TOLD_EVERY == 0:
+                    say(f"{len(found)} of {len(asked)} are answered")
+        return found
 
     def close(self) -> None:
         if self.openai is not None:
@@ -111,8 +118,9 @@ def play(
     user, asked = User(api, name), questions(book)
     gate = {**DESCRIPTION["gate"], "corrections": {**DESCRIPTION["gate"]["corrections"], "min_right": min_right}}
     api.post("/v1/deployments", {"name": name, "description": {"base": model, "update": update, **DESCRIPTION, "gate": gate}})
-    say(f"users ask {len(asked)} questions")
-    before = user.ask_all([question.text for question in asked])
+    num = Counter(question.section for question in asked)
+    say(f"users ask {len(asked)} questions: {num['taught']}, {num['paraphrase']} the same in other words, {num['general']} general ones")
+    before = user.ask_all([question.text for question in asked], say)
     clock("asking before")
     splits = correct(book.facts, before, user, api, say)
     clock("correcting")
@@ -127,7 +135,7 @@ def play(
     clock("canary")
     learned = time.monotonic() - last_word
     say("the same questions again")
-    after = user.ask_all([question.text for question in asked])
+    after = user.ask_all([question.text for question in asked], say)
     clock("asking after")
     rows = grade(asked, *([text for text, _, _ in said] for said in (before, after)))
     right = {row.question: row.right_after for row in rows if row.section == "taught"}
