@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 from everlearn.memory import asking, methods, orders, synthetic
 from everlearn.memory.importance import SENTENCES, split
 from everlearn.memory.suites import Case, words_of
-from everlearn.memory.window import Window, chunk_of, line, shown
+from everlearn.memory.window import BLOCK, Window, chunk_of, line, shown
 
 SPACE = "\u2581"  # as SentencePiece spells it: before each word, and before the first digit of a number
 FIRST_SEED = 1_000_000  # of histories that it is taught from
@@ -46,7 +46,16 @@ Row = tuple[list[int], list[float]]  # tokens, and how much each counts as somet
 def make_tokenizer() -> Tokenizer:
     """Words, line ends and marks are tokens; digits are single, and spaces are not spelled."""
     cut = pre_tokenizers.Split(Regex(r"\n|[A-Za-z]+(?:-[A-Za-z]+)*|\d+|[^\sA-Za-z\d]"), behavior="removed", invert=True)
-    texts = [asking.QUESTION, asking.NOTHING, orders.KEEPING, orders.SHORTER, methods.SUMMARY, methods.NOTES, "user assistant system"]
+    texts = [
+        asking.QUESTION,
+        asking.NOTHING,
+        orders.KEEPING,
+        orders.SHORTER,
+        methods.SUMMARY,
+        methods.NOTES,
+        BLOCK,
+        "user assistant system",
+    ]
     texts += [text for seed in range(60) for _, text in synthetic.synthetic(160, FIRST_SEED - 1 - seed, 35).turns]
     texts += [question.text for seed in range(60) for question in synthetic.synthetic(160, FIRST_SEED - 1 - seed, 35).questions]
     texts += [" ".join([*synthetic.PEOPLE, *synthetic.CITIES, *synthetic.JOBS, *synthetic.KIN, *synthetic.DOORS, *synthetic.PETS])]
@@ -143,7 +152,7 @@ class Lessons:
         window = Window(100_000, chunks, len(chunks) - 1, recent=self.rng.randint(1, 6))
         messages = shown(window)
         if messages and messages[-1]["role"] == "user":  # the question is a message of its own
-            messages.append({"role": "assistant", "content": self.rng.choice(synthetic.CHAT_ASSISTANT[:4:3])})
+            messages.append({"role": "assistant", "content": self.rng.choice((synthetic.CHAT_ASSISTANT[0], synthetic.CHAT_ASSISTANT[-1]))})
         return "".join(f"{BEGIN}{one['role']}\n{one['content']}{END}\n" for one in messages)
 
     def _fitting(self, lines: list[tuple[str, frozenset[str]]], room: int) -> list[tuple[str, frozenset[str]]]:

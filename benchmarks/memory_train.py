@@ -87,7 +87,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "small": Size(2000, (300, 1000), 2048, steps=16, warm=12, rate=2e-4, warm_rate=2e-3, groups=16, members=4),
+    "small": Size(2000, (300, 1000), 2048, steps=24, warm=16, rate=2e-4, warm_rate=2e-3, groups=16, members=4),
     "smollm2": Size(300, (100,), 8192, steps=32, warm=8, rate=2e-4, warm_rate=4e-4),
 }
 

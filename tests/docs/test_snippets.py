@@ -13,8 +13,9 @@ from tests.live import LiveServer, came_to_its_end
 
 
 def printed_by(text: str, server: LiveServer, folder: Path, **replaced: str) -> str:
-    """What the Python of a page prints, run in `folder` with the server's model in place of the embedded one."""
-    program = "\n".join(re.findall(r"^```python\n(.*?)^```$", text, flags=re.M | re.S)).replace('"smollm2"', f'"{server.model}"')
+    """What the Python of a page prints, run in `folder` with the server's address and model in place of those shown."""
+    program = "\n".join(re.findall(r"^```python\n(.*?)^```$", text, flags=re.M | re.S))
+    program = program.replace('"smollm2"', f'"{server.model}"').replace("http://127.0.0.1:8000", server.url)
     for name, value in replaced.items():
         assert f"{name}=" in program
         program = re.sub(rf"\b{name}=\d+", f"{name}={value}", program)
