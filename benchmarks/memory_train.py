@@ -42,7 +42,7 @@ import tinker
 
 from everlearn.memory import importance, study
 from everlearn.memory.asking import Asking
-from everlearn.memory.decide import Certain, Decided
+from everlearn.memory.decide import ByPolicy, Certain, Decided
 from everlearn.memory.distil import examples
 from everlearn.memory.environment import Judge, MemoryTasks
 from everlearn.memory.generate import Generate
@@ -129,7 +129,7 @@ def examined(args: argparse.Namespace, asked: Asked, made: dict[str, Any]) -> It
 
     started = time.perf_counter()
     with ThreadPoolExecutor(args.at_once) as pool:
-        fitting = [(place, label) for place in places(size, args) for label in made if fits(size, place, label)]
+        fitting = [(place, label) for place in places(size, args) for label in made if args.smoke or fits(size, place, label)]
         wanted = [(*place, number, label) for place, label in fitting for number in range(args.histories)]
         for future in as_completed([pool.submit(run, *one) for one in wanted]):
             found = future.result()
@@ -147,10 +147,9 @@ def portion(size: Size, budget: int) -> int:
 def fits(size: Size, place: tuple[int, int], label: str) -> bool:
     """False where `overwrite` has no room to read anything, since its notes and their successors fill the model's context; and where what a
     model writes for every turn of a history (`trained`, `untrained`) isn't the place that is compared."""
-    turns, budget = place
     if label in ("trained", "untrained", "trained+words") and place != (size.turns, BUDGET):
-        return turns <= 100
-    return label != "overwrite" or portion(size, budget) >= 128
+        return False
+    return label != "overwrite" or portion(size, place[1]) >= 128
 
 
 def rules(args: argparse.Namespace, asked: Asked) -> dict[str, Any]:
@@ -165,9 +164,7 @@ def writers(args: argparse.Namespace, asked: Asked) -> dict[str, Any]:
     }
 
 
-def policy(
-    asked: Asked, sampler: tinker.SamplingClient, head: importance.Head | None = None, by: type[Certain] | type[Decided] = Certain
-) -> Any:
+def policy(asked: Asked, sampler: tinker.SamplingClient, head: importance.Head | None = None, by: type[ByPolicy] = Certain) -> Any:
     """That decides and writes; with a head it decides, and the sentences that the head likes best stay."""
 
     def make(budget: int) -> Method:

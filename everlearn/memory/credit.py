@@ -84,9 +84,8 @@ def _decisions(group: TrajectoryGroup) -> dict[tuple[int, int], float]:
     """The advantage of (member, turn), where the turn decides on a chunk that was weighed: (level - mean level) x (worth - mean worth). The
     group's reward is one number for all of a window's decisions; this says which of them it came from. One that is none is left out."""
     found: dict[tuple[int, int], float] = {}
-    scored = group.scored
-    for number, above in _above(group.trajectories_G[scored[0]].transitions if scored else []).items():
-        levels = {index: group.trajectories_G[index].transitions[number].logs["level"] for index in scored}
+    for number, above in _above(group).items():
+        levels = {index: group.trajectories_G[index].transitions[number].logs["level"] for index in group.scored}
         known = {index: level for index, level in levels.items() if level is not None}
         mean = float(np.mean(list(known.values()))) if known else 0.0
         found |= {(index, number): above * (level - mean) for index, level in known.items()}
@@ -120,13 +119,12 @@ def due(group: TrajectoryGroup) -> dict[int, tuple[str, float]]:
     beside it on average, drop where it is worth less, as much as |worth - mean worth|. So keeping counts as much as dropping, however many
     chunks are worth little. Members needn't have found it: what all of them get wrong, no choice among theirs would mend.
     """
-    first = group.trajectories_G[group.scored[0]].transitions if group.scored else []
-    above = _above(first)
-    return {number: (KEEP if value > 0.0 else DROP, abs(value)) for number, value in above.items() if value}
+    return {number: (KEEP if value > 0.0 else DROP, abs(value)) for number, value in _above(group).items() if value}
 
 
-def _above(turns: Sequence[Transition]) -> dict[int, float]:
-    """By turn what a chunk that was weighed is worth more than the others that are decided on."""
+def _above(group: TrajectoryGroup) -> dict[int, float]:
+    """By turn what a chunk that was weighed is worth more than the others that are decided on; all members decide on the same."""
+    turns = group.trajectories_G[group.scored[0]].transitions if group.scored else []
     worths = {number: float(turn.logs["worth"]) for number, turn in enumerate(turns) if "worth" in turn.logs}
     mean = float(np.mean(list(worths.values()))) if worths else 0.0
     return {number: worth - mean for number, worth in worths.items()}

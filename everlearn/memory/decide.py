@@ -9,8 +9,7 @@ wrong about one in twenty says keep of five times as many. What ranks them is ho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 import tinker
 
@@ -19,10 +18,7 @@ from everlearn.memory.window import Chunk, Window
 from everlearn.rl.prompts import ChatMl
 
 Said = tuple[str, str]  # a line: its role and its text
-
-
-class Ask(Protocol):
-    def __call__(self, chunks: Sequence[Chunk], places: Sequence[int]) -> list[float]: ...
+Ask = Callable[[Sequence[Chunk], Sequence[int]], list[float]]  # of the chunks at these places what each is worth
 
 
 class Once:
@@ -42,10 +38,11 @@ class Once:
         return found
 
 
-class Decided:
-    """By what the policy writes, greedily. `once`: a line is asked about once (`Once`)."""
+class ByPolicy:
+    """Asks for a level of each line by `_levels`; one that is none leaves the line at `UNDECIDED`, and is counted. `once`: a line is asked
+    about once (`Once`)."""
 
-    name, late = "decided", True
+    late = True
 
     def __init__(self, sampler: tinker.SamplingClient, chat: ChatMl, once: bool = False):
         self.sampler, self.chat, self.undecided = sampler, chat, 0
@@ -55,35 +52,37 @@ class Decided:
         return self._asked(chunks, places) if self.once is None else self.once.of(chunks, places, self._asked)
 
     def _asked(self, chunks: Sequence[Chunk], places: Sequence[int]) -> list[float]:
-        params = tinker.SamplingParams(max_tokens=LEVEL_TOKENS, temperature=0.0, stop=list(self.chat.stop))
-        futures = [self.sampler.sample(decision(self.chat, chunks, place), 1, params) for place in places]
-        levels = [level_of(self.chat.decode(list(future.result().sequences[0].tokens))) for future in futures]
+        levels = self._levels([decision(self.chat, chunks, place) for place in places])
         self.undecided += sum(level is None for level in levels)
         return [UNDECIDED if level is None else level for level in levels]
 
+    def _levels(self, orders: Sequence[tinker.ModelInput]) -> list[float | None]:
+        raise NotImplementedError
 
-class Certain:
+
+class Decided(ByPolicy):
+    """By what the policy writes, greedily."""
+
+    name = "decided"
+
+    def _levels(self, orders: Sequence[tinker.ModelInput]) -> list[float | None]:
+        params = tinker.SamplingParams(max_tokens=LEVEL_TOKENS, temperature=0.0, stop=list(self.chat.stop))
+        futures = [self.sampler.sample(order, 1, params) for order in orders]
+        return [level_of(self.chat.decode(list(future.result().sequences[0].tokens))) for future in futures]
+
+
+class Certain(ByPolicy):
     """By how sure the policy is that a line is to be kept rather than dropped (`sure_of`): one token of an answer is drawn for each line,
-    and what counts is which others were likely. `once` as above. Where neither word is, the line stays at `UNDECIDED`, and is counted."""
+    and what counts is which others were likely."""
 
-    name, late = "certain", True
+    name = "certain"
 
-    def __init__(self, sampler: tinker.SamplingClient, chat: ChatMl, once: bool = False):
-        self.sampler, self.chat, self.undecided = sampler, chat, 0
-        self.once = Once() if once else None
-
-    def of(self, window: Window, chunks: Sequence[Chunk], places: Sequence[int]) -> list[float]:
-        return self._asked(chunks, places) if self.once is None else self.once.of(chunks, places, self._asked)
-
-    def _asked(self, chunks: Sequence[Chunk], places: Sequence[int]) -> list[float]:
+    def _levels(self, orders: Sequence[tinker.ModelInput]) -> list[float | None]:
         params = tinker.SamplingParams(max_tokens=1, temperature=0.0)
-        orders = [decision(self.chat, chunks, place) for place in places]
         futures = [self.sampler.sample(order, 1, params, topk_sample_logprobs=ALTERNATIVES) for order in orders]
         keep, drop = (self.chat.encode(word)[0] for word in (KEEP, DROP))
         likely = [dict((future.result().sequences[0].topk_logprobs or [None])[0] or ()) for future in futures]
-        levels = [sure_of(one, keep, drop) for one in likely]
-        self.undecided += sum(level is None for level in levels)
-        return [UNDECIDED if level is None else level for level in levels]
+        return [sure_of(one, keep, drop) for one in likely]
 
 
 def _at_most(level: float, chunk: Chunk) -> float:

@@ -6,7 +6,7 @@ what it let go (best of n, scored by the counterfactual); where chunks are weigh
 is taught outright. Then groups are compared (GRPO), each from one window. Memory tokens and answer
 tokens are credited apart (everlearn/memory/credit.py), sent apart, and measured apart: `memory/...` and `answer/...`.
 
-What comes out is an adapter: `Decided` and `Generate` take a sampler of it.
+What comes out is an adapter: `Certain`, `Decided` and `Generate` take a sampler of it.
 """
 
 from __future__ import annotations
