@@ -93,14 +93,18 @@ def new_model(size: int, hidden: int = 128, layers: int = 4) -> Any:
     )
 
 
-class Lessons:
-    """Rows to learn from, drawn without end."""
+def by_line(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
+    """How this tokenizer spells a text. No token of it spans two lines, and lines come again and again."""
+    spelled = lru_cache(100_000)(lambda text: tokenizer.encode(text, add_special_tokens=False).ids)
+    return lambda text: [token for part in text.splitlines(keepends=True) for token in spelled(part)]
 
-    def __init__(self, tokenizer: Tokenizer, rng: random.Random):
-        self.rng = rng
+
+class Lessons:
+    """Rows to learn from, drawn without end. `encode` is to know BEGIN and END as tokens."""
+
+    def __init__(self, encode: Callable[[str], list[int]], rng: random.Random):
+        self.encode, self.rng = encode, rng
         self.cases: list[Case] = []  # the last ones: each is used several times, since making one costs more than learning from it
-        spelled = lru_cache(100_000)(lambda text: tokenizer.encode(text, add_special_tokens=False).ids)  # lines come again and again
-        self.encode: Callable[[str], list[int]] = lambda text: [token for part in text.splitlines(keepends=True) for token in spelled(part)]
 
     def row(self, facts: tuple[int, int], most: int) -> Row:
         """Of `facts` facts; at most about `most` tokens."""
@@ -239,7 +243,7 @@ def batches(tokenizer: Tokenizer, stage: int, times: int, workers: int) -> Itera
     class Endless(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
         def __iter__(self) -> Iterator[Any]:
             own = torch.utils.data.get_worker_info()
-            lessons = Lessons(tokenizer, random.Random(1000 * stage + (own.id if own else 0)))
+            lessons = Lessons(by_line(tokenizer), random.Random(1000 * stage + (own.id if own else 0)))
             while True:
                 yield batch(lessons, facts, most, rows * times)
 

@@ -6,9 +6,10 @@
     python benchmarks/memory_train.py --only small/0/trained --into RUNS
     python benchmarks/memory_train.py --collect RUNS                   # one result file and its plot
 
-A run is MODEL/SEED/PART. MODEL: `small` (listener.py) on histories of 2,000 turns, or `smollm2`, the embedded one, on 300. Every part is
-examined on the same histories at the same places: budgets at the full length, and lengths at 512 tokens. Who answers is the same in all:
-the model without an adapter. Training histories have seeds of their own (`TRAINED_ON`), as have those that the small model comes from.
+A run is MODEL/SEED/PART. MODEL: `small` (listener.py) on histories of 2,000 turns, or `smollm2`, the embedded one, on 300 (with --reader:
+after reader.py taught it to answer). Every part is examined on the same histories at the same places: budgets at the full length, and
+lengths at 512 tokens. Who answers is the same in all: the model without an adapter. Training histories have seeds of their own
+(`TRAINED_ON`), as have those that the small model comes from.
 
 | part | what |
 |---|---|
@@ -88,7 +89,7 @@ class Size(NamedTuple):
 
 SIZES = {
     "small": Size(2000, (300, 1000), 2048, steps=24, warm=16, rate=2e-4, warm_rate=2e-3, groups=16, members=4),
-    "smollm2": Size(300, (100,), 8192, steps=32, warm=8, rate=2e-4, warm_rate=4e-4),
+    "smollm2": Size(300, (100,), 8192, steps=24, warm=16, rate=1e-4, warm_rate=5e-4, groups=16, members=4),
 }
 
 
@@ -221,7 +222,7 @@ def taught(args: argparse.Namespace, asked: Asked, told: dict[str, Any]) -> tink
 
 
 def one(args: argparse.Namespace, part: str) -> None:
-    folder = model_folder("smollm2") if args.model == "smollm2" else args.listener or args.into / "listener"
+    folder = args.reader or model_folder("smollm2") if args.model == "smollm2" else args.listener or args.into / "listener"
     if not (folder / "config.json").exists():
         raise SystemExit(f"{folder} holds no model; make it with benchmarks/listener.py, or name another with --listener")
     started, load_before, told = time.perf_counter(), os.getloadavg(), {}
@@ -299,6 +300,7 @@ def main() -> None:
     parser.add_argument("--only", metavar="MODEL/SEED/PART")
     parser.add_argument("--into", type=Path, default=Path("memory-train-runs"), metavar="FOLDER")
     parser.add_argument("--listener", type=Path, metavar="FOLDER", help="the small model (default: listener in the folder of --into)")
+    parser.add_argument("--reader", type=Path, metavar="FOLDER", help="the embedded model as reader.py leaves it (default: as it is)")
     parser.add_argument("--histories", type=int, default=2, metavar="N", help="examined in each run")
     parser.add_argument("--at-once", type=int, default=6, metavar="N", help="histories that are read side by side")
     parser.add_argument("--steps", type=int, help="of training (default: the model's own number)")

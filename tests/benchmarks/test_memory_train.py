@@ -43,7 +43,7 @@ def test_lessons_hold_the_answers_that_they_ask_for(study: ModuleType):
     import listener
 
     tokenizer = listener.make_tokenizer()
-    lessons = listener.Lessons(tokenizer, random.Random(3))
+    lessons = listener.Lessons(listener.by_line(tokenizer), random.Random(3))
     for _ in range(10):
         tokens, weights = lessons._recall(lessons._case(4), 400)
         told = tokenizer.decode(tokens, skip_special_tokens=False)
