@@ -11,6 +11,7 @@ former answers to the general questions have become less likely: it tells recipe
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -56,12 +57,13 @@ MORE = [
 
 
 class Arm(NamedTuple):
-    """`more`: rehearses twice as many different questions. The others are the optimizer's and the adapter's."""
+    """`more`: rehearses twice as many different questions; `short`: that many tokens of each answer and no more; `first`: what the first
+    three tokens of an answer weigh. The others are the optimizer's and the adapter's."""
 
     recipe: Recipe
     more: bool = False
-    weight_decay: float = 0.0
-    eps: float = 1e-12
+    short: int = 0
+    first: float = 1.0
     beta2: float = 0.95
     attention: bool = True
     mlp: bool = True
@@ -73,22 +75,32 @@ def recipe(**changed: Any) -> Recipe:
 
 ARMS = {
     "now": Arm(NOW),
-    "no rehearsal": Arm(recipe(rehearsed=0)),
-    "rehearse 24": Arm(recipe(rehearsed=24)),
-    "more questions": Arm(NOW, more=True),
-    "more questions, 24": Arm(recipe(rehearsed=24), more=True),
     "rate 1e-3, 7 epochs": Arm(recipe(learning_rate=1e-3, epochs=7)),
-    "rate 1e-3, 7 epochs, more": Arm(recipe(learning_rate=1e-3, epochs=7), more=True),
-    "rate 1.5e-3, 6 epochs, more": Arm(recipe(learning_rate=1.5e-3, epochs=6), more=True),
-    "rank 8": Arm(recipe(rank=8)),
-    "rank 32": Arm(recipe(rank=32)),
-    "decay 0.3": Arm(NOW, weight_decay=0.3),
     "mlp only": Arm(NOW, attention=False),
-    "mlp only, more": Arm(NOW, attention=False, more=True),
     "attention only": Arm(NOW, mlp=False),
+    "rank 8": Arm(recipe(rank=8)),
     "beta2 0.99": Arm(NOW, beta2=0.99),
-    "batch 10": Arm(recipe(batch=10, learning_rate=1e-3, rehearsed=8)),
+    "first x4": Arm(NOW, first=4.0),
+    "first x4, more": Arm(NOW, more=True, first=4.0),
+    "32 short": Arm(recipe(rehearsed=32), short=8),
+    "32 short, more": Arm(recipe(rehearsed=32), more=True, short=8),
+    "32 short, more, rate 1e-3, 7 epochs": Arm(recipe(learning_rate=1e-3, epochs=7, rehearsed=32), more=True, short=8),
+    "no rehearsal": Arm(recipe(rehearsed=0)),
 }
+
+
+def rehearsed(known: Class, arm: Arm) -> list[Example]:
+    """What the model itself would say, as the arm has it. A weight is a probability, so four times the weight is a log-probability's more."""
+    found = known.rehearsal if arm.more else known.rehearsal[: len(general.load().rehearsed)]
+    made = []
+    for example in found:
+        rows = [
+            [(token, logprob + (math.log(arm.first) if place < 3 else 0.0)) for token, logprob in row]
+            for place, row in enumerate(example.alternatives)
+        ]
+        length = arm.short or len(rows)
+        made.append(Example(example.prompt, example.answer[:length], rows[:length]))
+    return made
 
 
 class Class(NamedTuple):
@@ -126,17 +138,16 @@ def one(known: Class, name: str, seed: int, smoke: bool) -> dict[str, Any]:
     others = update.wordings(known.untaught, tokens, [fact.question for fact in facts], PARAPHRASES, seed * 10_000)
     wordings = [(text, fact.answer) for fact, texts in zip(facts, others, strict=True) for text in (fact.question, *texts)]
     examples = [Example(prompt(tokens, text), tokens.answer(answer)) for text, answer in wordings]
-    rehearsal = known.rehearsal if arm.more else known.rehearsal[: len(general.load().rehearsed)]
     trainer = known.service.create_lora_training_client(
         base_model=known.model, rank=arm.recipe.rank, seed=seed, train_unembed=False, train_attn=arm.attention, train_mlp=arm.mlp
     ).result()
     recipe = Recipe(**{field: getattr(arm.recipe, field) for field in Recipe.__struct_fields__} | {"seed": seed})
     total, tokens_used = lesson.num_steps(examples, recipe), 0
-    for number, batch in enumerate(lesson.batches(examples, rehearsal, recipe)):
+    for number, batch in enumerate(lesson.batches(examples, rehearsed(known, arm), recipe)):
         tokens_used += lesson.num_tokens(batch)
         trainer.forward_backward([lesson.to_datum(example) for example in batch], "cross_entropy")
         rate = recipe.learning_rate * (1 - number / total)
-        params = tinker.AdamParams(learning_rate=rate, beta2=arm.beta2, eps=arm.eps, weight_decay=arm.weight_decay)
+        params = tinker.AdamParams(learning_rate=rate, beta2=arm.beta2)
         trainer.optim_step(params).result()
     path = trainer.save_weights_for_sampler(f"{name.replace(' ', '-').replace(',', '')}-{seed}").result().path
     sampler = known.service.create_sampling_client(model_path=path).result()

@@ -89,7 +89,7 @@ class Size(NamedTuple):
 
 SIZES = {
     "small": Size(2000, (300, 1000), 2048, steps=24, warm=16, rate=2e-4, warm_rate=2e-3, groups=16, members=4),
-    "smollm2": Size(300, (100,), 8192, steps=24, warm=16, rate=1e-4, warm_rate=5e-4, groups=16, members=4),
+    "smollm2": Size(300, (100,), 8192, steps=24, warm=16, rate=1e-4, warm_rate=5e-4, groups=12, members=4),
 }
 
 

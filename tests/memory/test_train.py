@@ -354,7 +354,7 @@ def test_a_policy_learns_to_decide(service, server, chat, judge, tmp_path):
     shown = [(moment, place) for moment in (tasks.moment(0), tasks.moment(1)) for place in range(3)]
     prompts = [decision(chat, (*moment.window.chunks, moment.chunk), place).to_ints() for moment, place in shown]
     taught = [said(prompt, chat.encode(f"{word}<|im_end|>")) for prompt in prompts for word in ("keep", "drop", "compress 5")]
-    for _ in range(25):
+    for _ in range(12):
         learner.client.forward_backward(taught, "cross_entropy")
         learner.client.optim_step(tinker.AdamParams(learning_rate=1e-2)).result()
     rows = learner.run(lambda step: _step(learner, tasks, step), lambda row: None)
