@@ -57,11 +57,14 @@ MORE = [
 
 
 class Arm(NamedTuple):
-    """`more`: rehearses twice as many different questions; `short`: that many tokens of each answer and no more; `first`: what the first
-    three tokens of an answer weigh. The others are the optimizer's and the adapter's."""
+    """`more`: rehearses twice as many different questions; `sure`: only those whose answer has at least that log-probability (nats, the
+    mean of its tokens); `without`: not this one; `short`: that many tokens of each answer and no more; `first`: what the first three tokens
+    of an answer weigh. The others are the optimizer's and the adapter's."""
 
     recipe: Recipe
     more: bool = False
+    sure: float = -math.inf
+    without: tuple[str, ...] = ()
     short: int = 0
     first: float = 1.0
     beta2: float = 0.95
@@ -75,25 +78,31 @@ def recipe(**changed: Any) -> Recipe:
 
 ARMS = {
     "now": Arm(NOW),
-    "rate 1e-3, 7 epochs": Arm(recipe(learning_rate=1e-3, epochs=7)),
+    "rate 1e-3 7 epochs": Arm(recipe(learning_rate=1e-3, epochs=7)),
     "mlp only": Arm(NOW, attention=False),
     "attention only": Arm(NOW, mlp=False),
     "rank 8": Arm(recipe(rank=8)),
     "beta2 0.99": Arm(NOW, beta2=0.99),
     "first x4": Arm(NOW, first=4.0),
-    "first x4, more": Arm(NOW, more=True, first=4.0),
+    "first x4 more": Arm(NOW, more=True, first=4.0),
     "32 short": Arm(recipe(rehearsed=32), short=8),
-    "32 short, more": Arm(recipe(rehearsed=32), more=True, short=8),
-    "32 short, more, rate 1e-3, 7 epochs": Arm(recipe(learning_rate=1e-3, epochs=7, rehearsed=32), more=True, short=8),
+    "32 short more": Arm(recipe(rehearsed=32), more=True, short=8),
+    "32 short more rate 1e-3 7 epochs": Arm(recipe(learning_rate=1e-3, epochs=7, rehearsed=32), more=True, short=8),
+    "sure": Arm(NOW, sure=-0.65),
+    "sure more": Arm(NOW, more=True, sure=-0.65),
+    "one tongue": Arm(NOW, without=("Say hello in French.", "What is the capital of Spain?")),
+    "one tongue more": Arm(NOW, more=True, without=("Say hello in French.", "What is the capital of Spain?")),
     "no rehearsal": Arm(recipe(rehearsed=0)),
 }
 
 
 def rehearsed(known: Class, arm: Arm) -> list[Example]:
-    """What the model itself would say, as the arm has it. A weight is a probability, so four times the weight is a log-probability's more."""
-    found = known.rehearsal if arm.more else known.rehearsal[: len(general.load().rehearsed)]
-    made = []
-    for example in found:
+    """What the model itself would say, as the arm has it. A weight is a probability: a log-probability that is greater weighs more."""
+    number, made = len(general.load().rehearsed), []
+    for text, example in list(zip([*general.load().rehearsed, *MORE], known.rehearsal, strict=True))[: None if arm.more else number]:
+        said = [dict(row)[token] for token, row in zip(example.answer, example.alternatives, strict=True)]
+        if text in arm.without or np.mean(said) < arm.sure:
+            continue
         rows = [
             [(token, logprob + (math.log(arm.first) if place < 3 else 0.0)) for token, logprob in row]
             for place, row in enumerate(example.alternatives)

@@ -15,10 +15,10 @@ lengths at 512 tokens. Who answers is the same in all: the model without an adap
 |---|---|
 | `rules` | full, last, random, bm25, and the window with weights by hand: `extract`, `forget` |
 | `writers` | `summary` and `overwrite`, written by the model as it is |
-| `untrained` | the policy before training: decides and writes (`untrained`); decides, and sentences stay by a head (`untrained+extract`) |
+| `untrained` | the policy before training: it decides and writes (`untrained`), or sentences stay, by its word (`untrained+extract`) or by a head that was set by hand (`untrained+hand`) |
 | `head` | a head distilled from the model's counterfactuals on training histories, with extraction (`head`) |
-| `trained` | the policy after training, in the same two ways; and with its words for levels, not its certainty (`trained+words`) |
-"""
+| `trained` | the policy after training, in the same three ways |
+"""  # noqa: E501 - a table's row is a line
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,12 +43,13 @@ import tinker
 
 from everlearn.memory import importance, study
 from everlearn.memory.asking import Asking
-from everlearn.memory.decide import ByPolicy, Certain, Decided
+from everlearn.memory.decide import ByPolicy, Certain, Surest
 from everlearn.memory.distil import examples
 from everlearn.memory.environment import Judge, MemoryTasks
 from everlearn.memory.generate import Generate
 from everlearn.memory.mask import Masking
 from everlearn.memory.methods import PORTION, RULES, Method, Overwrite, method
+from everlearn.memory.refill import Extract, Refill
 from everlearn.memory.synthetic import synthetic
 from everlearn.memory.train import Training, train
 from everlearn.render.tokenizer import load
@@ -89,7 +90,7 @@ class Size(NamedTuple):
 
 SIZES = {
     "small": Size(2000, (300, 1000), 2048, steps=24, warm=16, rate=2e-4, warm_rate=2e-3, groups=16, members=4),
-    "smollm2": Size(300, (100,), 8192, steps=24, warm=16, rate=1e-4, warm_rate=5e-4, groups=12, members=4),
+    "smollm2": Size(300, (100,), 8192, steps=24, warm=16, rate=1e-4, warm_rate=1e-3, groups=12, members=4),
 }
 
 
@@ -146,9 +147,9 @@ def portion(size: Size, budget: int) -> int:
 
 
 def fits(size: Size, place: tuple[int, int], label: str) -> bool:
-    """False where `overwrite` has no room to read anything, since its notes and their successors fill the model's context; and where what a
-    model writes for every turn of a history (`trained`, `untrained`) isn't the place that is compared."""
-    if label in ("trained", "untrained", "trained+words") and place != (size.turns, BUDGET):
+    """False where `overwrite` has no room to read anything, since its notes and their successors fill the model's context; and for the
+    policy's other hands (it writes, or a head chooses its sentences) where it isn't the place that is compared."""
+    if label.startswith(("trained", "untrained")) and not label.endswith("+extract") and place != (size.turns, BUDGET):
         return False
     return label != "overwrite" or portion(size, place[1]) >= 128
 
@@ -165,16 +166,22 @@ def writers(args: argparse.Namespace, asked: Asked) -> dict[str, Any]:
     }
 
 
-def policy(asked: Asked, sampler: tinker.SamplingClient, head: importance.Head | None = None, by: type[ByPolicy] = Certain) -> Any:
-    """That decides and writes; with a head it decides, and the sentences that the head likes best stay."""
+def policy(asked: Asked, sampler: tinker.SamplingClient, refill: Callable[[ByPolicy], Refill]) -> Any:
+    """That decides by how sure it is. `refill` says who shortens what it doesn't keep whole."""
 
     def make(budget: int) -> Method:
-        decided = by(sampler, asked.chat, once=True)
-        if head is not None:
-            return method("decided", asked.encode, budget, decided=decided, head=head)
-        return method("policy", asked.encode, budget, decided=decided, refill=Generate(sampler, asked.chat))
+        decided = Certain(sampler, asked.chat, once=True)
+        return method("policy", asked.encode, budget, decided=decided, refill=refill(decided))
 
     return make
+
+
+def policies(asked: Asked, sampler: tinker.SamplingClient, name: str) -> dict[str, Any]:
+    return {
+        name: policy(asked, sampler, lambda by: Generate(sampler, asked.chat)),
+        f"{name}+extract": policy(asked, sampler, lambda by: Surest(asked.encode, by)),
+        f"{name}+hand": policy(asked, sampler, lambda by: Extract(asked.encode, importance.BY_HAND.score)),
+    }
 
 
 def distilled(args: argparse.Namespace, asked: Asked, told: dict[str, Any]) -> importance.Head:
@@ -233,14 +240,12 @@ def one(args: argparse.Namespace, part: str) -> None:
     with server(argparse.Namespace(model=str(folder), base_url=None, base_model=None, threads=args.threads), **settings) as live:
         asked = Asked(tinker.ServiceClient(base_url=live.url), live.model, folder)
         if part == "trained":
-            head, sampler = distilled(args, asked, told), taught(args, asked, told)
-            made = {"trained": policy(asked, sampler), "trained+extract": policy(asked, sampler, head)}
-            made["trained+words"] = policy(asked, sampler, head, by=Decided)
+            made = policies(asked, taught(args, asked, told), part)
         elif part == "head":
             head = distilled(args, asked, told)
             made = {"head": lambda budget: method("extract", asked.encode, budget, head=head)}
         elif part == "untrained":
-            made = {"untrained": policy(asked, asked.base), "untrained+extract": policy(asked, asked.base, importance.BY_HAND)}
+            made = policies(asked, asked.base, part)
         else:
             made = (rules if part == "rules" else writers)(args, asked)
         sys.argv[1:] = ["--only", f"{args.model}/{args.seed}/{part}", "--histories", str(args.histories)]  # without this machine's places

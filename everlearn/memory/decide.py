@@ -14,10 +14,12 @@ from collections.abc import Callable, Sequence
 import tinker
 
 from everlearn.memory.orders import ALTERNATIVES, DROP, KEEP, LEVEL_TOKENS, UNDECIDED, keeping, level_of, sure_of
-from everlearn.memory.window import Chunk, Window
+from everlearn.memory.refill import Extract
+from everlearn.memory.window import Chunk, Encode, Window
 from everlearn.rl.prompts import ChatMl
 
 Said = tuple[str, str]  # a line: its role and its text
+MOST_KNOWN = 4096  # sentences whose worth is remembered
 Ask = Callable[[Sequence[Chunk], Sequence[int]], list[float]]  # of the chunks at these places what each is worth
 
 
@@ -52,7 +54,11 @@ class ByPolicy:
         return self._asked(chunks, places) if self.once is None else self.once.of(chunks, places, self._asked)
 
     def _asked(self, chunks: Sequence[Chunk], places: Sequence[int]) -> list[float]:
-        levels = self._levels([decision(self.chat, chunks, place) for place in places])
+        return self.levels([(chunks, place) for place in places])
+
+    def levels(self, asked: Sequence[tuple[Sequence[Chunk], int]]) -> list[float]:
+        """What each of these lines is worth, every one among chunks of its own."""
+        levels = self._levels([decision(self.chat, chunks, place) for chunks, place in asked])
         self.undecided += sum(level is None for level in levels)
         return [UNDECIDED if level is None else level for level in levels]
 
@@ -83,6 +89,28 @@ class Certain(ByPolicy):
         keep, drop = (self.chat.encode(word)[0] for word in (KEEP, DROP))
         likely = [dict((future.result().sequences[0].topk_logprobs or [None])[0] or ()) for future in futures]
         return [sure_of(one, keep, drop) for one in likely]
+
+
+class Surest(Extract):
+    """Extraction by the policy: of a chunk's sentences those stay that it is surest to keep. Each is asked about as a line of its own where
+    the chunk stands, and once; what stands alone isn't asked about."""
+
+    def __init__(self, encode: Encode, by: ByPolicy):
+        super().__init__(encode, lambda *_: UNDECIDED)
+        self.by = by
+        self.known: dict[Said, float] = {}
+
+    def _scores(self, window: Window, role: str, pieces: Sequence[str]) -> list[float]:
+        if len(pieces) < 2:
+            return [UNDECIDED] * len(pieces)
+        new = [piece for piece in dict.fromkeys(pieces) if (role, piece) not in self.known]
+        if len(self.known) + len(new) > MOST_KNOWN:
+            self.known, new = {}, list(dict.fromkeys(pieces))
+        chunks, place = window.chunks, len(window.chunks)
+        place = next((i for i, chunk in enumerate(chunks) if chunk.role == role and pieces[0] in chunk.text), place)
+        alone = [(*chunks[:place], Chunk(role, piece, (), (0,), 0), *chunks[place + 1 :]) for piece in new]
+        self.known |= {(role, piece): level for piece, level in zip(new, self.by.levels([(one, place) for one in alone]), strict=True)}
+        return [self.known[role, piece] for piece in pieces]
 
 
 def _at_most(level: float, chunk: Chunk) -> float:

@@ -77,8 +77,11 @@ class Extract:
     def _ranked(self, window: Window, role: str, text: str, ends: re.Pattern[str]) -> tuple[list[str], list[int]]:
         """The pieces of a text, and their places by falling score."""
         pieces = split(text, ends)[:MOST_SENTENCES]
-        scores = [self.score(window, role, piece) for piece in pieces]
+        scores = self._scores(window, role, pieces)
         return pieces, sorted(range(len(pieces)), key=lambda i: (-scores[i], i))
+
+    def _scores(self, window: Window, role: str, pieces: Sequence[str]) -> list[float]:
+        return [self.score(window, role, piece) for piece in pieces]
 
     def _fitting(self, role: str, pieces: Sequence[str], ranked: Sequence[int], cap: int) -> list[int]:
         """Of the pieces in the order of their rank, those that still fit when they come."""
