@@ -17,6 +17,8 @@ import msgspec
 import numpy as np
 import tinker
 
+from everlearn.rl.datums import supervised
+
 ALTERNATIVES = 16  # likely next tokens that a rehearsal example remembers of each position
 Nothing = Callable[[], None]
 
@@ -125,17 +127,14 @@ def batches(examples: Sequence[Example], rehearsal: Sequence[Example], recipe: R
 
 def to_datum(example: Example) -> tinker.Datum:
     """Position i predicts token i + 1; only the answer's tokens have weight. Rehearsal targets are [T, K], weighted by probability."""
-    tokens = example.prompt + example.answer
-    first = len(example.prompt) - 1
     if not example.alternatives:
-        targets = np.array(tokens[1:], dtype=np.int64)
-        weights = np.array([0.0] * first + [1.0] * len(example.answer), dtype=np.float32)
-    else:
-        targets = np.zeros((len(tokens) - 1, ALTERNATIVES), dtype=np.int64)
-        weights = np.zeros((len(tokens) - 1, ALTERNATIVES), dtype=np.float32)
-        for position, row in enumerate(example.alternatives, first):
-            for column, (token, logprob) in enumerate(row):
-                targets[position, column], weights[position, column] = token, math.exp(logprob)
+        return supervised(example.prompt, example.answer)
+    tokens = example.prompt + example.answer
+    targets = np.zeros((len(tokens) - 1, ALTERNATIVES), dtype=np.int64)
+    weights = np.zeros((len(tokens) - 1, ALTERNATIVES), dtype=np.float32)
+    for position, row in enumerate(example.alternatives, len(example.prompt) - 1):
+        for column, (token, logprob) in enumerate(row):
+            targets[position, column], weights[position, column] = token, math.exp(logprob)
     inputs = {"target_tokens": tinker.TensorData.from_numpy(targets), "weights": tinker.TensorData.from_numpy(weights)}
     return tinker.Datum(model_input=tinker.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=inputs)
 

@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
-import numpy as np
 import tinker
 
 from everlearn.errors import InvalidRequest
 from everlearn.loop.lesson import Recipe, Step
+from everlearn.rl.datums import supervised
 
 
 class Said(msgspec.Struct, frozen=True):
@@ -114,13 +114,14 @@ def teach(
         if number < begin:
             continue
         answers = [said for item in batch for said in item.answers]
-        output = trainer.forward([_datum(said, 1.0) for said in answers], "cross_entropy").result()
+        output = trainer.forward([supervised(said.prompt, said.answer) for said in answers], "cross_entropy").result()
         ratios = [
             float(found["logprobs"].to_numpy()[-len(said.answer) :].sum()) - said.reference
             for said, found in zip(answers, output.loss_fn_outputs, strict=True)
         ]
         losses, weights = _weighed(batch, ratios, beta)
-        done = trainer.forward_backward([_datum(said, weight) for said, weight in zip(answers, weights, strict=True)], "cross_entropy")
+        data = [supervised(said.prompt, said.answer, weight) for said, weight in zip(answers, weights, strict=True)]
+        done = trainer.forward_backward(data, "cross_entropy")
         trainer.optim_step(tinker.AdamParams(learning_rate=recipe.learning_rate * (1 - number / total))).result()
         done.result()
         steps.append(Step(number, math.fsum(losses) / len(losses), 2 * sum(said.num_tokens for said in answers)))
@@ -146,13 +147,3 @@ def _weighed(batch: Sequence[Any], ratios: Sequence[float], beta: float) -> tupl
         losses.append(loss)
         weights.append(weight / size)
     return losses, weights
-
-
-def _datum(said: Said, weight: float) -> tinker.Datum:
-    tokens = said.prompt + said.answer
-    weights = np.array([0.0] * (len(said.prompt) - 1) + [weight] * len(said.answer), dtype=np.float32)
-    inputs = {
-        "target_tokens": tinker.TensorData.from_numpy(np.array(tokens[1:], dtype=np.int64)),
-        "weights": tinker.TensorData.from_numpy(weights),
-    }
-    return tinker.Datum(model_input=tinker.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=inputs)

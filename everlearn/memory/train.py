@@ -26,7 +26,7 @@ from everlearn.memory.credit import Advantages, best_of, due, levelled, separate
 from everlearn.memory.environment import DECISION, REFILL, MemoryTasks
 from everlearn.rl import measures
 from everlearn.rl.advantages import ESTIMATORS
-from everlearn.rl.datums import datums_of
+from everlearn.rl.datums import datums_of, supervised
 from everlearn.rl.policy import seed_of
 from everlearn.rl.prompts import END, ChatMl
 from everlearn.rl.records import Decode, write_records
@@ -206,10 +206,7 @@ def imitated(groups: Sequence[TrajectoryGroup], chat: ChatMl) -> list[types.Datu
         best, decisions = best_of(group), due(group)
         for number, (word, weight) in decisions.items():
             prompt = group.trajectories_G[group.scored[0]].transitions[number].observation.to_ints()
-            answer = chat.encode(f"{word}{END}")
-            tokens, weights = [*prompt, *answer], [0.0] * (len(prompt) - 1) + [weight] * len(answer)
-            inputs = {"target_tokens": tokens[1:], "weights": weights}
-            found.append(types.Datum(model_input=types.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=inputs))
+            found.append(supervised(prompt, chat.encode(f"{word}{END}"), weight))
         if best is None:
             continue
         trajectory, kinds = group.trajectories_G[best], (REFILL,) if decisions else (DECISION, REFILL)

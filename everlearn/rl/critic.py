@@ -21,6 +21,7 @@ from everlearn.rewards.critic import criticise
 from everlearn.rewards.hackcheck import VETO, earned_of
 from everlearn.rewards.judge import CORE, PRESCRIPTIVE, A, B, Judge, Message, Rubric, comparison
 from everlearn.rewards.reward import Part, Reward, total_of
+from everlearn.rl.datums import supervised
 from everlearn.rl.env import Env, EnvGroup, Metrics
 from everlearn.rl.trajectory import Trajectory
 
@@ -142,7 +143,7 @@ def refresh(
 def datums_of(pair: Pair, render: Render, letters: tuple[int, int]) -> list[tinker.Datum]:
     """Both orders; the only target that counts is the letter of the better answer."""
     orders = ((pair.better, pair.worse, letters[0]), (pair.worse, pair.better, letters[1]))
-    return [_datum(render(comparison(pair.task, first, second, pair.rubric)), letter) for first, second, letter in orders]
+    return [supervised(render(comparison(pair.task, first, second, pair.rubric)), [letter]) for first, second, letter in orders]
 
 
 def letters_of(tokenizer: Any) -> tuple[int, int]:
@@ -151,16 +152,3 @@ def letters_of(tokenizer: Any) -> tuple[int, int]:
     if [len(ids) for ids in found] != [1, 1]:
         raise InvalidRequest(f"this tokenizer writes A and B as {found}; a critic's verdict must be one token", param="tokenizer")
     return found[0][0], found[1][0]
-
-
-def _datum(prompt: list[int], letter: int) -> tinker.Datum:
-    num = len(prompt)
-    weights = np.zeros(num, np.float32)
-    weights[-1] = 1.0
-    return tinker.Datum(
-        model_input=tinker.ModelInput.from_ints(prompt),
-        loss_fn_inputs={
-            "target_tokens": tinker.TensorData.from_numpy(np.array([*prompt[1:], letter], np.int64)),
-            "weights": tinker.TensorData.from_numpy(weights),
-        },
-    )

@@ -69,6 +69,17 @@ def datums_of_group(
     ]
 
 
+def supervised(prompt: Sequence[int], answer: Sequence[int], weight: float = 1.0) -> types.Datum:
+    """A datum for `cross_entropy`: what is to be said behind the prompt. Each token of the answer weighs `weight`, the prompt nothing."""
+    tokens = [*prompt, *answer]
+    weights = np.array([0.0] * (len(prompt) - 1) + [weight] * len(answer), dtype=np.float32)
+    inputs = {
+        "target_tokens": types.TensorData.from_numpy(np.array(tokens[1:], dtype=np.int64)),
+        "weights": types.TensorData.from_numpy(weights),
+    }
+    return types.Datum(model_input=types.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=inputs)
+
+
 def sampled_of(datum: types.Datum) -> np.ndarray:
     """Which positions' targets were sampled: bool [T], of a datum with `sequence_mask`. Nothing else tells: where a policy is certain a
     sampled token's log-probability is exactly 0, as that of a shown one is here."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -13,7 +11,7 @@ import tinker
 
 from everlearn.errors import Conflict, InvalidRequest
 from everlearn.memory.credit import best_of, due, levelled, separated
-from everlearn.memory.decide import Certain, Decided, decision
+from everlearn.memory.decide import Decided, decision
 from everlearn.memory.environment import ANSWER, DECISION, REFILL, Judge, MemoryGroup, MemoryTasks, Pay
 from everlearn.memory.generate import Generate
 from everlearn.memory.mask import Masking
@@ -23,34 +21,15 @@ from everlearn.memory.plan import planned
 from everlearn.memory.scores import kept
 from everlearn.memory.synthetic import synthetic
 from everlearn.memory.train import MemoryLearner, Training, _step, credited, imitated, train
-from everlearn.render.tokenizer import load
 from everlearn.rewards.reward import Part, Reward
+from everlearn.rl.datums import supervised
 from everlearn.rl.policy import TinkerPolicy
-from everlearn.rl.prompts import ChatMl
 from everlearn.rl.rollouts import play_now
 from everlearn.rl.settings import Pace, Settings
 from everlearn.rl.trajectory import Action, Trajectory, TrajectoryGroup, Transition
-from tests.live import KEY, LiveServer
 from tests.memory.spelling import encode
 
 PAY = Pay(likelihood=1.0, correct=0.5, over_budget=0.1, rewrites=0.01, undecided=0.2)
-
-
-@pytest.fixture(scope="module")
-def service(server: LiveServer) -> Iterator[tinker.ServiceClient]:
-    with tinker.ServiceClient(base_url=server.url, api_key=KEY) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def chat(tiny_model: Path) -> ChatMl:
-    tokenizer = load(tiny_model)
-    return ChatMl(tokenizer.encode, lambda ids: tokenizer.decode(ids, skip_special=True))
-
-
-@pytest.fixture(scope="module")
-def judge(service, server, chat) -> Judge:
-    return Judge(service.create_sampling_client(base_model=server.model).result(), chat)
 
 
 def history(number: int):
@@ -353,19 +332,13 @@ def test_a_policy_learns_to_decide(service, server, chat, judge, tmp_path):
     learner = MemoryLearner(service, Training(run), tmp_path)
     shown = [(moment, place) for moment in (tasks.moment(0), tasks.moment(1)) for place in range(3)]
     prompts = [decision(chat, (*moment.window.chunks, moment.chunk), place).to_ints() for moment, place in shown]
-    taught = [said(prompt, chat.encode(f"{word}<|im_end|>")) for prompt in prompts for word in ("keep", "drop", "compress 5")]
+    taught = [supervised(prompt, chat.encode(f"{word}<|im_end|>")) for prompt in prompts for word in ("keep", "drop", "compress 5")]
     for _ in range(12):
         learner.client.forward_backward(taught, "cross_entropy")
         learner.client.optim_step(tinker.AdamParams(learning_rate=1e-2)).result()
     rows = learner.run(lambda step: _step(learner, tasks, step), lambda row: None)
     first, last = (np.mean([row["env/undecided"] for row in part]) for part in (rows[:2], rows[-2:]))
     assert first > 0.1 and last < 0.7 * first, [row["env/undecided"] for row in rows]
-
-
-def said(prompt: list[int], answer: list[int]) -> tinker.Datum:
-    tokens, weights = [*prompt, *answer], [0.0] * (len(prompt) - 1) + [1.0] * len(answer)
-    inputs = {"target_tokens": tokens[1:], "weights": weights}
-    return tinker.Datum(model_input=tinker.ModelInput.from_ints(tokens[:-1]), loss_fn_inputs=inputs)
 
 
 def test_what_a_run_can_t_be_is_refused(service, server, chat, judge, tmp_path):
@@ -380,34 +353,3 @@ def test_what_a_run_can_t_be_is_refused(service, server, chat, judge, tmp_path):
         MemoryTasks(history, chat, judge, budgets=())
     with pytest.raises(InvalidRequest, match="16 histories in a row, the last synthetic-60-5015, never press"):
         MemoryTasks(history, chat, judge, budgets=(100_000,)).moment(0)
-
-
-def test_a_policy_is_asked_once_about_a_line(judge, chat):
-    window = moments(history(0), chat.encode, 300, 1)[0].window
-    chunks, places = window.chunks, range(len(window.chunks))
-    decided, certain = Decided(judge.sampler, chat, once=True), Certain(judge.sampler, chat, once=True)
-    first, sure = decided.of(window, chunks, places), certain.of(window, chunks, places)
-    asked = decided.undecided
-    assert decided.of(window, chunks, places) == first and decided.undecided == asked
-    cut = [msgspec.structs.replace(chunk, text=chunk.text[:9], rewrites=1, importance=0.001) for chunk in chunks[:2]]
-    assert certain.of(window, [*cut, *chunks[1:]], [0, 1, 2]) == [0.001, 0.001, sure[1]], (
-        "what is left of a chunk is worth no more than it was"
-    )
-    assert decided.of(window, chunks[1:], [0]) == first[1:2] and certain.of(window, chunks[1:], [0]) == sure[1:2]
-    for once in (decided.once, certain.once):
-        assert once is not None and len(once.known) == len({(chunk.role, chunk.text) for chunk in chunks[1:]}), "what left is forgotten"
-
-
-def test_how_sure_a_policy_is_ranks_what_its_word_can_t(service, server, chat):
-    """Taught that one line is kept and two are dropped, it would say one word or the other of all others; how sure it is lies between."""
-    trainer = service.create_lora_training_client(server.model, rank=8, seed=5).result()
-    window = moments(history(0), chat.encode, 300, 1)[0].window
-    orders = [decision(chat, window.chunks, place).to_ints() for place in range(3)]
-    taught = [said(order, chat.encode(f"{word}<|im_end|>")) for order, word in zip(orders, ("drop", "keep", "drop"), strict=True)]
-    for _ in range(30):
-        trainer.forward_backward(taught, "cross_entropy")
-        trainer.optim_step(tinker.AdamParams(learning_rate=1e-2)).result()
-    sampler = service.create_sampling_client(model_path=trainer.save_weights_for_sampler("sure").result().path).result()
-    sure = Certain(sampler, chat).of(window, window.chunks, range(len(window.chunks)))
-    assert sure[1] > 0.9 and max(sure[0], sure[2]) < 0.1 and all(0.0 <= value <= 1.0 for value in sure), sure
-    assert len(set(sure)) > len(window.chunks) / 2, sure
