@@ -78,6 +78,7 @@ def recipe(**changed: Any) -> Recipe:
 
 ARMS = {
     "now": Arm(NOW),
+    "4 epochs": Arm(recipe(epochs=4)),
     "rate 1e-3 7 epochs": Arm(recipe(learning_rate=1e-3, epochs=7)),
     "mlp only": Arm(NOW, attention=False),
     "attention only": Arm(NOW, mlp=False),

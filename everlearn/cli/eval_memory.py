@@ -141,11 +141,12 @@ def _method(name: str, encode: Encode, budget: int, seed: int, head: Path | None
     weights = importance.BY_HAND if head is None else importance.load(head)
     if asking is None:
         return method(name, encode, budget, seed=seed, head=weights)
-    from everlearn.memory.decide import Certain
+    from everlearn.memory.decide import Certain, Surest
     from everlearn.memory.generate import Generate
 
     model, writer = asking
-    refill, decided = Generate(writer, model.chat), Certain(writer, model.chat, once=True)
+    decided = Certain(writer, model.chat, once=True)
+    refill = Surest(encode, decided) if name == "decided" else Generate(writer, model.chat)
     return method(name, encode, budget, seed=seed, head=weights, write=model.write, refill=refill, decided=decided)
 
 

@@ -216,14 +216,14 @@ def method(
     refill: Refill | None = None,
     decided: Importance | None = None,
 ) -> Method:
-    """The method of that name. `write` is asked for by `summary` and `overwrite`, `refill` by `generate`, `decided` by `decided` and both
-    by `policy`."""
+    """The method of that name. `write` is asked for by `summary` and `overwrite`, `refill` by `generate`, `decided` by `decided` (which
+    extracts by the head where no `refill` is given) and both by `policy`."""
     if name in ("extract", "forget"):
         return Windowed(encode, budget, Extract(encode, head.score) if name == "extract" else Forget(), Surface(head), name)
     if name == "generate" and refill is not None:
         return Windowed(encode, budget, refill, Surface(head), name)
     if name == "decided" and decided is not None:
-        return Windowed(encode, budget, Extract(encode, head.score), decided, name)
+        return Windowed(encode, budget, refill or Extract(encode, head.score), decided, name)
     if name == "policy" and decided is not None and refill is not None:
         return Windowed(encode, budget, refill, decided, name)
     if name in ("summary", "overwrite") and write is not None:
