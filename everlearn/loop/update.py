@@ -26,6 +26,7 @@ SCORED_AT_ONCE = 64
 UNEARNED = "reward_not_earned"  # an error's code: there is no reward model that has earned to be a reward
 KEPT_SECONDS = 7 * 86_400  # how long the weights between are there for whoever goes on
 REHEARSED_TOKENS = 24
+WORDED_EVERY = 5  # questions
 Note = Callable[[dict[str, Any]], None]  # keeps what the cycle has, under the names given
 
 
@@ -67,8 +68,11 @@ def corrections(items: Sequence[dict[str, Any]], new: int, replay: int) -> list[
     return list(found.values())[: new + replay]
 
 
-def wordings(sampler: Any, tokens: Tokens, questions: Sequence[str], number: int, seed: int) -> list[list[str]]:
-    """Up to `number` other wordings of each question, as everlearn/loop/paraphrase.py lets them through."""
+def wordings(
+    sampler: Any, tokens: Tokens, questions: Sequence[str], number: int, seed: int, on_question: Callable[[int], None] = lambda _: None
+) -> list[list[str]]:
+    """Up to `number` other wordings of each question, as everlearn/loop/paraphrase.py lets them through. `on_question`: is told of how many
+    questions all are sampled."""
     if not number:
         return [[] for _ in questions]
     asks = [ask for question in questions for ask in paraphrase.requests(question, number)]
@@ -76,7 +80,11 @@ def wordings(sampler: Any, tokens: Tokens, questions: Sequence[str], number: int
     # Of a sampled text only what stands before its first question mark is looked at.
     stop = [tokens.end, *tokens.answer("?")[:-1][-1:]]
     sent = lesson.send(sampler, prompts, stop, paraphrase.MAX_TOKENS, 0, 0.8, seed, paraphrase.each(number))
-    texts = [tokens.text(answer.tokens) for future in sent for answer in future.result().sequences]
+    texts: list[str] = []
+    for place, future in enumerate(sent, 1):
+        texts += [tokens.text(answer.tokens) for answer in future.result().sequences]
+        if place * len(questions) % len(sent) == 0:
+            on_question(place * len(questions) // len(sent))
     num = len(texts) // max(len(questions), 1)
     return [
         paraphrase.chosen(question, texts[place * num : (place + 1) * num], number) if question else []
@@ -136,7 +144,12 @@ def _of_corrections(
     others = cycle.get("wordings")
     if others is None:
         say(f"asking the model for other wordings of {len(learned)} questions")
-        found = wordings(untaught, tokens, [one.question for one in learned], update.paraphrases, update.seed)
+
+        def on_question(done: int) -> None:
+            if done % WORDED_EVERY == 0:
+                say(f"{done} of {len(learned)} have other wordings")
+
+        found = wordings(untaught, tokens, [one.question for one in learned], update.paraphrases, update.seed, on_question)
         others = {one.record_id: texts for one, texts in zip(learned, found, strict=True)}
         note({"wordings": others})
     examples = examples_of(tokens, learned, others)
