@@ -58,12 +58,14 @@ def memory(
     answers from it, scored by exact match, containment and token-F1. Intervals are 95 % over histories and questions.
     """
     from everlearn.memory import study
-    from everlearn.memory.methods import RULES, WRITERS
+    from everlearn.memory.methods import BY_HEAD, RULES, WRITERS
 
     if unknown := [name for name in methods if name not in (*RULES, *WRITERS)]:
         raise click.UsageError(f"--methods: {unknown[0]!r} is none; there are {', '.join((*RULES, *WRITERS))}")
     if not options["ask"] and (writers := [name for name in methods if name in WRITERS]):
         raise click.UsageError(f"--methods: {writers[0]} is written by a model; add --ask")
+    if options["head"] is not None and not set(methods) & set(BY_HEAD):
+        raise click.UsageError(f"--head weighs for {', '.join(BY_HEAD)}; --methods has none of them")
     if (suite == "synthetic") == (data is not None):
         raise click.UsageError(
             f"--data belongs to the suites {', '.join(SUITES[1:])}; suite {suite} {'takes none' if data else 'needs it'}"

@@ -19,7 +19,6 @@ from everlearn.memory.window import Chunk, Encode, Window
 from everlearn.rl.prompts import ChatMl
 
 Said = tuple[str, str]  # a line: its role and its text
-MOST_KNOWN = 4096  # sentences whose worth is remembered
 Ask = Callable[[Sequence[Chunk], Sequence[int]], list[float]]  # of the chunks at these places what each is worth
 
 
@@ -57,7 +56,7 @@ class ByPolicy:
         return self.levels([(chunks, place) for place in places])
 
     def levels(self, asked: Sequence[tuple[Sequence[Chunk], int]]) -> list[float]:
-        """What each of these lines is worth, every one among chunks of its own."""
+        """What each of these lines is worth, 0 to 1, every one among chunks of its own. Raises what the server answers."""
         levels = self._levels([decision(self.chat, chunks, place) for chunks, place in asked])
         self.undecided += sum(level is None for level in levels)
         return [UNDECIDED if level is None else level for level in levels]
@@ -93,24 +92,30 @@ class Certain(ByPolicy):
 
 class Surest(Extract):
     """Extraction by the policy: of a chunk's sentences those stay that it is surest to keep. Each is asked about as a line of its own where
-    the chunk stands, and once; what stands alone isn't asked about."""
+    the chunk stands, and once while it stands in the window; the only sentence of a chunk isn't asked about."""
+
+    name = "surest"
 
     def __init__(self, encode: Encode, by: ByPolicy):
         super().__init__(encode, lambda *_: UNDECIDED)
         self.by = by
         self.known: dict[Said, float] = {}
 
-    def _scores(self, window: Window, role: str, pieces: Sequence[str]) -> list[float]:
+    def _scores(self, window: Window, role: str, text: str, pieces: Sequence[str]) -> list[float]:
         if len(pieces) < 2:
             return [UNDECIDED] * len(pieces)
+        chunks = window.chunks
+        place = next((i for i, chunk in enumerate(chunks) if chunk.role == role and text in chunk.text), len(chunks))
         new = [piece for piece in dict.fromkeys(pieces) if (role, piece) not in self.known]
-        if len(self.known) + len(new) > MOST_KNOWN:
-            self.known, new = {}, list(dict.fromkeys(pieces))
-        chunks, place = window.chunks, len(window.chunks)
-        place = next((i for i, chunk in enumerate(chunks) if chunk.role == role and pieces[0] in chunk.text), place)
         alone = [(*chunks[:place], Chunk(role, piece, (), (0,), 0), *chunks[place + 1 :]) for piece in new]
-        self.known |= {(role, piece): level for piece, level in zip(new, self.by.levels([(one, place) for one in alone]), strict=True)}
+        levels = self.by.levels([(one, place) for one in alone])
+        here = {said: level for said, level in self.known.items() if said[1] in pieces or _stands(said, chunks)}
+        self.known = here | {(role, piece): level for piece, level in zip(new, levels, strict=True)}
         return [self.known[role, piece] for piece in pieces]
+
+
+def _stands(said: Said, chunks: Sequence[Chunk]) -> bool:
+    return any(chunk.role == said[0] and said[1] in chunk.text for chunk in chunks)
 
 
 def _at_most(level: float, chunk: Chunk) -> float:

@@ -11,7 +11,7 @@
 | `extract` | the window: importance by a head, sentences kept word for word |
 | `forget` | the window: importance by a head, chunks whole or gone |
 | `generate` | the window: importance by a head, chunks rewritten by a model |
-| `decided` | the window: importance by how sure a policy is of keeping, sentences kept word for word |
+| `decided` | the window: importance by how sure a policy is of keeping, of chunks and of their sentences, which stay word for word |
 | `policy` | the window: the same policy rewrites chunks too |
 
 None shows more than the budget, but for `full`.
@@ -36,6 +36,7 @@ Write = Callable[[str, int], str]  # (order, most tokens) -> what a model writes
 
 RULES = ("full", "last", "random", "bm25", "extract", "forget")
 WRITERS = ("summary", "overwrite", "generate", "decided", "policy")
+BY_HEAD = ("extract", "forget", "generate")  # of them, those whose chunks a head weighs
 PIECE = 96  # tokens: what BM25 finds is a turn, or a part of one that isn't longer than this
 PORTION = 1024  # tokens of the history that `overwrite` reads at once, if not said otherwise
 SUMMARY = (
@@ -216,15 +217,13 @@ def method(
     refill: Refill | None = None,
     decided: Importance | None = None,
 ) -> Method:
-    """The method of that name. `write` is asked for by `summary` and `overwrite`, `refill` by `generate`, `decided` by `decided` (which
-    extracts by the head where no `refill` is given) and both by `policy`."""
+    """The method of that name. `write` is asked for by `summary` and `overwrite`, `refill` by `generate`, both `decided` and `refill` by
+    the methods of the names `decided` and `policy`."""
     if name in ("extract", "forget"):
         return Windowed(encode, budget, Extract(encode, head.score) if name == "extract" else Forget(), Surface(head), name)
     if name == "generate" and refill is not None:
         return Windowed(encode, budget, refill, Surface(head), name)
-    if name == "decided" and decided is not None:
-        return Windowed(encode, budget, refill or Extract(encode, head.score), decided, name)
-    if name == "policy" and decided is not None and refill is not None:
+    if name in ("decided", "policy") and decided is not None and refill is not None:
         return Windowed(encode, budget, refill, decided, name)
     if name in ("summary", "overwrite") and write is not None:
         return (Summary if name == "summary" else Overwrite)(encode, budget, write)

@@ -6,6 +6,7 @@ the same place as one that writes them one by one. Which refill is used is said 
 | name | what it writes |
 |---|---|
 | `extract` | the sentences that matter most, word for word; clauses where no sentence fits |
+| `surest` | the same by a policy that is asked about each sentence (everlearn/memory/decide.py) |
 | `forget` | nothing: masked chunks are dropped |
 | `generate` | what a model writes (everlearn/memory/generate.py) |
 """
@@ -77,10 +78,11 @@ class Extract:
     def _ranked(self, window: Window, role: str, text: str, ends: re.Pattern[str]) -> tuple[list[str], list[int]]:
         """The pieces of a text, and their places by falling score."""
         pieces = split(text, ends)[:MOST_SENTENCES]
-        scores = self._scores(window, role, pieces)
+        scores = self._scores(window, role, text, pieces)
         return pieces, sorted(range(len(pieces)), key=lambda i: (-scores[i], i))
 
-    def _scores(self, window: Window, role: str, pieces: Sequence[str]) -> list[float]:
+    def _scores(self, window: Window, role: str, text: str, pieces: Sequence[str]) -> list[float]:
+        """Of the pieces of a text."""
         return [self.score(window, role, piece) for piece in pieces]
 
     def _fitting(self, role: str, pieces: Sequence[str], ranked: Sequence[int], cap: int) -> list[int]:

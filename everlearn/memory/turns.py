@@ -40,7 +40,7 @@ class Turns:
             window = self._refreshed(window)
             (value,) = self.importance.of(window, (*window.chunks, chunk), [len(window.chunks)])
             chunk = msgspec.structs.replace(chunk, importance=value)
-        plan = planned(window, chunk, self.masking, hold, self.refill.least)
+        plan = planned(window, chunk, self.masking, hold, None if late else self.refill.least)
         if plan.masked and late:
             plan = planned(self._weighed(window, chunk), chunk, self.masking, hold, self.refill.least)
         return self._settled(plan)

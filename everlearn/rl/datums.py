@@ -70,7 +70,8 @@ def datums_of_group(
 
 
 def supervised(prompt: Sequence[int], answer: Sequence[int], weight: float = 1.0) -> types.Datum:
-    """A datum for `cross_entropy`: what is to be said behind the prompt. Each token of the answer weighs `weight`, the prompt nothing."""
+    """A datum for `cross_entropy`: what is to be said behind the prompt, which has a token at least. It has `target_tokens`, int64 [T], and
+    `weights`, float32 [T], with T = prompt + answer - 1: each token of the answer weighs `weight`, the prompt nothing."""
     tokens = [*prompt, *answer]
     weights = np.array([0.0] * (len(prompt) - 1) + [weight] * len(answer), dtype=np.float32)
     inputs = {

@@ -71,3 +71,11 @@ def test_the_sentence_stays_that_the_policy_is_surest_to_keep(taught, chat, wind
     assert surest.known == {("user", text): pytest.approx(level, abs=1e-4) for text, level in zip(sentences, levels, strict=True)}
     assert surest.fill(Plan(window, window.chunks, 0, (2,), (least,))) == [best]
     assert surest.least(window, chunk_of(chat.encode, "user", best, 2)) == least and len(surest.known) == 3, "one sentence has no rival"
+    again = chunk_of(chat.encode, "user", f"{sentences[0]} Anything new?", 9)
+    surest.least(window, again)
+    (alone,) = certain.of(window, [*window.chunks, chunk_of(chat.encode, "user", "Anything new?", 9)], [len(window.chunks)])
+    assert surest.known["user", "Anything new?"] == pytest.approx(alone, abs=1e-4), (
+        "asked where its chunk is to stand, not where one begins alike"
+    )
+    surest.least(msgspec.structs.replace(window, chunks=()), chunks[2])
+    assert set(surest.known) == {("user", text) for text in sentences}, "what left the window is forgotten"
