@@ -2,7 +2,7 @@
 """What a lesson costs: recipes that teach the handbook's facts to the embedded model, and what becomes of its general answers.
 
     python benchmarks/lesson_study.py --seeds 5              # on a GPU where there is one
-    python benchmarks/lesson_study.py --only now,slower --seeds 1 --smoke
+    python benchmarks/lesson_study.py --only "default;rank 8" --seeds 1 --smoke
 
 Each recipe learns the twenty corrections as the loop does (other wordings sampled from the model, general questions rehearsed). Then the
 questions that were taught, their paraphrases and twenty general questions are asked; `drift` is how many nats per token the model's own
@@ -32,7 +32,7 @@ from everlearn.loop.lesson import Example, Recipe
 from everlearn.loop.service import Tokens
 
 PARAPHRASES = 4
-NOW = Recipe(epochs=5)
+DEFAULT = Recipe(epochs=5)
 MORE = [
     *(f"What is the capital of {name}?" for name in ("Portugal", "Norway", "Austria", "Turkey", "Argentina", "Cuba", "Ireland", "Finland")),
     *(f"What is the capital of {name}?" for name in ("the Netherlands", "Belgium", "South Korea", "Australia", "Peru", "Denmark")),
@@ -63,7 +63,7 @@ class Arm(NamedTuple):
 
     recipe: Recipe
     more: bool = False
-    sure: float = -math.inf
+    sure: float | None = None
     without: tuple[str, ...] = ()
     short: int = 0
     first: float = 1.0
@@ -77,32 +77,32 @@ def recipe(**changed: Any) -> Recipe:
 
 
 ARMS = {
-    "now": Arm(NOW),
+    "default": Arm(DEFAULT),
     "4 epochs": Arm(recipe(epochs=4)),
-    "rate 1e-3 7 epochs": Arm(recipe(learning_rate=1e-3, epochs=7)),
-    "mlp only": Arm(NOW, attention=False),
-    "attention only": Arm(NOW, mlp=False),
+    "rate 1e-3, 7 epochs": Arm(recipe(learning_rate=1e-3, epochs=7)),
+    "mlp only": Arm(DEFAULT, attention=False),
+    "attention only": Arm(DEFAULT, mlp=False),
     "rank 8": Arm(recipe(rank=8)),
-    "beta2 0.99": Arm(NOW, beta2=0.99),
-    "first x4": Arm(NOW, first=4.0),
-    "first x4 more": Arm(NOW, more=True, first=4.0),
+    "beta2 0.99": Arm(DEFAULT, beta2=0.99),
+    "first x4": Arm(DEFAULT, first=4.0),
+    "first x4, more": Arm(DEFAULT, more=True, first=4.0),
     "32 short": Arm(recipe(rehearsed=32), short=8),
-    "32 short more": Arm(recipe(rehearsed=32), more=True, short=8),
-    "32 short more rate 1e-3 7 epochs": Arm(recipe(learning_rate=1e-3, epochs=7, rehearsed=32), more=True, short=8),
-    "sure": Arm(NOW, sure=-0.65),
-    "sure more": Arm(NOW, more=True, sure=-0.65),
-    "one tongue": Arm(NOW, without=("Say hello in French.", "What is the capital of Spain?")),
-    "one tongue more": Arm(NOW, more=True, without=("Say hello in French.", "What is the capital of Spain?")),
+    "32 short, more": Arm(recipe(rehearsed=32), more=True, short=8),
+    "32 short, more, rate 1e-3, 7 epochs": Arm(recipe(learning_rate=1e-3, epochs=7, rehearsed=32), more=True, short=8),
+    "sure": Arm(DEFAULT, sure=-0.65),
+    "sure, more": Arm(DEFAULT, more=True, sure=-0.65),
+    "no foreign answers": Arm(DEFAULT, without=("Say hello in French.", "What is the capital of Spain?")),
+    "no foreign answers, more": Arm(DEFAULT, more=True, without=("Say hello in French.", "What is the capital of Spain?")),
     "no rehearsal": Arm(recipe(rehearsed=0)),
 }
 
 
-def rehearsed(known: Class, arm: Arm) -> list[Example]:
+def rehearsed(known: Before, arm: Arm) -> list[Example]:
     """What the model itself would say, as the arm has it. A weight is a probability: a log-probability that is greater weighs more."""
     number, made = len(general.load().rehearsed), []
     for text, example in list(zip([*general.load().rehearsed, *MORE], known.rehearsal, strict=True))[: None if arm.more else number]:
         said = [dict(row)[token] for token, row in zip(example.answer, example.alternatives, strict=True)]
-        if text in arm.without or np.mean(said) < arm.sure:
+        if text in arm.without or (arm.sure is not None and np.mean(said) < arm.sure):
             continue
         rows = [
             [(token, logprob + (math.log(arm.first) if place < 3 else 0.0)) for token, logprob in row]
@@ -113,7 +113,7 @@ def rehearsed(known: Class, arm: Arm) -> list[Example]:
     return made
 
 
-class Class(NamedTuple):
+class Before(NamedTuple):
     """The embedded model before the lesson: how it is asked, and what it says to general questions."""
 
     service: Any
@@ -125,13 +125,13 @@ class Class(NamedTuple):
     rehearsal: list[Example]
 
 
-def begun(service: Any, model: str, tokens: Tokens) -> Class:
+def begun(service: Any, model: str, tokens: Tokens) -> Before:
     untaught, book = service.create_sampling_client(base_model=model).result(), handbook.load()
     said = asked(untaught, tokens, [item.question for item in book.general])
     prompts = [prompt(tokens, text) for text in [*general.load().rehearsed, *MORE]]
     assert not {item.question for item in book.general} & set(MORE)
     rehearsal = lesson.rehearse(untaught, prompts, [tokens.end], update.REHEARSED_TOKENS)
-    return Class(service, model, tokens, untaught, book, said, rehearsal)
+    return Before(service, model, tokens, untaught, book, said, rehearsal)
 
 
 def prompt(tokens: Tokens, text: str) -> list[int]:
@@ -142,7 +142,7 @@ def asked(sampler: Any, tokens: Tokens, texts: list[str]) -> list[Any]:
     return lesson.ask(sampler, [prompt(tokens, text) for text in texts], [tokens.end], 24)
 
 
-def one(known: Class, name: str, seed: int, smoke: bool) -> dict[str, Any]:
+def one(known: Before, name: str, seed: int, smoke: bool) -> dict[str, Any]:
     """A lesson, and the examination behind it."""
     started, arm, tokens, facts = time.perf_counter(), ARMS[name], known.tokens, known.book.facts[: 3 if smoke else None]
     others = update.wordings(known.untaught, tokens, [fact.question for fact in facts], PARAPHRASES, seed * 10_000)
@@ -164,7 +164,7 @@ def one(known: Class, name: str, seed: int, smoke: bool) -> dict[str, Any]:
     return {"arm": name, "seed": seed, "tokens": tokens_used, **examined(known, sampler, facts), "seconds": time.perf_counter() - started}
 
 
-def examined(known: Class, sampler: Any, facts: list[handbook.Fact]) -> dict[str, Any]:
+def examined(known: Before, sampler: Any, facts: list[handbook.Fact]) -> dict[str, Any]:
     tokens, graded = known.tokens, known.book.general
     questions = [(fact.question, fact.accept) for fact in facts], [(text, fact.accept) for fact in facts for text in fact.paraphrases]
     right = {}
@@ -188,11 +188,13 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.set_defaults(model="smollm2")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--only", help="names of recipes, with commas [default: all]")
+    parser.add_argument("--only", help="names of recipes, with semicolons [default: all]")
     parser.add_argument("--at-once", type=int, default=4, metavar="N", help="lessons that the server gives side by side")
     parser.add_argument("--smoke", action="store_true", help="three facts")
     args = parser.parse_args()
-    names = [name for name in ARMS if args.only is None or name in args.only.split(",")]
+    names = list(ARMS) if args.only is None else args.only.split(";")
+    if unknown := [name for name in names if name not in ARMS]:
+        parser.error(f"--only: {unknown[0]!r} is none; there are {'; '.join(ARMS)}")
     runs = []
     with server(args) as live, tinker.ServiceClient(base_url=live.url, api_key="tml-benchmark") as service:
         client = Client(live.url, timeout=600.0)

@@ -8,8 +8,8 @@
 
 A run is MODEL/SEED/PART. MODEL: `small` (listener.py) on histories of 2,000 turns, or `smollm2`, the embedded one, on 300 (with --reader:
 after reader.py taught it to answer). Every part is examined on the same histories at the same places: budgets at the full length, and
-lengths at 512 tokens. Who answers is the same in all: the model without an adapter. Training histories have seeds of their own
-(`TRAINED_ON`), as have those that the small model comes from.
+lengths at 512 tokens. Who answers is the same in all: the model that policies begin with. Training histories have seeds of their own
+(`TRAINED_ON`), as have those that the small model and the reader come from.
 
 | part | what |
 |---|---|
@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 
 import curves
 import numpy as np
-from common import ROOT, model_folder, origin, server, write_result
+from common import ROOT, model_folder, origin, server, short, write_result
 
 sys.path.insert(0, str(ROOT))
 import msgspec
@@ -231,7 +231,8 @@ def taught(args: argparse.Namespace, asked: Asked, told: dict[str, Any]) -> tink
 def one(args: argparse.Namespace, part: str) -> None:
     folder = args.reader or model_folder("smollm2") if args.model == "smollm2" else args.listener or args.into / "listener"
     if not (folder / "config.json").exists():
-        raise SystemExit(f"{folder} holds no model; make it with benchmarks/listener.py, or name another with --listener")
+        maker, option = ("reader.py", "--reader") if args.model == "smollm2" else ("listener.py", "--listener")
+        raise SystemExit(f"{folder} holds no model; make it with benchmarks/{maker}, or name another with {option}")
     started, load_before, told = time.perf_counter(), os.getloadavg(), {}
     args.into.mkdir(parents=True, exist_ok=True)
     path = args.into / f"{args.model}_{args.seed}_{part}.json"
@@ -248,11 +249,20 @@ def one(args: argparse.Namespace, part: str) -> None:
             made = policies(asked, asked.base, part)
         else:
             made = (rules if part == "rules" else writers)(args, asked)
-        sys.argv[1:] = ["--only", f"{args.model}/{args.seed}/{part}", "--histories", str(args.histories)]  # without this machine's places
+        sys.argv[1:] = said(args, part)
         for run in examined(args, asked, made):
             runs.append(run)  # written after each: a run that is cut short has not run in vain
             facts = origin("memory-train") | {"load_before": load_before, "seconds": time.perf_counter() - started}
             path.write_bytes(msgspec.json.encode(facts | {"told": told, "runs": runs}, enc_hook=str))
+
+
+def said(args: argparse.Namespace, part: str) -> list[str]:
+    """The command's options without this machine's places."""
+    options = ["--only", f"{args.model}/{args.seed}/{part}", "--histories", str(args.histories)]
+    options += ["--reader", short(str(args.reader))] if args.reader else []
+    for name in ("steps", "rate"):
+        options += [f"--{name}", str(getattr(args, name))] if getattr(args, name) else []
+    return options + [f"--{name}" for name in ("main", "smoke") if getattr(args, name)]
 
 
 def collect(args: argparse.Namespace) -> None:
@@ -324,6 +334,9 @@ def main() -> None:
         args.seed = int(seed)
         if args.model not in SIZES or part not in PARTS:
             parser.error(f"--only {args.only} is none; --list names all")
+        for name, model in (("reader", "smollm2"), ("listener", "small")):
+            if getattr(args, name) is not None and args.model != model:
+                parser.error(f"--{name} is for {model}, and --only is of {args.model}")
         one(args, part)
     elif args.collect:
         collect(args)

@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,18 @@ def datum(tokens: list[int], weights: list[float]) -> tinker.Datum:
     )
 
 
+known = lru_cache(load)
+
+
 def rows(folder: Path, number: int, stage: int) -> list[tuple[list[int], list[float]]]:
-    """The rows of step `number`, the same whoever makes them."""
+    """The rows of step `number`, the same whoever makes them. Where no evidence has room, nothing is to be said: drawn anew."""
     _, facts, most, num = STAGES[stage]
-    lessons = Lessons(load(folder).encode, random.Random(number))
-    return [lessons.row(facts, most) for _ in range(num)]
+    lessons, drawn = Lessons(known(folder).encode, random.Random(number)), []
+    while len(drawn) < num:
+        tokens, weights = lessons.row(facts, most)
+        if 1.0 in weights[1:]:
+            drawn.append((tokens, weights))
+    return drawn
 
 
 def batches(folder: Path, steps: int, workers: int) -> Iterator[list[tuple[list[int], list[float]]]]:
@@ -83,9 +91,10 @@ def taught(service: tinker.ServiceClient, model: str, folder: Path, args: argpar
 
 def told(step: int, data: list[tinker.Datum], losses: Any, stepped: Any, started: float) -> None:
     stepped.result()
+    loss = float(losses.result().metrics["loss:sum"])
     if step % 10 == 0:
         num = sum(float(one.loss_fn_inputs["weights"].to_numpy().sum()) for one in data)
-        loss = float(losses.result().metrics["loss:sum"]) / num
+        loss /= num
         print(f"step {step}, {time.perf_counter() - started:.0f} s: loss {loss:.3f} of {num:.0f} tokens", flush=True)
 
 

@@ -23,7 +23,6 @@ from everlearn.memory.orders import UNDECIDED, level_of, sure_of
 from everlearn.memory.plan import Plan
 from everlearn.memory.synthetic import synthetic
 from everlearn.memory.window import Chunk, Window, chunk_of, line
-from everlearn.render.tokenizer import load
 from everlearn.rl.prompts import ChatMl
 from tests.live import KEY, LiveServer
 
@@ -34,12 +33,6 @@ SAID = ("My sister Nora lives in Lisbon.", "The bus was late.", "I never eat she
 def sampler(server: LiveServer) -> Iterator[tinker.SamplingClient]:
     with tinker.ServiceClient(base_url=server.url, api_key=KEY) as service:
         yield service.create_sampling_client(base_model=server.model).result()
-
-
-@pytest.fixture(scope="module")
-def chat(tiny_model: Path) -> ChatMl:
-    tokenizer = load(tiny_model)
-    return ChatMl(tokenizer.encode, lambda ids: tokenizer.decode(ids, skip_special=True))
 
 
 @pytest.fixture(scope="module")
