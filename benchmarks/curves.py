@@ -1,4 +1,4 @@
-"""Learning curves as an SVG: panels side by side, in each a line for each arm, the mean of its seeds, within the band of all seeds."""
+"""Learning curves as an SVG: panels in rows of ACROSS, in each a line for each arm, the mean of its seeds, within the band of all seeds."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from html import escape
 Curve = Sequence[tuple[float, float]]  # (x, y) of one seed; all seeds of an arm have the same xs
 COLOURS = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#475569")
 WIDTH, HEIGHT, LEFT, TOP, GAP = 340, 220, 52, 34, 26
+ACROSS, ROW = 4, HEIGHT + TOP + GAP
 
 
 def svg(panels: Mapping[str, Mapping[str, Sequence[Curve]]], x_name: str, y_name: str, y_max: float = 1.0, y_min: float = 0.0) -> str:
     """`panels` has for each title, for each arm, the curves of its seeds. Colours go to arms in the order in which they first appear."""
     arms = list(dict.fromkeys(arm for panel in panels.values() for arm in panel))
     colour = {arm: COLOURS[place % len(COLOURS)] for place, arm in enumerate(arms)}
-    drawn = [
-        _panel(LEFT + place * (WIDTH + GAP + LEFT), title, panel, colour, (y_min, y_max))
-        for place, (title, panel) in enumerate(panels.items())
-    ]
-    bottom = TOP + HEIGHT
+    drawn = []
+    for place, (title, panel) in enumerate(panels.items()):
+        one = _panel(LEFT + place % ACROSS * (WIDTH + GAP + LEFT), title, panel, colour, (y_min, y_max))
+        drawn.append(f'<g transform="translate(0,{place // ACROSS * ROW})">{one}</g>' if place >= ACROSS else one)
+    bottom = TOP + HEIGHT + (len(panels) - 1) // ACROSS * ROW
     drawn.append(
         f'<text x="{LEFT}" y="{bottom + 34}">{escape(y_name)} over {escape(x_name)}; line: mean of the seeds, band: all seeds</text>'
     )
@@ -26,7 +27,7 @@ def svg(panels: Mapping[str, Mapping[str, Sequence[Curve]]], x_name: str, y_name
         x = LEFT + place * 190
         drawn.append(f'<path d="M{x},{bottom + 52} h22" stroke="{colour[arm]}" stroke-width="2.5"/>')
         drawn.append(f'<text x="{x + 28}" y="{bottom + 56}">{escape(arm)}</text>')
-    width = max(LEFT + len(panels) * (WIDTH + GAP + LEFT), LEFT + 190 * len(arms))
+    width = max(LEFT + min(len(panels), ACROSS) * (WIDTH + GAP + LEFT), LEFT + 190 * len(arms))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {bottom + 70}" font-family="system-ui, sans-serif" '
         f'font-size="12" fill="#666">' + "".join(drawn) + "</svg>\n"
