@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.metadata
 import importlib.util
 import json
@@ -133,7 +134,7 @@ def server(args: argparse.Namespace, wait: bool = True, name: str = "bench", **s
     environment = {**os.environ, "EVERLEARN_HOME": str(home), "PYTHONPATH": str(ROOT)}
     started = time.perf_counter()
     with (home / "server.log").open("wb") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, preexec_fn=end_with_parent)
     live = Server(f"http://127.0.0.1:{port}", name, process.pid, started)
     try:
         if wait:
@@ -145,6 +146,11 @@ def server(args: argparse.Namespace, wait: bool = True, name: str = "bench", **s
             process.wait(30)
         except subprocess.TimeoutExpired:
             process.kill()
+
+
+def end_with_parent() -> None:
+    """In a child: it is told to end when the benchmark ends, also by a signal. A server that is left over slows the next measurement."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def answers(url: str) -> bool:
