@@ -29,6 +29,7 @@ import msgspec
 
 from everlearn.memory import importance, study
 from everlearn.memory.asking import Asking
+from everlearn.memory.decide import Certain, Surest
 from everlearn.memory.generate import Generate
 from everlearn.memory.methods import RULES, WRITERS, method
 from everlearn.memory.suites import Case, longmemeval, memorybank
@@ -104,12 +105,15 @@ def one(args: argparse.Namespace, name: str) -> list[study.Run]:
         return tokenizer.encode(tokenizer.guard(text))
 
     with asking(args, what.endswith("+answers")) as model:
-        refill = None if model is None else Generate(model.sampler, model.chat)
-        write = None if model is None else model.write
+        hands: dict[str, Any] = {}
+        if model is not None:
+            decided = Certain(model.sampler, model.chat, once=True)
+            refill = Surest(encode, decided) if kind == "decided" else Generate(model.sampler, model.chat)
+            hands = {"write": model.write, "refill": refill, "decided": decided}
         for case in cases(suite, history, args.data, args.smoke):
             for budget in budgets:
                 for kind in methods:
-                    made = method(kind, encode, budget, seed=len(case.turns), head=head, write=write, refill=refill)
+                    made = method(kind, encode, budget, seed=len(case.turns), head=head, **hands)
                     asked = any(question.answers for question in case.questions)
                     answers = model.answers if model is not None and asked else None
                     seed = int(history) if history.isdigit() else 0
