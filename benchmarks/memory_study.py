@@ -29,9 +29,10 @@ import msgspec
 
 from everlearn.memory import importance, study
 from everlearn.memory.asking import Asking
-from everlearn.memory.decide import Certain, Surest
+from everlearn.memory.decide import Certain
 from everlearn.memory.generate import Generate
 from everlearn.memory.methods import RULES, WRITERS, method
+from everlearn.memory.refill import Extract
 from everlearn.memory.suites import Case, longmemeval, memorybank
 from everlearn.memory.synthetic import synthetic
 from everlearn.render.tokenizer import load
@@ -108,7 +109,7 @@ def one(args: argparse.Namespace, name: str) -> list[study.Run]:
         hands: dict[str, Any] = {}
         if model is not None:
             decided = Certain(model.sampler, model.chat, once=True)
-            refill = Surest(encode, decided) if kind == "decided" else Generate(model.sampler, model.chat)
+            refill = Extract(encode, head.score) if kind == "decided" else Generate(model.sampler, model.chat)
             hands = {"write": model.write, "refill": refill, "decided": decided}
         for case in cases(suite, history, args.data, args.smoke):
             for budget in budgets:

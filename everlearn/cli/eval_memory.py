@@ -143,12 +143,13 @@ def _method(name: str, encode: Encode, budget: int, seed: int, head: Path | None
     weights = importance.BY_HAND if head is None else importance.load(head)
     if asking is None:
         return method(name, encode, budget, seed=seed, head=weights)
-    from everlearn.memory.decide import Certain, Surest
+    from everlearn.memory.decide import Certain
     from everlearn.memory.generate import Generate
+    from everlearn.memory.refill import Extract
 
     model, writer = asking
     decided = Certain(writer, model.chat, once=True)
-    refill = Surest(encode, decided) if name == "decided" else Generate(writer, model.chat)
+    refill = Extract(encode, weights.score) if name == "decided" else Generate(writer, model.chat)
     return method(name, encode, budget, seed=seed, head=weights, write=model.write, refill=refill, decided=decided)
 
 

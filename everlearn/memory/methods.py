@@ -11,7 +11,7 @@
 | `extract` | the window: importance by a head, sentences kept word for word |
 | `forget` | the window: importance by a head, chunks whole or gone |
 | `generate` | the window: importance by a head, chunks rewritten by a model |
-| `decided` | the window: importance by how sure a policy is of keeping, of chunks and of their sentences, which stay word for word |
+| `decided` | the window: importance by how sure a policy is of keeping, sentences kept word for word |
 | `policy` | the window: the same policy rewrites chunks too |
 
 None shows more than the budget, but for `full`.
@@ -36,7 +36,7 @@ Write = Callable[[str, int], str]  # (order, most tokens) -> what a model writes
 
 RULES = ("full", "last", "random", "bm25", "extract", "forget")
 WRITERS = ("summary", "overwrite", "generate", "decided", "policy")
-BY_HEAD = ("extract", "forget", "generate")  # of them, those whose chunks a head weighs
+BY_HEAD = ("extract", "forget", "generate", "decided")  # of them, those whose chunks or sentences a head weighs
 PIECE = 96  # tokens: what BM25 finds is a turn, or a part of one that isn't longer than this
 PORTION = 1024  # tokens of the history that `overwrite` reads at once, if not said otherwise
 SUMMARY = (
