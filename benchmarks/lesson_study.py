@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import msgspec
 import numpy as np
 import tinker
 from common import arguments, server, short, write_result
@@ -27,12 +28,12 @@ from common import arguments, server, short, write_result
 from everlearn.cli.client import Client
 from everlearn.demo import handbook
 from everlearn.demo.grade import is_right
+from everlearn.demo.story import ANSWER_TOKENS
 from everlearn.loop import general, lesson, update
 from everlearn.loop.lesson import Example, Recipe
 from everlearn.loop.service import Tokens
 
 PARAPHRASES = 4
-DEFAULT = Recipe(epochs=5)
 MORE = [
     *(f"What is the capital of {name}?" for name in ("Portugal", "Norway", "Austria", "Turkey", "Argentina", "Cuba", "Ireland", "Finland")),
     *(f"What is the capital of {name}?" for name in ("the Netherlands", "Belgium", "South Korea", "Australia", "Peru", "Denmark")),
@@ -73,8 +74,11 @@ class Arm(NamedTuple):
 
 
 def recipe(**changed: Any) -> Recipe:
+    """As a deployment has it by itself, but for what is changed."""
     return Recipe(**{"epochs": 5, **changed})
 
+
+DEFAULT = recipe()
 
 ARMS = {
     "default": Arm(DEFAULT),
@@ -99,8 +103,9 @@ ARMS = {
 
 def rehearsed(known: Before, arm: Arm) -> list[Example]:
     """What the model itself would say, as the arm has it. A weight is a probability: a log-probability that is greater weighs more."""
-    number, made = len(general.load().rehearsed), []
-    for text, example in list(zip([*general.load().rehearsed, *MORE], known.rehearsal, strict=True))[: None if arm.more else number]:
+    always, made = general.load().rehearsed, []
+    pairs = list(zip([*always, *MORE], known.rehearsal, strict=True))
+    for text, example in pairs if arm.more else pairs[: len(always)]:
         said = [dict(row)[token] for token, row in zip(example.answer, example.alternatives, strict=True)]
         if text in arm.without or (arm.sure is not None and np.mean(said) < arm.sure):
             continue
@@ -139,7 +144,7 @@ def prompt(tokens: Tokens, text: str) -> list[int]:
 
 
 def asked(sampler: Any, tokens: Tokens, texts: list[str]) -> list[Any]:
-    return lesson.ask(sampler, [prompt(tokens, text) for text in texts], [tokens.end], 24)
+    return lesson.ask(sampler, [prompt(tokens, text) for text in texts], [tokens.end], ANSWER_TOKENS)
 
 
 def one(known: Before, name: str, seed: int, smoke: bool) -> dict[str, Any]:
@@ -151,14 +156,14 @@ def one(known: Before, name: str, seed: int, smoke: bool) -> dict[str, Any]:
     trainer = known.service.create_lora_training_client(
         base_model=known.model, rank=arm.recipe.rank, seed=seed, train_unembed=False, train_attn=arm.attention, train_mlp=arm.mlp
     ).result()
-    recipe = Recipe(**{field: getattr(arm.recipe, field) for field in Recipe.__struct_fields__} | {"seed": seed})
-    total, tokens_used = lesson.num_steps(examples, recipe), 0
-    for number, batch in enumerate(lesson.batches(examples, rehearsed(known, arm), recipe)):
+    seeded = msgspec.structs.replace(arm.recipe, seed=seed)
+    total, tokens_used = lesson.num_steps(examples, seeded), 0
+    for number, batch in enumerate(lesson.batches(examples, rehearsed(known, arm), seeded)):
         tokens_used += lesson.num_tokens(batch)
-        trainer.forward_backward([lesson.to_datum(example) for example in batch], "cross_entropy")
-        rate = recipe.learning_rate * (1 - number / total)
-        params = tinker.AdamParams(learning_rate=rate, beta2=arm.beta2)
-        trainer.optim_step(params).result()
+        losses = trainer.forward_backward([lesson.to_datum(example) for example in batch], "cross_entropy")
+        rate = seeded.learning_rate * (1 - number / total)
+        trainer.optim_step(tinker.AdamParams(learning_rate=rate, beta2=arm.beta2)).result()
+        losses.result()  # a batch that was refused is said
     path = trainer.save_weights_for_sampler(f"{name.replace(' ', '-').replace(',', '')}-{seed}").result().path
     sampler = known.service.create_sampling_client(model_path=path).result()
     return {"arm": name, "seed": seed, "tokens": tokens_used, **examined(known, sampler, facts), "seconds": time.perf_counter() - started}
@@ -210,9 +215,7 @@ def main() -> None:
         told = {section: float(np.mean([np.mean(run["right"][section]) for run in own])) for section in own[0]["right"]}
         print(f"{name:28}", {section: round(value, 3) for section, value in told.items()},
               f"drift {np.mean([np.mean(run['drift']) for run in own]):.3f}", flush=True)  # fmt: skip
-    recipes = {
-        name: ARMS[name]._asdict() | {"recipe": {f: getattr(ARMS[name].recipe, f) for f in Recipe.__struct_fields__}} for name in names
-    }
+    recipes = {name: ARMS[name]._asdict() | {"recipe": msgspec.structs.asdict(ARMS[name].recipe)} for name in names}
     write_result(args, "lesson-study" + ("-smoke" if args.smoke else ""), {"model": short(args.model), "recipes": recipes, "runs": runs})
 
 

@@ -32,7 +32,6 @@ from everlearn.memory.asking import Asking
 from everlearn.memory.decide import Certain
 from everlearn.memory.generate import Generate
 from everlearn.memory.methods import RULES, WRITERS, method
-from everlearn.memory.refill import Extract
 from everlearn.memory.suites import Case, longmemeval, memorybank
 from everlearn.memory.synthetic import synthetic
 from everlearn.render.tokenizer import load
@@ -108,9 +107,8 @@ def one(args: argparse.Namespace, name: str) -> list[study.Run]:
     with asking(args, what.endswith("+answers")) as model:
         hands: dict[str, Any] = {}
         if model is not None:
-            decided = Certain(model.sampler, model.chat, once=True)
-            refill = Extract(encode, head.score) if kind == "decided" else Generate(model.sampler, model.chat)
-            hands = {"write": model.write, "refill": refill, "decided": decided}
+            hands = {"write": model.write, "refill": Generate(model.sampler, model.chat)}
+            hands["decided"] = Certain(model.sampler, model.chat, once=True)
         for case in cases(suite, history, args.data, args.smoke):
             for budget in budgets:
                 for kind in methods:

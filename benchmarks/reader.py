@@ -91,11 +91,10 @@ def taught(service: tinker.ServiceClient, model: str, folder: Path, args: argpar
 
 def told(step: int, data: list[tinker.Datum], losses: Any, stepped: Any, started: float) -> None:
     stepped.result()
-    loss = float(losses.result().metrics["loss:sum"])
+    summed = float(losses.result().metrics["loss:sum"])
     if step % 10 == 0:
         num = sum(float(one.loss_fn_inputs["weights"].to_numpy().sum()) for one in data)
-        loss /= num
-        print(f"step {step}, {time.perf_counter() - started:.0f} s: loss {loss:.3f} of {num:.0f} tokens", flush=True)
+        print(f"step {step}, {time.perf_counter() - started:.0f} s: loss {summed / num:.3f} of {num:.0f} tokens", flush=True)
 
 
 def main() -> None:

@@ -145,11 +145,9 @@ def _method(name: str, encode: Encode, budget: int, seed: int, head: Path | None
         return method(name, encode, budget, seed=seed, head=weights)
     from everlearn.memory.decide import Certain
     from everlearn.memory.generate import Generate
-    from everlearn.memory.refill import Extract
 
     model, writer = asking
-    decided = Certain(writer, model.chat, once=True)
-    refill = Extract(encode, weights.score) if name == "decided" else Generate(writer, model.chat)
+    refill, decided = Generate(writer, model.chat), Certain(writer, model.chat, once=True)
     return method(name, encode, budget, seed=seed, head=weights, write=model.write, refill=refill, decided=decided)
 
 

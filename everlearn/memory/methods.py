@@ -217,13 +217,15 @@ def method(
     refill: Refill | None = None,
     decided: Importance | None = None,
 ) -> Method:
-    """The method of that name. `write` is asked for by `summary` and `overwrite`, `refill` by `generate`, both `decided` and `refill` by
-    the methods of the names `decided` and `policy`."""
+    """The method of that name. `write` is asked for by `summary` and `overwrite`, `refill` by `generate`, `decided` by `decided` and both
+    by `policy`."""
     if name in ("extract", "forget"):
         return Windowed(encode, budget, Extract(encode, head.score) if name == "extract" else Forget(), Surface(head), name)
     if name == "generate" and refill is not None:
         return Windowed(encode, budget, refill, Surface(head), name)
-    if name in ("decided", "policy") and decided is not None and refill is not None:
+    if name == "decided" and decided is not None:
+        return Windowed(encode, budget, Extract(encode, head.score), decided, name)
+    if name == "policy" and decided is not None and refill is not None:
         return Windowed(encode, budget, refill, decided, name)
     if name in ("summary", "overwrite") and write is not None:
         return (Summary if name == "summary" else Overwrite)(encode, budget, write)
