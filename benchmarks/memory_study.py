@@ -6,8 +6,10 @@
     python benchmarks/memory_study.py --collect RUNS                  # one result file and its plot
 
 FOLDER holds longmemeval/longmemeval_s_multiq.json and memorybank/en/ (docs/guides/memory.md says where they come from); without it the
-synthetic suite is run alone. A run is a suite, a method and a history, at all budgets of its suite; those that end in +answers start a
-server of their own on the embedded model. `--smoke` makes every history short, for a look at whether all of it works.
+synthetic suite is run alone. A run is SUITE/HISTORY/METHOD@BUDGET, or of several: `rules` are the methods without a model and `methods`
+all, at all budgets; `all` are the suite's histories. Those that end in +answers start a server of their own on the embedded model, which
+is also who writes and decides, as it is; `--at-once` reads so many histories side by side, which a server answers in batches (what a turn
+takes is then that of all of them). `--smoke` makes every history short, for a look at whether all of it works.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,44 +43,27 @@ from everlearn.rl.prompts import ChatMl
 BUDGETS = {"synthetic-300": (256, 512, 1024), "synthetic-2000": (256, 512, 1024), "longmemeval": (512, 2048), "memorybank": (512, 2048)}
 SEEDS = (0, 1, 2)
 HELD_OUT = 100  # added to a seed: the weights by hand were set while looking at histories 0 to 2
+TOO_LONG = ("synthetic-2000", "methods+answers")  # memory_train.py asks a model about these
 ROOM = 8192 - 128  # tokens that the embedded model takes, less its answer
 
 
 def runs_of(data: Path | None) -> list[str]:
-    """The names of all runs: suite/history/method@budget+answers; or suite/history/rules, all methods without a model at all budgets."""
-    found = [f"{suite}/{seed}/rules" for suite in ("synthetic-300", "synthetic-2000") for seed in SEEDS]
-    found += [
-        f"synthetic-300/{seed}/{name}@{budget}+answers"
-        for seed in SEEDS
-        for name in (*RULES, *WRITERS)
-        for budget in BUDGETS["synthetic-300"]
-        if name != "full" or budget == 256
-    ]
-    if data is not None:
-        found += [f"longmemeval/{number}/rules" for number in range(3)]
-        found += [
-            f"longmemeval/{number}/{name}@{budget}+answers"
-            for number in range(3)
-            for name in (*RULES[1:], "overwrite")
-            for budget in BUDGETS["longmemeval"]
-        ]
-        found += ["memorybank/all/rules"]
-        parts = ("0-5", "5-10", "10-15")
-        found += [f"memorybank/{part}/{name}@{budget}+answers" for name in WRITERS for part in parts for budget in BUDGETS["memorybank"]]
-    return found
+    suites = [suite for suite in BUDGETS if data is not None or suite.startswith("synthetic")]
+    return [f"{suite}/all/{what}" for what in ("rules", "methods+answers") for suite in suites if (suite, what) != TOO_LONG]
 
 
 def cases(suite: str, history: str, data: Path | None, smoke: bool) -> list[Case]:
     if suite.startswith("synthetic"):
-        turns = int(suite.split("-")[1])
-        return [synthetic(100 if smoke else turns, HELD_OUT + int(history))]
-    if data is None:
+        turns = 100 if smoke else int(suite.split("-")[1])
+        found = [synthetic(turns, HELD_OUT + seed) for seed in SEEDS]
+    elif data is None:
         raise SystemExit(f"suite {suite} needs --data")
-    if suite == "longmemeval":
-        return longmemeval(data / "longmemeval" / "longmemeval_s_multiq.json")[int(history) :][:1]
-    first, _, last = history.partition("-")
-    found = memorybank(data / "memorybank" / "en")
-    return found[:2] if smoke else found if history == "all" else found[int(first) : int(last)]
+    elif suite == "longmemeval":
+        found = longmemeval(data / "longmemeval" / "longmemeval_s_multiq.json")
+        found = [case._replace(turns=case.turns[:40]) for case in found] if smoke else found
+    else:
+        found = memorybank(data / "memorybank" / "en")[: 2 if smoke else None]
+    return found if history == "all" else found[int(history) :][:1]
 
 
 @contextmanager
@@ -93,32 +79,38 @@ def asking(args: argparse.Namespace, wanted: bool) -> Iterator[Asking | None]:
         yield Asking(sampler, ChatMl(tokenizer.encode, lambda ids: tokenizer.decode(ids, skip_special=True)))
 
 
-def one(args: argparse.Namespace, name: str) -> list[study.Run]:
+def one(args: argparse.Namespace, name: str) -> Iterator[study.Run]:
+    """Each as it is done."""
     suite, history, what = name.split("/")
     kind, _, only = what.removesuffix("+answers").partition("@")
-    methods, budgets = (RULES, BUDGETS[suite]) if what == "rules" else ((kind,), (int(only),))
+    several = {"rules": RULES, "methods": (*RULES, *WRITERS)}.get(kind)
+    methods, budgets = (several, BUDGETS[suite]) if several else ((kind,), (int(only),))
     tokenizer = load(model_folder("smollm2"))
     head = importance.BY_HAND if args.head is None else importance.load(args.head)
-    done = []
 
     def encode(text: str) -> list[int]:
         return tokenizer.encode(tokenizer.guard(text))
 
     with asking(args, what.endswith("+answers")) as model:
-        hands: dict[str, Any] = {}
-        if model is not None:
-            hands = {"write": model.write, "refill": Generate(model.sampler, model.chat)}
-            hands["decided"] = Certain(model.sampler, model.chat, once=True)
-        for case in cases(suite, history, args.data, args.smoke):
-            for budget in budgets:
-                for kind in methods:
-                    made = method(kind, encode, budget, seed=len(case.turns), head=head, **hands)
-                    asked = any(question.answers for question in case.questions)
-                    answers = model.answers if model is not None and asked else None
-                    seed = int(history) if history.isdigit() else 0
-                    done.append(study.run(suite, case, made, budget, encode, seed, answers, ROOM))
-                    print(f"{name} {budget} {kind} {case.name}: kept {sum(done[-1].kept)} of {len(done[-1].kept)}", flush=True)
-    return done
+
+        def run(case: Case, budget: int, kind: str) -> study.Run:
+            hands: dict[str, Any] = {}
+            if model is not None:
+                hands = {"write": model.write, "refill": Generate(model.sampler, model.chat)}
+                hands["decided"] = Certain(model.sampler, model.chat, once=True)
+            made = method(kind, encode, budget, seed=len(case.turns), head=head, **hands)
+            asked = model is not None and any(question.answers for question in case.questions)
+            return study.run(suite, case, made, budget, encode, 0, model.answers if model is not None and asked else None, ROOM)
+
+        found = cases(suite, history, args.data, args.smoke)
+        wanted = [
+            (case, budget, kind) for kind in reversed(methods) for budget in budgets for case in found
+        ]  # those that a model writes first
+        with ThreadPoolExecutor(args.at_once) as pool:
+            for future in as_completed([pool.submit(run, *each) for each in wanted]):
+                done = future.result()
+                print(f"{suite} {done.budget} {done.method} {done.case}: kept {sum(done.kept)} of {len(done.kept)}", flush=True)
+                yield done
 
 
 def collected(folder: Path) -> tuple[list[study.Run], list[dict[str, Any]]]:
@@ -141,7 +133,11 @@ def plot(rows: Sequence[dict[str, Any]], width: int = 900, height: int = 300) ->
     suites = list(dict.fromkeys(row["suite"] for row in rows))
     names = [name for name in (*RULES, *WRITERS) if any(row["method"] == name for row in rows)]
     colours = dict(
-        zip(names, ("#6b7280", "#94a3b8", "#cbd5e1", "#16a34a", "#2563eb", "#60a5fa", "#d97706", "#dc2626", "#9333ea"), strict=False)
+        zip(
+            names,
+            ("#6b7280", "#94a3b8", "#cbd5e1", "#16a34a", "#2563eb", "#60a5fa", "#d97706", "#dc2626", "#9333ea", "#0891b2", "#be185d"),
+            strict=True,
+        )
     )
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height * len(suites) + 30}" font-family="system-ui, sans-serif">'
@@ -182,6 +178,7 @@ def main() -> None:
     parser.add_argument("--collect", type=Path, metavar="FOLDER")
     parser.add_argument("--head", type=Path, help="weights of importance (default: by hand)")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="histories that are read side by side")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--out", type=Path, help="result file (default: benchmarks/results/DATE-memory-study.json)")
     args = parser.parse_args()
@@ -190,12 +187,14 @@ def main() -> None:
     elif args.only:
         started = time.perf_counter()
         load_before = os.getloadavg()
-        runs = one(args, args.only)
-        told = origin("memory-study") | {"load_average": load_before, "seconds": time.perf_counter() - started}
-        told["command"] = f"python benchmarks/memory_study.py --only {args.only}"  # without the places of this machine
+        command = f"python benchmarks/memory_study.py --only {args.only} --at-once {args.at_once}"  # without the places of this machine
         args.into.mkdir(parents=True, exist_ok=True)
         path = args.into / f"{args.only.replace('/', '_')}.json"
-        path.write_bytes(msgspec.json.encode(told | {"runs": runs}, enc_hook=str))
+        runs = []
+        for run in one(args, args.only):
+            runs.append(run)  # written after each: what is cut short has not run in vain
+            told = origin("memory-study") | {"load_average": load_before, "seconds": time.perf_counter() - started, "command": command}
+            path.write_bytes(msgspec.json.encode(told | {"runs": runs}, enc_hook=str))
     elif args.collect:
         runs, origins = collected(args.collect)
         rows = study.summed(runs)

@@ -8,7 +8,7 @@
 
 A run is MODEL/SEED/PART. MODEL: `small` (listener.py) on histories of 2,000 turns, or `smollm2`, the embedded one, on 300 (with --reader:
 after reader.py taught it to answer). Every part is examined on the same histories at the same places: budgets at the full length, and
-lengths at 512 tokens. Who answers is the same in all: the model that policies begin with. Training histories have seeds of their own
+lengths at 512 tokens; with --data on LongMemEval's pieces and MemoryBank too. Who answers is the same in all: the model that policies begin with. Training histories have seeds of their own
 (`TRAINED_ON`), as have those that the small model and the reader come from.
 
 | part | what |
@@ -36,6 +36,8 @@ from typing import Any, NamedTuple
 import curves
 import numpy as np
 from common import ROOT, model_folder, origin, server, short, write_result
+from memory_study import BUDGETS as SUITE_BUDGETS
+from memory_study import HELD_OUT, SEEDS, cases
 
 sys.path.insert(0, str(ROOT))
 import msgspec
@@ -47,22 +49,18 @@ from everlearn.memory.decide import ByPolicy, Certain, Surest
 from everlearn.memory.distil import examples
 from everlearn.memory.environment import Judge, MemoryTasks
 from everlearn.memory.generate import Generate
-from everlearn.memory.mask import Masking
 from everlearn.memory.methods import PORTION, RULES, Method, Overwrite, method
 from everlearn.memory.refill import Extract, Refill
+from everlearn.memory.suites import Case
 from everlearn.memory.synthetic import synthetic
-from everlearn.memory.train import Training, train
+from everlearn.memory.train import recipe, train
 from everlearn.render.tokenizer import load
 from everlearn.rl.prompts import ChatMl
-from everlearn.rl.settings import Settings
 
 PARTS = ("trained", "head", "untrained", "rules", "writers")
-SEEDS = (0, 1, 2)
-HELD_OUT = 100  # the first history that is looked at; memory_study.py has the same
-TRAINED_ON = 1000  # and the first that is trained on
-PRESSED = Masking(most=4, keep=0.25, slack=0.33)  # in training: eight decisions on a window, of which a third is cleared
+TRAINED_ON = 1000  # the first history that is trained on; HELD_OUT is the first that is looked at
+REAL = ("longmemeval", "memorybank")
 BUDGET, BUDGETS = 512, (256, 1024)
-WARM_EPOCHS = 6  # optimizer steps from what a warm step imitates
 KV_TOKENS = 131_072  # so that several runs fit one GPU
 ARMS = ("trained+extract", "untrained+extract", "head", "extract", "bm25", "last")  # that are drawn; the table has all
 
@@ -79,9 +77,8 @@ class Size(NamedTuple):
     steps: int
     warm: int
     rate: float
-    warm_rate: float
-    groups: int = 6
-    members: int = 8
+    groups: int  # windows in a step
+    members: int = 2  # times that each is played
     budget: int = 128
     heads: int = 3  # histories that a head is distilled from
     facts: int = 35  # of a history that is trained on, in so many turns: most chunks of a window are chatter, as they are in use
@@ -89,8 +86,8 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "small": Size(2000, (300, 1000), 2048, steps=24, warm=16, rate=2e-4, warm_rate=2e-3, groups=16, members=4),
-    "smollm2": Size(300, (100,), 8192, steps=24, warm=16, rate=1e-4, warm_rate=1e-3, groups=12, members=4),
+    "small": Size(2000, (300, 1000), 2048, steps=24, warm=16, rate=2e-4, groups=24),
+    "smollm2": Size(300, (100,), 8192, steps=18, warm=12, rate=1e-4, groups=24),
 }
 
 
@@ -106,16 +103,29 @@ class Asked:
         self.asking = Asking(self.base, self.chat)
 
 
-def places(size: Size, args: argparse.Namespace) -> Iterator[tuple[int, int]]:
-    """(turns, budget), the most important first."""
-    if args.smoke:
-        yield 100, 128
-        return
-    yield size.turns, BUDGET
-    if args.main:
-        return
-    yield from ((size.turns, budget) for budget in BUDGETS)
-    yield from ((turns, BUDGET) for turns in size.lengths)
+class Place(NamedTuple):
+    """What is examined at once: the histories of a suite, at a budget. `main`: where all hands of a policy are compared."""
+
+    suite: str
+    budget: int
+    cases: list[Case]
+    main: bool = False
+
+
+def places(size: Size, args: argparse.Namespace) -> Iterator[Place]:
+    """The most important first."""
+
+    def own(turns: int, budget: int, main: bool = False) -> Place:
+        numbers = [HELD_OUT + args.seed + len(SEEDS) * number for number in range(args.histories)]
+        return Place(f"{args.model}-{turns}", budget, [synthetic(turns, number, 8 if args.smoke else 20) for number in numbers], main)
+
+    yield own(100, 128, True) if args.smoke else own(size.turns, BUDGET, True)
+    if not (args.main or args.smoke):
+        yield from (own(size.turns, budget) for budget in BUDGETS)
+        yield from (own(turns, BUDGET) for turns in size.lengths)
+    for suite in REAL if args.data else ():
+        found = cases(suite, "all", args.data, args.smoke)
+        yield from (Place(suite, budget, found) for budget in SUITE_BUDGETS[suite])
 
 
 def examined(args: argparse.Namespace, asked: Asked, made: dict[str, Any]) -> Iterator[study.Run]:
@@ -123,20 +133,20 @@ def examined(args: argparse.Namespace, asked: Asked, made: dict[str, Any]) -> It
     so that the server answers their questions in batches; what a turn takes is therefore not measured here."""
     size = SIZES[args.model]
 
-    def run(turns: int, budget: int, number: int, label: str) -> study.Run:
-        case = synthetic(turns, HELD_OUT + args.seed + len(SEEDS) * number, 8 if args.smoke else 20)
-        suite, room = f"{args.model}-{turns}", size.context - 160
-        found = study.run(suite, case, made[label](budget), budget, asked.encode, args.seed, asked.asking.answers, room)
+    def run(place: Place, case: Case, label: str) -> study.Run:
+        answers = asked.asking.answers if any(question.answers for question in case.questions) else None
+        method = made[label](place.budget)
+        found = study.run(place.suite, case, method, place.budget, asked.encode, args.seed, answers, size.context - 160)
         return msgspec.structs.replace(found, method=label)
 
     started = time.perf_counter()
     with ThreadPoolExecutor(args.at_once) as pool:
-        fitting = [(place, label) for place in places(size, args) for label in made if args.smoke or fits(size, place, label)]
-        wanted = [(*place, number, label) for place, label in fitting for number in range(args.histories)]
+        fitting = [(place, label) for place in places(size, args) for label in made if fits(size, place, label)]
+        wanted = [(place, case, label) for place, label in fitting for case in place.cases]
         for future in as_completed([pool.submit(run, *one) for one in wanted]):
             found = future.result()
             right = f"{np.mean(found.contains):.2f}" if found.contains else "-"
-            print(f"{found.method} {found.turns} turns {found.budget}: kept {np.mean(found.kept):.2f}, right {right}, "
+            print(f"{found.method} {found.suite} {found.turns} turns {found.budget}: kept {np.mean(found.kept):.2f}, right {right}, "
                   f"after {time.perf_counter() - started:.0f} s", flush=True)  # fmt: skip
             yield found
 
@@ -146,12 +156,12 @@ def portion(size: Size, budget: int) -> int:
     return min(PORTION, size.context - 2 * budget - 128)
 
 
-def fits(size: Size, place: tuple[int, int], label: str) -> bool:
+def fits(size: Size, place: Place, label: str) -> bool:
     """False where `overwrite` has no room to read anything, since its notes and their successors fill the model's context; and for the
-    policy's other hands (it writes, or a head chooses its sentences) where it isn't the place that is compared."""
-    if label.startswith(("trained", "untrained")) and not label.endswith("+extract") and place != (size.turns, BUDGET):
+    policy's other hands (it writes, or a head chooses its sentences) where they aren't compared."""
+    if label.startswith(("trained", "untrained")) and not label.endswith("+extract") and not place.main:
         return False
-    return label != "overwrite" or portion(size, place[1]) >= 128
+    return label != "overwrite" or portion(size, place.budget) >= 128
 
 
 def rules(args: argparse.Namespace, asked: Asked) -> dict[str, Any]:
@@ -203,22 +213,27 @@ def taught(args: argparse.Namespace, asked: Asked, told: dict[str, Any]) -> tink
 
     def tasks(start: int, batches: int, members: int) -> MemoryTasks:
         return MemoryTasks(
-            lambda number: synthetic(size.told_in, start + number, size.facts), asked.chat, judge, budgets=(size.budget,), masking=PRESSED,
+            lambda number: synthetic(size.told_in, start + number, size.facts), asked.chat, judge, budgets=(size.budget,),
             batches=batches, groups_per_batch=2 if args.smoke else size.groups, group_size=min(members, 3) if args.smoke else members,
             weighed=members > 1, seed=args.seed,
         )  # fmt: skip
 
-    run = Settings(
-        asked.name, steps=steps, rank=16, learning_rate=args.rate or size.rate, loss="ppo", loss_config={"kl_coeff": 0.05},
-        estimator="group_mean", max_tokens=32, seed=args.seed, evaluate_every=max(1, steps // 2), save_every=steps,
-    )  # fmt: skip
+    training = recipe(
+        asked.name,
+        steps,
+        min(size.warm, steps - 1),
+        args.rate or size.rate,
+        rank=16,
+        seed=args.seed,
+        evaluate_every=max(1, steps // 2),
+        save_every=steps,
+    )
     started = time.perf_counter()
 
     def noted(row: dict[str, float]) -> None:
         print(f"step {row['step']:.0f} " + " ".join(f"{name} {row[name]:.3f}" for name in NOTED if name in row), flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        training = Training(run, min(size.warm, steps - 1), size.warm_rate, WARM_EPOCHS)
         mine, others = tasks(first, steps, size.members), tasks(first + 5000, 2, 1)
         done = train(asked.service, training, mine, Path(folder), others, on_step=noted)
     told["training"] = {
@@ -238,7 +253,9 @@ def one(args: argparse.Namespace, part: str) -> None:
     path = args.into / f"{args.model}_{args.seed}_{part}.json"
     runs: list[study.Run] = []
     settings = {"engine.device": args.device or ("cpu" if args.model == "small" else "auto"), "engine.kv_tokens": KV_TOKENS}
-    with server(argparse.Namespace(model=str(folder), base_url=None, base_model=None, threads=args.threads), **settings) as live:
+    with server(
+        argparse.Namespace(model=str(folder), base_url=args.base_url, base_model="bench", threads=args.threads), **settings
+    ) as live:
         asked = Asked(tinker.ServiceClient(base_url=live.url), live.model, folder)
         if part == "trained":
             made = policies(asked, taught(args, asked, told), part)
@@ -259,9 +276,9 @@ def one(args: argparse.Namespace, part: str) -> None:
 def said(args: argparse.Namespace, part: str) -> list[str]:
     """The command's options without this machine's places."""
     options = ["--only", f"{args.model}/{args.seed}/{part}", "--histories", str(args.histories)]
-    options += ["--reader", short(str(args.reader))] if args.reader else []
-    for name in ("steps", "rate"):
-        options += [f"--{name}", str(getattr(args, name))] if getattr(args, name) else []
+    options += [told for name in ("reader", "data") if (path := getattr(args, name)) for told in (f"--{name}", short(str(path)))]
+    for name in ("steps", "rate", "base_url"):
+        options += [f"--{name.replace('_', '-')}", str(getattr(args, name))] if getattr(args, name) else []
     return options + [f"--{name}" for name in ("main", "smoke") if getattr(args, name)]
 
 
@@ -316,10 +333,12 @@ def main() -> None:
     parser.add_argument("--into", type=Path, default=Path("memory-train-runs"), metavar="FOLDER")
     parser.add_argument("--listener", type=Path, metavar="FOLDER", help="the small model (default: listener in the folder of --into)")
     parser.add_argument("--reader", type=Path, metavar="FOLDER", help="the embedded model as reader.py leaves it (default: as it is)")
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="examine on its real conversations too (memory_study.py says which)")
     parser.add_argument("--histories", type=int, default=2, metavar="N", help="examined in each run")
     parser.add_argument("--at-once", type=int, default=6, metavar="N", help="histories that are read side by side")
     parser.add_argument("--steps", type=int, help="of training (default: the model's own number)")
-    parser.add_argument("--rate", type=float, help="learning rate (default: the model's own)")
+    parser.add_argument("--rate", type=float, help="learning rate of the later steps (default: the model's own)")
+    parser.add_argument("--base-url", metavar="URL", help="a server that has the model, as `bench`, in place of one for this run alone")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", help="of the server (default: cpu for the small model, auto for the embedded one)")
     parser.add_argument("--main", action="store_true", help="examine at the full length and the one budget only")

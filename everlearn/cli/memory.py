@@ -25,6 +25,22 @@ def row(memory: dict[str, Any]) -> dict[str, Any]:
     return {**memory, "updated": datetime.fromtimestamp(memory["updated_at"], UTC).isoformat(timespec="seconds")}
 
 
+def show_chunks(console: Console, memory: dict[str, Any], shown: list[dict[str, Any]]) -> None:
+    """The memory, and of its chunks those that are shown; in JSON all of them."""
+    if console.format == "json":
+        console.result(memory)
+        return
+    console.result({name: row(memory)[name] for name in COLUMNS})
+    click.echo()
+    console.table(shown, ["sources", "role", "tokens", "age", "rewrites", "importance", "pinned", "text"])
+
+
+def show_turn(console: Console, memory_id: str, number: int) -> None:
+    """The memory as it is now, and the chunks that come from turn `number`."""
+    memory = console.client().get(route(memory_id))
+    show_chunks(console, memory, [chunk for chunk in memory["chunks"] if number in chunk["sources"]])
+
+
 @command.command("list")
 @pass_console
 def list_memories(console: Console) -> None:
@@ -47,12 +63,7 @@ def show(console: Console, memory_id: str, turn: int | None) -> None:
         console.table(told["rewrites"], ["turn", "refill", "before", "after"])
         return
     found = console.client().get(route(memory_id))
-    if console.format == "json":
-        console.result(found)
-        return
-    console.result({name: row(found)[name] for name in COLUMNS})
-    click.echo()
-    console.table(found["chunks"], ["sources", "role", "tokens", "age", "rewrites", "importance", "pinned", "text"])
+    show_chunks(console, found, found["chunks"])
 
 
 @command.command("change")
@@ -75,7 +86,8 @@ def change(console: Console, memory_id: str, refill: str | None, importance: str
 @pass_console
 def pin(console: Console, memory_id: str, number: int, off: bool) -> None:
     """Keep the chunk of turn NUMBER in the window as it is."""
-    console.result(row(console.client().post(route(memory_id, "pin"), {"number": number, "pinned": not off})))
+    console.client().post(route(memory_id, "pin"), {"number": number, "pinned": not off})
+    show_turn(console, memory_id, number)
 
 
 @command.command("correct")
@@ -85,7 +97,8 @@ def pin(console: Console, memory_id: str, number: int, off: bool) -> None:
 @pass_console
 def correct(console: Console, memory_id: str, number: int, text: str) -> None:
     """Put TEXT in the place of what turn NUMBER said."""
-    console.result(row(console.client().post(route(memory_id, "correct"), {"number": number, "text": text})))
+    console.client().post(route(memory_id, "correct"), {"number": number, "text": text})
+    show_turn(console, memory_id, number)
 
 
 @command.command("forget")

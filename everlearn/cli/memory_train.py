@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 
 from everlearn.cli import own_server
 from everlearn.cli.console import Console, Verb, pass_console
@@ -29,8 +30,8 @@ EVALUATE_EVERY = 15  # steps: however many are asked for, so that a run can be m
 @click.option("--data", type=click.Path(path_type=Path), metavar="FILE", help="histories in LongMemEval's form [default: synthetic ones]")
 @click.option("--turns", type=click.IntRange(min=8), default=400, show_default=True, help="length of a synthetic history")
 @click.option("--facts", type=click.IntRange(1, 35), default=35, show_default=True, help="asked about in a synthetic history")
-@click.option("--budget", type=click.IntRange(min=64), default=256, show_default=True, help="tokens of the windows that are trained at")
-@click.option("--steps", type=click.IntRange(min=1), default=60, show_default=True, help="in all")
+@click.option("--budget", type=click.IntRange(min=64), default=128, show_default=True, help="tokens of the windows that are trained at")
+@click.option("--steps", type=click.IntRange(min=1), default=24, show_default=True, help="in all")
 @click.option(
     "--warm",
     type=click.IntRange(min=0),
@@ -38,12 +39,18 @@ EVALUATE_EVERY = 15  # steps: however many are asked for, so that a run can be m
     show_default=True,
     help="first steps, in which what is due of each chunk is taught outright",
 )
-@click.option("--groups", type=click.IntRange(min=1), default=8, show_default=True, help="windows in a step")
-@click.option("--members", type=click.IntRange(min=2), default=8, show_default=True, help="times that each window is played")
+@click.option("--groups", type=click.IntRange(min=1), default=24, show_default=True, help="windows in a step")
+@click.option("--members", type=click.IntRange(min=2), default=2, show_default=True, help="times that each window is played")
 @click.option("--answer-weight", type=click.FloatRange(min=0), default=0.0, show_default=True, help="above 0, answers are trained as well")
 @click.option("--rank", type=click.IntRange(min=1), default=16, show_default=True, help="of the adapter")
-@click.option("--lr", type=click.FloatRange(min=0, min_open=True), default=2e-4, show_default=True, help="learning rate")
-@click.option("--max-tokens", type=click.IntRange(min=4), default=48, show_default=True, help="of a decision, a chunk or an answer")
+@click.option(
+    "--lr",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1e-4,
+    show_default=True,
+    help="learning rate; the warm steps have ten times that",
+)
+@click.option("--max-tokens", type=click.IntRange(min=4), default=32, show_default=True, help="of a decision, a chunk or an answer")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @pass_console
 def train(console: Console, out: Path, model: str, data: Path | None, **options: Any) -> None:
@@ -55,28 +62,19 @@ def train(console: Console, out: Path, model: str, data: Path | None, **options:
     steps: the last tenth of --data, or synthetic ones of their own.
     """
     from everlearn.memory.environment import Judge, MemoryTasks, Pay
-    from everlearn.memory.train import Training
+    from everlearn.memory.train import recipe
     from everlearn.memory.train import train as run
     from everlearn.render.tokenizer import load
     from everlearn.rl.prompts import ChatMl
-    from everlearn.rl.settings import Settings
 
     logging.getLogger("tinker").setLevel(logging.ERROR)  # it warns of every answer that takes longer than one poll
     trained_on, held_out, told = _histories(data, options["turns"], options["facts"], options["seed"])
     info, weight = own_server.prepared(console, model), options["answer_weight"]
     tokenizer = load(Path(info.path))
     chat = ChatMl(tokenizer.encode, lambda ids: tokenizer.decode(ids, skip_special=True))
-    settings = Settings(
-        info.name,
-        steps=options["steps"],
-        rank=options["rank"],
-        learning_rate=options["lr"],
-        loss="ppo",
-        estimator="group_mean",
-        max_tokens=options["max_tokens"],
-        seed=options["seed"],
-        evaluate_every=EVALUATE_EVERY,
-    )
+    own = {name: options[name] for name in ("rank", "max_tokens", "seed")}
+    training = recipe(info.name, options["steps"], options["warm"], options["lr"], evaluate_every=EVALUATE_EVERY, **own)
+    training = msgspec.structs.replace(training, answer_weight=weight)
     with ExitStack() as stack:
         service = own_server.service(console, stack, info, "memory", "everlearn memory train")
         judge = Judge(service.create_sampling_client(base_model=info.name).result(), chat)
@@ -95,7 +93,6 @@ def train(console: Console, out: Path, model: str, data: Path | None, **options:
                 seed=options["seed"],
             )
 
-        training = Training(settings, warm_steps=options["warm"], answer_weight=weight)
         mine, others = tasks(trained_on, options["steps"], options["members"]), tasks(held_out, 1, 1)
         done = run(service, training, mine, out, others, chat.decode, lambda row: console.note(_told(row)), told)
     console.result({"path": done.path, "steps": options["steps"]})

@@ -105,7 +105,7 @@ class MemoryEnv:
         self.moment, self.before, self.chat, self.judge, self.pay, self.masking = moment, before, chat, judge, pay, masking
         self.worths = worths
         self.chunks = (*moment.window.chunks, moment.chunk)
-        self.places = pressed(moment.window, masking)
+        self.places = pressed(moment.window, masking, hold=False)
         self.levels: list[float | None] = []
         self.plan: Plan | None = None
         self.texts: list[str] = []
@@ -132,11 +132,11 @@ class MemoryEnv:
             logs["worth"] = self.worths[len(self.levels) - 1]
         if len(self.levels) < len(self.places):
             return self._next(decision(self.chat, self.chunks, self.places[len(self.levels)]), logs)
-        chunks = list(self.moment.window.chunks)
+        chunks = list(self.chunks)
         for place, level in zip(self.places, self.levels, strict=True):
             chunks[place] = msgspec.structs.replace(chunks[place], importance=UNDECIDED if level is None else level)
-        window = msgspec.structs.replace(self.moment.window, chunks=tuple(chunks))
-        self.plan = planned(window, self.moment.chunk, self.masking, least=lambda window, chunk: FLOOR)
+        window = msgspec.structs.replace(self.moment.window, chunks=tuple(chunks[:-1]))
+        self.plan = planned(window, chunks[-1], self.masking, hold=False, least=lambda window, chunk: FLOOR)
         if self.plan.holes:
             return self._next(rewriting(self.chat, self.plan.chunks, self.plan.holes[0]), logs)
         return await self._settled(self.plan, logs)
@@ -213,7 +213,7 @@ class MemoryGroup(EnvGroup):
         chunks = (*moment.window.chunks, moment.chunk)
         before = await self.judge.logprobs(chunks, moment.questions) if self.pay.likelihood or self.weighed else []
         if self.weighed:
-            places = pressed(moment.window, self.masking)
+            places = pressed(moment.window, self.masking, hold=False)
             worths = await self.judge.worths(chunks, places, moment.questions, before, self.pay.scale)
         return [MemoryEnv(moment, before, self.chat, self.judge, self.pay, self.masking, worths) for _ in range(self.size)]
 

@@ -83,6 +83,7 @@ def _pressed(window: Window, chunks: tuple[Chunk, ...], turn: int, masking: Mask
     over = size_of(chunks) - window.room
     if over <= 0:
         return Plan(window, chunks, turn)
+    chunks = _once(chunks)
     kept = protected(chunks, turn, window.recent, window.room)
     if not hold:
         last = len(chunks) - 1
@@ -100,6 +101,21 @@ def _pressed(window: Window, chunks: tuple[Chunk, ...], turn: int, masking: Mask
     floors = [FLOOR if least is None else max(1, least(window, chunks[place])) for place in masked]
     budgets = _at_most(allocate(worths, lengths, free, floors), worths, lengths, masking.most)
     return Plan(window, chunks, turn, tuple(masked), budgets)
+
+
+def _once(chunks: tuple[Chunk, ...]) -> tuple[Chunk, ...]:
+    """The same, where a line that stands there again is worth nothing but for its newest copy, or a pinned one. To take one copy away costs
+    no answer, so each of them would be worth nothing by the counterfactual; and whoever is mistaken about one is about all of them, which
+    then fill the window."""
+    stays: dict[tuple[str, str], int] = {}
+    for place, chunk in enumerate(chunks):
+        before = stays.get((chunk.role, chunk.text))
+        if before is None or chunk.pinned or not chunks[before].pinned:
+            stays[chunk.role, chunk.text] = place
+    return tuple(
+        chunk if chunk.pinned or stays[chunk.role, chunk.text] == place else msgspec.structs.replace(chunk, importance=0.0)
+        for place, chunk in enumerate(chunks)
+    )
 
 
 def _at_most(budgets: list[int], worths: Sequence[float], lengths: Sequence[int], most: int) -> tuple[int, ...]:

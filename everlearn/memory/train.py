@@ -23,6 +23,7 @@ from tinker import types
 
 from everlearn.errors import Conflict, InvalidRequest
 from everlearn.memory.credit import Advantages, best_of, due, levelled, separated
+from everlearn.memory.demonstrations import Demonstrations
 from everlearn.memory.environment import DECISION, REFILL, MemoryTasks
 from everlearn.rl import measures
 from everlearn.rl.advantages import ESTIMATORS
@@ -44,7 +45,8 @@ UNUSED = ("value_function", "mask_over_long", "substeps", "epochs", "temperature
 
 class Training(msgspec.Struct, frozen=True):
     """`run`: steps, rank, learning rate, loss and so on, the warm steps counted in; these have the learning rate `warm_rate`, if that is
-    above 0, and take `warm_epochs` optimizer steps from what they imitate. What no step here reads (`UNUSED`) must be left as it is.
+    above 0, and take `warm_epochs` optimizer steps: one from what is new to imitate, the others from as many drawn from all that the run
+    imitated so far (demonstrations.py). What no step here reads (`UNUSED`) must be left as it is.
     `by_word` takes off what the word of a decision earns on average (`levelled`); without, costs such as `rewrites` can teach how often a
     word is said. `memory_weight` and `answer_weight` multiply the advantages of each kind; 0 leaves its tokens out."""
 
@@ -76,6 +78,21 @@ class Training(msgspec.Struct, frozen=True):
                 param="memory_weight",
             )
         return self
+
+
+def recipe(base_model: str, steps: int, warm_steps: int, rate: float, **settings: Any) -> Training:
+    """What the figures in docs/design/memory.md were trained by. `rate`: the learning rate of the later steps; the warm ones have ten times
+    that. `settings`: others of the run."""
+    run = Settings(
+        base_model,
+        steps,
+        learning_rate=rate,
+        loss="ppo",
+        loss_config={"kl_coeff": 0.05},
+        estimator="group_mean",
+        **{"max_tokens": 32, **settings},
+    )
+    return Training(run, warm_steps, 10.0 * rate, warm_epochs=6)
 
 
 class Trained(NamedTuple):
@@ -118,7 +135,7 @@ def _step(learner: MemoryLearner, tasks: MemoryTasks, step: int) -> Metrics:
     row |= measures.of_rollouts(groups)
     learner.check_failures(groups)
     warm = step < learner.training.warm_steps
-    row |= learner.imitate(groups, tasks.chat) if warm else learner.reinforce(groups, step)
+    row |= learner.imitate(groups, tasks.chat, step) if warm else learner.reinforce(groups, step)
     ended = time.monotonic()
     return row | {"seconds/playing": played - begun, "seconds/training": ended - played, "seconds/step": ended - started}
 
@@ -144,6 +161,7 @@ class MemoryLearner(Learner):
                 param="folder",
             )
         super().__init__(service, training.run, folder, held_out, decode)
+        self.demonstrations = Demonstrations(folder, self.first)
 
     def _save(self, step: int, stopped: str) -> None:
         note(self.folder, NOTES, self.notes)  # before the state: without one, notes bind nobody
@@ -173,16 +191,21 @@ class MemoryLearner(Learner):
             row |= {f"{kind}/loss/{name}": value for name, value in measures.merged([output.metrics]).items()}
         return row
 
-    def imitate(self, groups: Sequence[TrajectoryGroup], chat: ChatMl) -> Metrics:
-        """Cross-entropy on what is to be said; `warm/nll` is that before the last of its optimizer steps."""
-        data = imitated(groups, chat)
-        row: Metrics = {"warm/datums": float(len(data)), **self.distance(groups)}
-        tokens = sum(float(datum.loss_fn_inputs["weights"].to_numpy().sum()) for datum in data)
-        for _ in range(self.training.warm_epochs if data else 0):
+    def imitate(self, groups: Sequence[TrajectoryGroup], chat: ChatMl, step: int) -> Metrics:
+        """Cross-entropy on what is to be said; `warm/nll` is that of what is new, before the first of the optimizer steps."""
+        new = imitated(groups, chat)
+        row: Metrics = {"warm/datums": float(len(new)), **self.distance(groups)}
+        if not new:
+            return row
+        self.demonstrations.add(step, new)
+        rate = self.training.warm_rate or self.settings.learning_rate
+        for epoch in range(self.training.warm_epochs):
+            data = self.demonstrations.drawn(len(new), self.settings.seed, step, epoch) if epoch else new
             gradient = self.client.forward_backward(data, "cross_entropy")
-            rate = self.training.warm_rate or self.settings.learning_rate
             stepped = self.client.optim_step(tinker.AdamParams(learning_rate=rate))
-            row["warm/nll"] = float(gradient.result().metrics.get("loss:sum", 0.0)) / tokens
+            if not epoch:
+                tokens = sum(float(datum.loss_fn_inputs["weights"].to_numpy().sum()) for datum in new)
+                row["warm/nll"] = float(gradient.result().metrics.get("loss:sum", 0.0)) / tokens
             stepped.result()
         return row
 

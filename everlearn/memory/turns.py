@@ -6,6 +6,8 @@ requests.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 from everlearn.memory.importance import BY_HAND, Head, Importance, Surface, counted
@@ -42,7 +44,7 @@ class Turns:
             chunk = msgspec.structs.replace(chunk, importance=value)
         plan = planned(window, chunk, self.masking, hold, None if late else self.refill.least)
         if plan.masked and late:
-            plan = planned(self._weighed(window, chunk), chunk, self.masking, hold, self.refill.least)
+            plan = planned(*self._weighed(window, chunk, hold), self.masking, hold, self.refill.least)
         return self._settled(plan)
 
     def instruct(self, window: Window, text: str) -> Changed:
@@ -72,17 +74,12 @@ class Turns:
         """A few chunks weighed again, others with every turn: what was rare when it was said may have become chatter since."""
         num = 0 if self.stays else len(window.chunks)
         places = sorted({(window.turn * REFRESHED + step) % num for step in range(REFRESHED)}) if num else []
-        return self._reweighed(window, window.chunks, places)
+        return msgspec.structs.replace(window, chunks=_valued(self.importance, window, window.chunks, places))
 
-    def _weighed(self, window: Window, chunk: Chunk) -> Window:
-        """The window with new importances of the chunks that are next to be masked: twice as many as can be refilled, the least worth."""
-        return self._reweighed(window, (*window.chunks, chunk), pressed(window, self.masking))
-
-    def _reweighed(self, window: Window, around: tuple[Chunk, ...], places: list[int]) -> Window:
-        chunks = list(window.chunks)
-        for place, value in zip(places, self.importance.of(window, around, places), strict=True):
-            chunks[place] = msgspec.structs.replace(chunks[place], importance=value)
-        return msgspec.structs.replace(window, chunks=tuple(chunks))
+    def _weighed(self, window: Window, chunk: Chunk, hold: bool) -> tuple[Window, Chunk]:
+        """The window and what comes to it, with new importances of the chunks that are next to be masked."""
+        chunks = _valued(self.importance, window, (*window.chunks, chunk), pressed(window, self.masking, hold))
+        return msgspec.structs.replace(window, chunks=chunks[:-1]), chunks[-1]
 
     def _settled(self, plan: Plan) -> Changed:
         texts = self.refill.fill(plan) if plan.holes else []
@@ -94,8 +91,15 @@ class Turns:
         return self.importance.of(window, (Chunk(role, text, (), (0,), 0),), [0])[0]
 
 
-def pressed(window: Window, masking: Masking) -> list[int]:
-    """Places of the chunks that a late estimator is asked about when there is pressure, in order."""
+def pressed(window: Window, masking: Masking, hold: bool) -> list[int]:
+    """Places of the chunks that a late estimator is asked about when there is pressure, in order: twice as many as can be refilled, the
+    least worth, and unless it is held the one that comes, behind all others. What nobody was asked about could be cut before anything
+    is known of it."""
     places = [place for place, other in enumerate(window.chunks) if not other.pinned]
     places.sort(key=lambda place: (worth(window.chunks[place], window.turn, masking), window.chunks[place].born))
-    return sorted(places[: 2 * masking.most])
+    return [*sorted(places[: 2 * masking.most]), *([] if hold else [len(window.chunks)])]
+
+
+def _valued(importance: Importance, window: Window, chunks: tuple[Chunk, ...], places: Sequence[int]) -> tuple[Chunk, ...]:
+    found = dict(zip(places, importance.of(window, chunks, places), strict=True))
+    return tuple(msgspec.structs.replace(chunk, importance=found[place]) if place in found else chunk for place, chunk in enumerate(chunks))

@@ -60,14 +60,18 @@ def note_run(folder: Path, run_id: str, settings: Any) -> None:
 
 def cut_back(folder: Path, step: int) -> list[dict[str, float]]:
     """The metrics of the steps before `step`. Lines of later ones, which are about to be made again, are removed."""
-    for name in ("metrics.jsonl", "rollouts.jsonl"):
-        path = folder / name
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if _step_of(line) < step]
-        new = path.with_suffix(".new")
-        new.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        new.replace(path)
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    kept = {name: lines_before(folder / name, step) for name in ("metrics.jsonl", "rollouts.jsonl")}
+    return [json.loads(line) for line in kept["metrics.jsonl"]]
+
+
+def lines_before(path: Path, step: int) -> list[str]:
+    """The lines of the steps before `step`, which are all that stays in the file."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = [line for line in lines if _step_of(line) < step]
+    new = path.with_suffix(".new")
+    new.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    new.replace(path)
+    return kept
 
 
 def append(path: Path, row: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import tinker
 from everlearn.errors import Conflict, InvalidRequest
 from everlearn.memory.credit import best_of, due, levelled, separated
 from everlearn.memory.decide import Decided, decision
+from everlearn.memory.demonstrations import Demonstrations
 from everlearn.memory.environment import ANSWER, DECISION, REFILL, Judge, MemoryGroup, MemoryTasks, Pay
 from everlearn.memory.generate import Generate
 from everlearn.memory.mask import Masking
@@ -249,6 +250,23 @@ def test_the_gradient_of_memory_tokens_does_not_depend_on_answers(service, serve
 # ---- runs ----
 
 
+def test_what_was_imitated_is_drawn_from_again_and_cut_back_with_its_steps(tmp_path):
+    data = [supervised([1, 2, number], [4, 5], 0.5) for number in range(6)]
+    first = Demonstrations(tmp_path, 0)
+    first.add(0, data[:4])
+    first.add(1, data[4:])
+    assert first.drawn(3, 0, 1) == first.drawn(3, 0, 1) != first.drawn(3, 0, 2) and len(first.drawn(9)) == 6
+    again = Demonstrations(tmp_path, 2)
+    assert [one.model_input for one in again.data] == [one.model_input for one in data]
+    for name in ("target_tokens", "weights"):
+        pairs = zip(again.data, data, strict=True)
+        assert all((one.loss_fn_inputs[name].to_numpy() == other.loss_fn_inputs[name].to_numpy()).all() for one, other in pairs)
+    with (tmp_path / "imitated.jsonl").open("a") as file:
+        file.write('{"step": 2, "da')  # killed while it wrote
+    assert len(Demonstrations(tmp_path, 3).data) == 6
+    assert len(Demonstrations(tmp_path, 1).data) == 4 and len(Demonstrations(tmp_path, 2).data) == 4
+
+
 def test_a_run_warms_up_goes_on_and_ends_in_an_adapter(service, server, tasks, chat, tmp_path):
     run = Settings(
         server.model,
@@ -266,6 +284,7 @@ def test_a_run_warms_up_goes_on_and_ends_in_an_adapter(service, server, tasks, c
     assert [row["step"] for row in first.rows] == [0, 1] and "warm/datums" in first.rows[0] and "memory/tokens/trained" in first.rows[1]
     assert {"reward/likelihood", "reward/correct", "env/kept", "env/undecided"} <= set(first.rows[1])
     assert all("kl/base" in row for row in first.rows)  # a budget binds in the warm steps too
+    assert len(Demonstrations(tmp_path, 2).data) == first.rows[0]["warm/datums"]
     longer = msgspec.structs.replace(training, run=msgspec.structs.replace(run, steps=3))
     again = train(service, longer, tasks, tmp_path)
     assert [row["step"] for row in again.rows] == [0, 1, 2] and again.path != first.path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import msgspec
 import pytest
@@ -14,6 +15,7 @@ from everlearn.memory.importance import BY_HAND, Surface
 from everlearn.memory.mask import Masking, select
 from everlearn.memory.plan import planned, settled, tightened
 from everlearn.memory.refill import Extract, Forget
+from everlearn.memory.turns import Turns
 from everlearn.memory.window import BLOCK, Chunk, Window, chunk_of, line, protected_of, shown, size_of
 from tests.memory.spelling import encode
 
@@ -156,6 +158,49 @@ def test_the_least_worth_goes_first_and_the_older_among_equals():
     assert select(chunks, frozenset(), 0, 4, Masking()) == []
     aged = Masking(keep=0.0, half_life=0.3)
     assert select(chunks, frozenset(), 1, 4, aged) == [0] and select(chunks, frozenset(), 1, 4, Masking(keep=0.0, half_life=100.0)) == [1]
+
+
+def test_of_copies_only_the_newest_or_a_pinned_one_is_worth_anything():
+    """Whoever is mistaken about a line would be about each of its copies; they don't fill a window."""
+    said = [("assistant", "Clouds are small drops."), ("user", "Nora lives in Oslo."), ("user", "Clouds are small drops.")]
+    chunks = tuple(
+        msgspec.structs.replace(chunk_of(encode, *said[place], number), importance=importance)
+        for number, (place, importance) in enumerate([(0, 0.9), (1, 0.5), (0, 0.9), (2, 0.9), (0, 0.9)])
+    )
+    window = Window(size_of(chunks), chunks, len(chunks) - 1, recent=1)
+    new = msgspec.structs.replace(chunk_of(encode, "user", "Hm, ok.", len(chunks)), importance=0.5)
+    plan = planned(window, new, Masking(keep=0.0, slack=0.0))
+    assert [chunk.importance for chunk in plan.chunks] == [0.0, 0.5, 0.0, 0.9, 0.9, 0.5]  # the user's line is no copy of an answer's
+    assert plan.masked == (0,)
+    pinned = (msgspec.structs.replace(chunks[0], pinned=True), *chunks[1:])
+    plan = planned(msgspec.structs.replace(window, chunks=pinned), new, Masking(keep=0.0, slack=0.0))
+    assert [chunk.importance for chunk in plan.chunks] == [0.9, 0.5, 0.0, 0.9, 0.0, 0.5]
+    calm = planned(Window(2 * size_of(chunks), chunks, len(chunks) - 1), new)
+    assert calm.chunks[0].importance == 0.9 and not calm.masked
+
+
+class Latest:
+    """A late estimator, by which what comes last is worth most; it notes what it was asked about."""
+
+    name, late = "latest", True
+
+    def __init__(self) -> None:
+        self.asked: list[list[int]] = []
+
+    def of(self, window: Window, chunks: Sequence[Chunk], places: Sequence[int]) -> list[float]:
+        self.asked.append([len(chunks), *places])
+        return [place / len(chunks) for place in places]
+
+
+@pytest.mark.parametrize("hold", [True, False])
+def test_what_comes_is_weighed_before_it_can_be_cut(hold: bool):
+    latest = Latest()
+    turns, window = Turns(encode, latest, Forget(), Masking(most=1)), Window(40)
+    for number in range(12):
+        window, _ = turns.add(window, "user", f"This is said as number {number}.", hold=hold)
+    assert latest.asked and all((asked[-1] == asked[0] - 1) is not hold for asked in latest.asked)
+    assert all(len(asked) <= 4 for asked in latest.asked)
+    assert (window.chunks[-1].importance > 0.5) is not hold
 
 
 def test_a_window_is_tightened_when_what_is_around_it_grows():

@@ -285,7 +285,12 @@ def test_what_is_forgotten_is_nowhere_on_the_disk(new_server: Callable[..., Live
         assert everlearn(["memory", "show", "hans", *arguments]) == 0
         assert everlearn(["memory", "show", "hans", "--turn", "2", *arguments]) == 0
         assert "The bus was 0 minutes late." in capsys.readouterr().out
+        capsys.readouterr()
         assert everlearn(["memory", "pin", "hans", "57", *arguments]) == 0
+        pinned = capsys.readouterr().out
+        assert "assistant" in pinned and "user" not in pinned  # the chunk of that turn, and no other
+        assert everlearn(["memory", "correct", "hans", "56", "It was the tram.", *arguments]) == 0
+        assert "It was the tram." in capsys.readouterr().out
         assert everlearn(["memory", "show", "ida", *arguments]) == 4
 
 
