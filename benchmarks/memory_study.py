@@ -6,10 +6,11 @@
     python benchmarks/memory_study.py --collect RUNS                  # one result file and its plot
 
 FOLDER holds longmemeval/longmemeval_s_multiq.json and memorybank/en/ (docs/guides/memory.md says where they come from); without it the
-synthetic suite is run alone. A run is SUITE/HISTORY/METHOD@BUDGET, or of several: `rules` are the methods without a model and `methods`
-all, at all budgets; `all` are the suite's histories. Those that end in +answers start a server of their own on the embedded model, which
-is also who writes and decides, as it is; `--at-once` reads so many histories side by side, which a server answers in batches (what a turn
-takes is then that of all of them). `--smoke` makes every history short, for a look at whether all of it works.
+synthetic suite is run alone. A run is SUITE/HISTORY/METHOD@BUDGET, or of several: `rules` are the methods without a model, `writers`
+the others and `methods` all, at all budgets; `all` are the suite's histories. Those that end in +answers start a server of their own on
+the embedded model, which is also who writes and decides, as it is; `--at-once` reads so many histories side by side, which a server
+answers in batches (what a turn takes is then that of all of them). `--smoke` makes every history short, for a look at whether all of it
+works.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def one(args: argparse.Namespace, name: str) -> Iterator[study.Run]:
     """Each as it is done."""
     suite, history, what = name.split("/")
     kind, _, only = what.removesuffix("+answers").partition("@")
-    several = {"rules": RULES, "methods": (*RULES, *WRITERS)}.get(kind)
+    several = {"rules": RULES, "writers": WRITERS, "methods": (*RULES, *WRITERS)}.get(kind)
     methods, budgets = (several, BUDGETS[suite]) if several else ((kind,), (int(only),))
     tokenizer = load(model_folder("smollm2"))
     head = importance.BY_HAND if args.head is None else importance.load(args.head)

@@ -87,7 +87,7 @@ class Size(NamedTuple):
 
 SIZES = {
     "small": Size(2000, (300, 1000), 2048, steps=24, warm=16, rate=2e-4, groups=24),
-    "smollm2": Size(300, (100,), 8192, steps=18, warm=12, rate=1e-4, groups=24),
+    "smollm2": Size(300, (100,), 8192, steps=20, warm=14, rate=1e-4, groups=24),
 }
 
 
