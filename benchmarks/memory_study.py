@@ -6,11 +6,11 @@
     python benchmarks/memory_study.py --collect RUNS                  # one result file and its plot
 
 FOLDER holds longmemeval/longmemeval_s_multiq.json and memorybank/en/ (docs/guides/memory.md says where they come from); without it the
-synthetic suite is run alone. A run is SUITE/HISTORY/METHOD@BUDGET, or of several: `rules` are the methods without a model, `writers`
-the others and `methods` all, at all budgets; `all` are the suite's histories. Those that end in +answers start a server of their own on
-the embedded model, which is also who writes and decides, as it is; `--at-once` reads so many histories side by side, which a server
-answers in batches (what a turn takes is then that of all of them). `--smoke` makes every history short, for a look at whether all of it
-works.
+synthetic suite is run alone. A run is SUITE/HISTORY/METHOD[@BUDGET], or of several: METHOD,METHOD; `rules` are those without a model,
+`writers` the others and `methods` all; `all` are the suite's histories, and no budget means all of them. Those that end in +answers start
+a server of their own on the embedded model, which is also who writes and decides, as it is; `--at-once` reads so many histories side by
+side, which a server answers in batches (what a turn takes is then that of all of them). `--smoke` makes every history short, for a look
+at whether all of it works.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from everlearn.memory import importance, study
 from everlearn.memory.asking import Asking
 from everlearn.memory.decide import Certain
 from everlearn.memory.generate import Generate
-from everlearn.memory.methods import RULES, WRITERS, method
+from everlearn.memory.methods import PORTION, RULES, WRITERS, Method, Overwrite, method
 from everlearn.memory.suites import Case, longmemeval, memorybank
 from everlearn.memory.synthetic import synthetic
 from everlearn.render.tokenizer import load
@@ -45,7 +45,8 @@ BUDGETS = {"synthetic-300": (256, 512, 1024), "synthetic-2000": (256, 512, 1024)
 SEEDS = (0, 1, 2)
 HELD_OUT = 100  # added to a seed: the weights by hand were set while looking at histories 0 to 2
 TOO_LONG = ("synthetic-2000", "methods+answers")  # memory_train.py asks a model about these
-ROOM = 8192 - 128  # tokens that the embedded model takes, less its answer
+CONTEXT = 8192  # tokens that the embedded model takes
+ROOM = CONTEXT - 128  # less its answer
 
 
 def runs_of(data: Path | None) -> list[str]:
@@ -67,6 +68,12 @@ def cases(suite: str, history: str, data: Path | None, smoke: bool) -> list[Case
     return found if history == "all" else found[int(history) :][:1]
 
 
+def portion(context: int, budget: int) -> int:
+    """Tokens that `overwrite` reads at once: twice its notes and PORTION at least, as far as a model's context has room for them beside the
+    order, the notes, and the notes to be written."""
+    return min(max(PORTION, 2 * budget), context - 2 * budget - 128)
+
+
 @contextmanager
 def asking(args: argparse.Namespace, wanted: bool) -> Iterator[Asking | None]:
     if not wanted:
@@ -84,8 +91,8 @@ def one(args: argparse.Namespace, name: str) -> Iterator[study.Run]:
     """Each as it is done."""
     suite, history, what = name.split("/")
     kind, _, only = what.removesuffix("+answers").partition("@")
-    several = {"rules": RULES, "writers": WRITERS, "methods": (*RULES, *WRITERS)}.get(kind)
-    methods, budgets = (several, BUDGETS[suite]) if several else ((kind,), (int(only),))
+    several = {"rules": RULES, "writers": WRITERS, "methods": (*RULES, *WRITERS)}
+    methods, budgets = several.get(kind) or kind.split(","), (int(only),) if only else BUDGETS[suite]
     tokenizer = load(model_folder("smollm2"))
     head = importance.BY_HAND if args.head is None else importance.load(args.head)
 
@@ -99,7 +106,10 @@ def one(args: argparse.Namespace, name: str) -> Iterator[study.Run]:
             if model is not None:
                 hands = {"write": model.write, "refill": Generate(model.sampler, model.chat)}
                 hands["decided"] = Certain(model.sampler, model.chat, once=True)
-            made = method(kind, encode, budget, seed=len(case.turns), head=head, **hands)
+            if kind == "overwrite" and model is not None:
+                made: Method = Overwrite(encode, budget, model.write, portion(CONTEXT, budget))
+            else:
+                made = method(kind, encode, budget, seed=len(case.turns), head=head, **hands)
             asked = model is not None and any(question.answers for question in case.questions)
             return study.run(suite, case, made, budget, encode, 0, model.answers if model is not None and asked else None, ROOM)
 

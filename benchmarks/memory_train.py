@@ -37,7 +37,7 @@ import curves
 import numpy as np
 from common import ROOT, model_folder, origin, server, short, write_result
 from memory_study import BUDGETS as SUITE_BUDGETS
-from memory_study import HELD_OUT, SEEDS, cases
+from memory_study import HELD_OUT, SEEDS, cases, portion
 
 sys.path.insert(0, str(ROOT))
 import msgspec
@@ -49,7 +49,7 @@ from everlearn.memory.decide import ByPolicy, Certain, Surest
 from everlearn.memory.distil import examples
 from everlearn.memory.environment import Judge, MemoryTasks
 from everlearn.memory.generate import Generate
-from everlearn.memory.methods import PORTION, RULES, Method, Overwrite, method
+from everlearn.memory.methods import RULES, Method, Overwrite, method
 from everlearn.memory.refill import Extract, Refill
 from everlearn.memory.suites import Case
 from everlearn.memory.synthetic import synthetic
@@ -151,17 +151,12 @@ def examined(args: argparse.Namespace, asked: Asked, made: dict[str, Any]) -> It
             yield found
 
 
-def portion(size: Size, budget: int) -> int:
-    """Tokens that `overwrite` reads at once: what the model's context leaves beside the order, the notes, and the notes to be written."""
-    return min(PORTION, size.context - 2 * budget - 128)
-
-
 def fits(size: Size, place: Place, label: str) -> bool:
     """False where `overwrite` has no room to read anything, since its notes and their successors fill the model's context; and for the
     policy's other hands (it writes, or a head chooses its sentences) where they aren't compared."""
     if label.startswith(("trained", "untrained")) and not label.endswith("+extract") and not place.main:
         return False
-    return label != "overwrite" or portion(size, place.budget) >= 128
+    return label != "overwrite" or portion(size.context, place.budget) >= 128
 
 
 def rules(args: argparse.Namespace, asked: Asked) -> dict[str, Any]:
@@ -172,7 +167,7 @@ def writers(args: argparse.Namespace, asked: Asked) -> dict[str, Any]:
     size, write = SIZES[args.model], asked.asking.write
     return {
         "summary": lambda budget: method("summary", asked.encode, budget, write=write),
-        "overwrite": lambda budget: Overwrite(asked.encode, budget, write, portion(size, budget)),
+        "overwrite": lambda budget: Overwrite(asked.encode, budget, write, portion(size.context, budget)),
     }
 
 
