@@ -17,11 +17,13 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TINKER_API_KEY", "tml-benchmark")
@@ -167,6 +169,16 @@ def until(ready: Callable[[], bool], process: subprocess.Popen[bytes] | None = N
         if time.monotonic() > deadline or (process is not None and process.poll() is not None):
             raise SystemExit("the server did not start; see server.log in its home folder")
         time.sleep(0.05)
+
+
+def side_by_side(num: int, jobs: Sequence[Callable[[], T]]) -> Iterator[T]:
+    """What the jobs give, as they are done, `num` of them at once. If one fails, those that haven't begun are left out."""
+    pool = ThreadPoolExecutor(num)
+    try:
+        for future in as_completed([pool.submit(job) for job in jobs]):
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def free_port() -> int:

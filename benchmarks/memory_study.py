@@ -16,17 +16,18 @@ at whether all of it works.
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, model_folder, origin, server, write_result
+from common import ROOT, model_folder, origin, server, side_by_side, write_result
 
 sys.path.insert(0, str(ROOT))
 import msgspec
@@ -36,22 +37,37 @@ from everlearn.memory.asking import Asking
 from everlearn.memory.decide import Certain
 from everlearn.memory.generate import Generate
 from everlearn.memory.methods import PORTION, RULES, WRITERS, Method, Overwrite, method
-from everlearn.memory.suites import Case, longmemeval, memorybank
+from everlearn.memory.suites import Case, Question, longmemeval, memorybank, share
 from everlearn.memory.synthetic import synthetic
 from everlearn.render.tokenizer import load
 from everlearn.rl.prompts import ChatMl
 
-BUDGETS = {"synthetic-300": (256, 512, 1024), "synthetic-2000": (256, 512, 1024), "longmemeval": (512, 2048), "memorybank": (512, 2048)}
+BUDGETS = {
+    "synthetic-300": (256, 512, 1024),
+    "synthetic-2000": (256, 512, 1024),
+    "longmemeval": (512, 2048),
+    "longmemeval-20k": (512, 2048),
+    "memorybank": (512, 2048),
+}
+PIECE = 20_000  # tokens of a piece of longmemeval-20k
+ORDER = (*RULES, *WRITERS)
+COLOURS = dict(
+    zip(
+        ORDER,
+        ("#6b7280", "#94a3b8", "#cbd5e1", "#16a34a", "#2563eb", "#60a5fa", "#d97706", "#dc2626", "#9333ea", "#0891b2", "#be185d"),
+        strict=True,
+    )
+)
 SEEDS = (0, 1, 2)
 HELD_OUT = 100  # added to a seed: the weights by hand were set while looking at histories 0 to 2
-TOO_LONG = ("synthetic-2000", "methods+answers")  # memory_train.py asks a model about these
+ASKED_ELSEWHERE = ("synthetic-2000", "methods+answers")  # by memory_train.py
 CONTEXT = 8192  # tokens that the embedded model takes
 ROOM = CONTEXT - 128  # less its answer
 
 
 def runs_of(data: Path | None) -> list[str]:
     suites = [suite for suite in BUDGETS if data is not None or suite.startswith("synthetic")]
-    return [f"{suite}/all/{what}" for what in ("rules", "methods+answers") for suite in suites if (suite, what) != TOO_LONG]
+    return [f"{suite}/all/{what}" for what in ("rules", "methods+answers") for suite in suites if (suite, what) != ASKED_ELSEWHERE]
 
 
 def cases(suite: str, history: str, data: Path | None, smoke: bool) -> list[Case]:
@@ -60,12 +76,33 @@ def cases(suite: str, history: str, data: Path | None, smoke: bool) -> list[Case
         found = [synthetic(turns, HELD_OUT + seed) for seed in SEEDS]
     elif data is None:
         raise SystemExit(f"suite {suite} needs --data")
-    elif suite == "longmemeval":
+    elif suite.startswith("longmemeval"):
         found = longmemeval(data / "longmemeval" / "longmemeval_s_multiq.json")
+        found = [piece for case in found for piece in pieces(case)] if suite.endswith("20k") else found
         found = [case._replace(turns=case.turns[:40]) for case in found] if smoke else found
     else:
         found = memorybank(data / "memorybank" / "en")[: 2 if smoke else None]
-    return found if history == "all" else found[int(history) :][:1]
+    if history == "all":
+        return found
+    if not history.isdigit() or int(history) >= len(found):
+        raise SystemExit(f"{suite} has no history {history!r}; it has 0 to {len(found) - 1}, or all")
+    return [found[int(history)]]
+
+
+def pieces(case: Case) -> list[Case]:
+    """A long history in pieces of PIECE tokens, each with the questions whose evidence stands in it: in the turn that holds most of their
+    words. Pieces without questions are left out. What a model writes takes hours over the whole, one word after another."""
+    tokenizer = load(model_folder("smollm2"))
+    sizes = [len(tokenizer.encode(tokenizer.guard(text))) for _, text in case.turns]
+    piece_of = [before // PIECE for before in itertools.accumulate(sizes, initial=0)][:-1]
+    asked: dict[int, list[Question]] = {}
+    for question in case.questions:
+        held = [share(question.words, [text]) for _, text in case.turns]
+        asked.setdefault(piece_of[held.index(max(held))], []).append(question)
+    return [
+        Case(f"{case.name}-{number}", [turn for turn, piece in zip(case.turns, piece_of, strict=True) if piece == number], own)
+        for number, own in sorted(asked.items())
+    ]
 
 
 def portion(context: int, budget: int) -> int:
@@ -91,7 +128,7 @@ def one(args: argparse.Namespace, name: str) -> Iterator[study.Run]:
     """Each as it is done."""
     suite, history, what = name.split("/")
     kind, _, only = what.removesuffix("+answers").partition("@")
-    several = {"rules": RULES, "writers": WRITERS, "methods": (*RULES, *WRITERS)}
+    several = {"rules": RULES, "writers": WRITERS, "methods": ORDER}
     methods, budgets = several.get(kind) or kind.split(","), (int(only),) if only else BUDGETS[suite]
     tokenizer = load(model_folder("smollm2"))
     head = importance.BY_HAND if args.head is None else importance.load(args.head)
@@ -114,14 +151,12 @@ def one(args: argparse.Namespace, name: str) -> Iterator[study.Run]:
             return study.run(suite, case, made, budget, encode, 0, model.answers if model is not None and asked else None, ROOM)
 
         found = cases(suite, history, args.data, args.smoke)
-        wanted = [
-            (case, budget, kind) for kind in reversed(methods) for budget in budgets for case in found
-        ]  # those that a model writes first
-        with ThreadPoolExecutor(args.at_once) as pool:
-            for future in as_completed([pool.submit(run, *each) for each in wanted]):
-                done = future.result()
-                print(f"{suite} {done.budget} {done.method} {done.case}: kept {sum(done.kept)} of {len(done.kept)}", flush=True)
-                yield done
+        # Those that a model writes first: they take longest. `full` knows no budget.
+        places = [(kind, budget) for kind in reversed(methods) for budget in (budgets[:1] if kind == "full" else budgets)]
+        jobs = [functools.partial(run, case, budget, kind) for kind, budget in places for case in found]
+        for done in side_by_side(args.at_once, jobs):
+            print(f"{suite} {done.budget} {done.method} {done.case}: kept {sum(done.kept)} of {len(done.kept)}", flush=True)
+            yield done
 
 
 def collected(folder: Path) -> tuple[list[study.Run], list[dict[str, Any]]]:
@@ -142,14 +177,7 @@ def collected(folder: Path) -> tuple[list[study.Run], list[dict[str, Any]]]:
 def plot(rows: Sequence[dict[str, Any]], width: int = 900, height: int = 300) -> str:
     """Evidence retention: a panel for each suite, a bar for each method, one group for each budget."""
     suites = list(dict.fromkeys(row["suite"] for row in rows))
-    names = [name for name in (*RULES, *WRITERS) if any(row["method"] == name for row in rows)]
-    colours = dict(
-        zip(
-            names,
-            ("#6b7280", "#94a3b8", "#cbd5e1", "#16a34a", "#2563eb", "#60a5fa", "#d97706", "#dc2626", "#9333ea", "#0891b2", "#be185d"),
-            strict=True,
-        )
-    )
+    names = [name for name in ORDER if any(row["method"] == name for row in rows)]
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height * len(suites) + 30}" font-family="system-ui, sans-serif">'
     ]
@@ -169,13 +197,13 @@ def plot(rows: Sequence[dict[str, Any]], width: int = 900, height: int = 300) ->
             for index, (name, row) in enumerate(bars):
                 x, kept = 56 + place * group + index * step, row["kept"]
                 y = base - (base - top) * kept["mean"]
-                parts.append(f'<rect x="{x:.1f}" y="{y:.1f}" width="{0.8 * step:.1f}" height="{base - y:.1f}" fill="{colours[name]}"/>')
+                parts.append(f'<rect x="{x:.1f}" y="{y:.1f}" width="{0.8 * step:.1f}" height="{base - y:.1f}" fill="{COLOURS[name]}"/>')
                 ends = [base - (base - top) * kept[end] for end in ("low", "high")]
                 parts.append(f'<path d="M{x + 0.4 * step:.1f} {ends[0]:.1f}V{ends[1]:.1f}" stroke="#888"/>')
             parts.append(f'<text x="{56 + place * group}" y="{base + 14}" font-size="11" fill="#888">{budget} tokens</text>')
     for index, name in enumerate(names):
         x = 50 + index * (width - 60) / len(names)
-        parts.append(f'<rect x="{x:.0f}" y="{height * len(suites) + 12}" width="10" height="10" fill="{colours[name]}"/>')
+        parts.append(f'<rect x="{x:.0f}" y="{height * len(suites) + 12}" width="10" height="10" fill="{COLOURS[name]}"/>')
         parts.append(f'<text x="{x + 14:.0f}" y="{height * len(suites) + 21}" font-size="12" fill="#888">{name}</text>')
     return "\n".join([*parts, "</svg>"])
 
@@ -208,7 +236,7 @@ def main() -> None:
             path.write_bytes(msgspec.json.encode(told | {"runs": runs}, enc_hook=str))
     elif args.collect:
         runs, origins = collected(args.collect)
-        rows = study.summed(runs)
+        rows = sorted(study.summed(runs), key=lambda row: (list(BUDGETS).index(row["suite"]), row["budget"], ORDER.index(row["method"])))
         out = args.out or ROOT / "benchmarks" / "results" / f"{time.strftime('%F')}-memory-study.json"
         sys.argv = [sys.argv[0], "--collect", args.collect.name]
         results = {"rows": rows, "runs": msgspec.to_builtins(runs), "origins": origins}

@@ -23,19 +23,19 @@ lengths at 512 tokens; with --data on LongMemEval's pieces and MemoryBank too. W
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import curves
 import numpy as np
-from common import ROOT, model_folder, origin, server, short, write_result
+from common import ROOT, model_folder, origin, server, short, side_by_side, write_result
 from memory_study import BUDGETS as SUITE_BUDGETS
 from memory_study import HELD_OUT, SEEDS, cases, portion
 
@@ -125,7 +125,7 @@ def places(size: Size, args: argparse.Namespace) -> Iterator[Place]:
         yield from (own(turns, BUDGET) for turns in size.lengths)
     for suite in REAL if args.data else ():
         found = cases(suite, "all", args.data, args.smoke)
-        yield from (Place(suite, budget, found) for budget in SUITE_BUDGETS[suite])
+        yield from (Place(f"{args.model}-{suite}", budget, found) for budget in SUITE_BUDGETS[suite])
 
 
 def examined(args: argparse.Namespace, asked: Asked, made: dict[str, Any]) -> Iterator[study.Run]:
@@ -140,15 +140,13 @@ def examined(args: argparse.Namespace, asked: Asked, made: dict[str, Any]) -> It
         return msgspec.structs.replace(found, method=label)
 
     started = time.perf_counter()
-    with ThreadPoolExecutor(args.at_once) as pool:
-        fitting = [(place, label) for place in places(size, args) for label in made if fits(size, place, label)]
-        wanted = [(place, case, label) for place, label in fitting for case in place.cases]
-        for future in as_completed([pool.submit(run, *one) for one in wanted]):
-            found = future.result()
-            right = f"{np.mean(found.contains):.2f}" if found.contains else "-"
-            print(f"{found.method} {found.suite} {found.turns} turns {found.budget}: kept {np.mean(found.kept):.2f}, right {right}, "
-                  f"after {time.perf_counter() - started:.0f} s", flush=True)  # fmt: skip
-            yield found
+    fitting = [(place, label) for place in places(size, args) for label in made if fits(size, place, label)]
+    jobs = [functools.partial(run, place, case, label) for place, label in fitting for case in place.cases]
+    for found in side_by_side(args.at_once, jobs):
+        right = f"{np.mean(found.contains):.2f}" if found.contains else "-"
+        print(f"{found.method} {found.suite} {found.turns} turns {found.budget}: kept {np.mean(found.kept):.2f}, right {right}, "
+              f"after {time.perf_counter() - started:.0f} s", flush=True)  # fmt: skip
+        yield found
 
 
 def fits(size: Size, place: Place, label: str) -> bool:
@@ -272,8 +270,9 @@ def said(args: argparse.Namespace, part: str) -> list[str]:
     """The command's options without this machine's places."""
     options = ["--only", f"{args.model}/{args.seed}/{part}", "--histories", str(args.histories)]
     options += [told for name in ("reader", "data") if (path := getattr(args, name)) for told in (f"--{name}", short(str(path)))]
-    for name in ("steps", "rate", "base_url"):
-        options += [f"--{name.replace('_', '-')}", str(getattr(args, name))] if getattr(args, name) else []
+    for name in ("steps", "rate"):
+        options += [f"--{name}", str(getattr(args, name))] if getattr(args, name) else []
+    options += ["--base-url", "URL"] if args.base_url else []
     return options + [f"--{name}" for name in ("main", "smoke") if getattr(args, name)]
 
 
@@ -333,7 +332,11 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=6, metavar="N", help="histories that are read side by side")
     parser.add_argument("--steps", type=int, help="of training (default: the model's own number)")
     parser.add_argument("--rate", type=float, help="learning rate of the later steps (default: the model's own)")
-    parser.add_argument("--base-url", metavar="URL", help="a server that has the model, as `bench`, in place of one for this run alone")
+    parser.add_argument(
+        "--base-url",
+        metavar="URL",
+        help="a server that has the model, as `bench`, for several runs at once: with threads, device and room of its own",
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", help="of the server (default: cpu for the small model, auto for the embedded one)")
     parser.add_argument("--main", action="store_true", help="examine at the full length and the one budget only")
@@ -348,7 +351,7 @@ def main() -> None:
         args.seed = int(seed)
         if args.model not in SIZES or part not in PARTS:
             parser.error(f"--only {args.only} is none; --list names all")
-        for name, model in (("reader", "smollm2"), ("listener", "small")):
+        for name, model in (("reader", "smollm2"), ("listener", "small"), ("data", "smollm2")):
             if getattr(args, name) is not None and args.model != model:
                 parser.error(f"--{name} is for {model}, and --only is of {args.model}")
         one(args, part)

@@ -11,6 +11,7 @@ import click
 
 from everlearn.cli.console import Console, Noun, pass_console
 from everlearn.cli.memory_train import train
+from everlearn.errors import Forbidden
 
 command = Noun("memory", help="Memories of conversations, and what is in them.")
 command.add_command(train)
@@ -35,9 +36,13 @@ def show_chunks(console: Console, memory: dict[str, Any], shown: list[dict[str, 
     console.table(shown, ["sources", "role", "tokens", "age", "rewrites", "importance", "pinned", "text"])
 
 
-def show_turn(console: Console, memory_id: str, number: int) -> None:
-    """The memory as it is now, and the chunks that come from turn `number`."""
-    memory = console.client().get(route(memory_id))
+def show_turn(console: Console, memory: dict[str, Any], number: int) -> None:
+    """A memory that was changed, and the chunks that come from turn `number`, if this key may read them."""
+    try:
+        memory = console.client().get(route(memory["id"]))
+    except Forbidden:
+        console.result(row(memory))
+        return
     show_chunks(console, memory, [chunk for chunk in memory["chunks"] if number in chunk["sources"]])
 
 
@@ -86,8 +91,7 @@ def change(console: Console, memory_id: str, refill: str | None, importance: str
 @pass_console
 def pin(console: Console, memory_id: str, number: int, off: bool) -> None:
     """Keep the chunk of turn NUMBER in the window as it is."""
-    console.client().post(route(memory_id, "pin"), {"number": number, "pinned": not off})
-    show_turn(console, memory_id, number)
+    show_turn(console, console.client().post(route(memory_id, "pin"), {"number": number, "pinned": not off}), number)
 
 
 @command.command("correct")
@@ -97,8 +101,7 @@ def pin(console: Console, memory_id: str, number: int, off: bool) -> None:
 @pass_console
 def correct(console: Console, memory_id: str, number: int, text: str) -> None:
     """Put TEXT in the place of what turn NUMBER said."""
-    console.client().post(route(memory_id, "correct"), {"number": number, "text": text})
-    show_turn(console, memory_id, number)
+    show_turn(console, console.client().post(route(memory_id, "correct"), {"number": number, "text": text}), number)
 
 
 @command.command("forget")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from everlearn.memory.suites import Case
 
 HELD_OUT = 0.1  # the last cases of a file, which are looked at and not trained on
+SYNTHETIC_BUDGET, DATA_BUDGET = 128, 512
 EVALUATE_EVERY = 15  # steps: however many are asked for, so that a run can be made longer
 
 
@@ -30,7 +31,11 @@ EVALUATE_EVERY = 15  # steps: however many are asked for, so that a run can be m
 @click.option("--data", type=click.Path(path_type=Path), metavar="FILE", help="histories in LongMemEval's form [default: synthetic ones]")
 @click.option("--turns", type=click.IntRange(min=8), default=400, show_default=True, help="length of a synthetic history")
 @click.option("--facts", type=click.IntRange(1, 35), default=35, show_default=True, help="asked about in a synthetic history")
-@click.option("--budget", type=click.IntRange(min=64), default=128, show_default=True, help="tokens of the windows that are trained at")
+@click.option(
+    "--budget",
+    type=click.IntRange(min=64),
+    help=f"tokens of the windows that are trained at [default: {SYNTHETIC_BUDGET}; {DATA_BUDGET} with --data, whose turns are longer]",
+)
 @click.option("--steps", type=click.IntRange(min=1), default=24, show_default=True, help="in all")
 @click.option(
     "--warm",
@@ -84,7 +89,7 @@ def train(console: Console, out: Path, model: str, data: Path | None, **options:
                 history,
                 chat,
                 judge,
-                budgets=(options["budget"],),
+                budgets=(options["budget"] or (SYNTHETIC_BUDGET if data is None else DATA_BUDGET),),
                 pay=Pay(correct=1.0 if weight else 0.0),
                 batches=batches,
                 groups_per_batch=options["groups"],

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import tinker
 
 from everlearn.errors import InternalError, InvalidRequest
-from everlearn.memory.window import Chunk, Window
+from everlearn.memory.window import Chunk, Window, others
 
 
 class Counterfactual:
@@ -31,7 +31,10 @@ class Counterfactual:
         self.sampler, self.later, self.scale = sampler, later, scale
 
     def of(self, window: Window, chunks: Sequence[Chunk], places: Sequence[int]) -> list[float]:
-        return [1.0 - math.exp(-max(0.0, fall) / self.scale) for fall in self.falls(chunks, places)]
+        """Of a chunk that is itself to be explained nothing is known: it is worth what it was."""
+        first = len(chunks) - self.later
+        pairs = zip(places, self.falls(chunks, places), strict=True)
+        return [chunks[place].importance if place >= first else 1.0 - math.exp(-max(0.0, fall) / self.scale) for place, fall in pairs]
 
     def falls(self, chunks: Sequence[Chunk], places: Sequence[int]) -> list[float]:
         """In nats, summed over the tokens of the last `later` chunks; 0 for a chunk that is one of them."""
@@ -47,8 +50,10 @@ class Counterfactual:
         return [sums[0] - found[place] if place in found else 0.0 for place in places]
 
     def _prompt(self, chunks: Sequence[Chunk], first: int, without: int | None) -> list[int]:
-        """All lines but one. With nothing before them, the first token of the last turns couldn't be scored: the hole is one line end."""
-        kept = [token for place, chunk in enumerate(chunks[:first]) if place != without for token in chunk.tokens]
+        """All lines but one and its copies. With nothing before them, the first token of the last turns couldn't be scored: the hole is one
+        line end."""
+        shown = chunks[:first] if without is None else others(chunks[:first], without)
+        kept = [token for chunk in shown for token in chunk.tokens]
         head = kept or [chunks[first - 1].tokens[-1]]
         return [*head, *(token for chunk in chunks[first:] for token in chunk.tokens)]
 

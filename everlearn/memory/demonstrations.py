@@ -11,22 +11,35 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tinker import types
 
-from everlearn.rl.datums import elements_of
+from everlearn.errors import Conflict
+from everlearn.rl.datums import elements_of, weighed
 from everlearn.rl.policy import seed_of
-from everlearn.rl.runfolder import append, lines_before
+from everlearn.rl.runfolder import append, cut_file
 
 FILE = "imitated.jsonl"
 
 
 class Demonstrations:
-    """Datums for `cross_entropy`, of text only. `before`: those of this step and later are about to be made again, and are forgotten."""
+    """Datums for `cross_entropy`, of text only."""
 
-    def __init__(self, folder: Path, before: int):
-        self.path = folder / FILE
-        self.data = [_datum(row) for line in lines_before(self.path, before) for row in json.loads(line)["data"]]
+    def __init__(self, path: Path, data: list[types.Datum]):
+        self.path, self.data = path, data
+
+    @classmethod
+    def open(cls, folder: Path, before: int) -> Demonstrations:
+        """Of a run whose next step is `before`: what it imitated in that step and later is about to be made again, and is removed. Raises
+        Conflict where steps were made and the file is gone."""
+        path = folder / FILE
+        if before and not path.exists():
+            raise Conflict(
+                f"{folder} holds a run of {before} steps without its {FILE}, from which the next ones learn; begin it again in another "
+                "folder, or bring the file back",
+                param="folder",
+            )
+        rows = [row for line in cut_file(path, before) for row in json.loads(line)["data"]]
+        return cls(path, [weighed(row["tokens"], row["target_tokens"], row["weights"]) for row in rows])
 
     def add(self, step: int, data: Sequence[types.Datum]) -> None:
         append(self.path, {"step": step, "data": [_row(datum) for datum in data]})
@@ -40,11 +53,3 @@ class Demonstrations:
 def _row(datum: types.Datum) -> dict[str, Any]:
     inputs = {name: data.to_numpy().tolist() for name, data in datum.loss_fn_inputs.items()}
     return {"tokens": elements_of(datum.model_input), **inputs}
-
-
-def _datum(row: dict[str, Any]) -> types.Datum:
-    inputs = {
-        "target_tokens": types.TensorData.from_numpy(np.array(row["target_tokens"], dtype=np.int64)),
-        "weights": types.TensorData.from_numpy(np.array(row["weights"], dtype=np.float32)),
-    }
-    return types.Datum(model_input=types.ModelInput.from_ints(row["tokens"]), loss_fn_inputs=inputs)

@@ -36,7 +36,7 @@ from everlearn.memory.plan import FLOOR, Plan, planned, settled
 from everlearn.memory.scores import contains, kept
 from everlearn.memory.suites import Case, Question
 from everlearn.memory.turns import pressed
-from everlearn.memory.window import Chunk, Window, line
+from everlearn.memory.window import Chunk, Window, line, others
 from everlearn.rewards.reward import Part, Reward
 from everlearn.rl.env import Env, EnvGroup, StepResult, StopCondition, deal
 from everlearn.rl.prompts import ChatMl
@@ -85,8 +85,8 @@ class Judge:
         self, chunks: Sequence[Chunk], places: Sequence[int], questions: Sequence[Question], before: Sequence[float], scale: float
     ) -> list[float]:
         """What the chunk at each place is worth to the questions, by the counterfactual: 1 - mean exp(-max(0, fall) / scale), the fall
-        being from `before`, with all chunks, to the window without that one. 0 to 1; a forward pass for each place and question."""
-        without = await asyncio.gather(*(self.logprobs([*chunks[:place], *chunks[place + 1 :]], questions) for place in places))
+        being from `before`, with all chunks, to the window without that line. 0 to 1; a forward pass for each place and question."""
+        without = await asyncio.gather(*(self.logprobs(others(chunks, place), questions) for place in places))
         falls = [[max(0.0, then - now) for then, now in zip(before, one, strict=True)] for one in without]
         return [1.0 - sum(math.exp(-fall / scale) for fall in own) / len(own) for own in falls]
 

@@ -26,7 +26,7 @@ from everlearn.memory.window import Chunk, Encode, Window, chunk_of, line
 from everlearn.rl.policy import seed_of
 
 # In training more is cleared at once than a turn needs: a third of the window, of which a quarter may stay. So a group's members differ.
-# Nine decisions on each window: different windows teach more than more decisions on the same.
+# Nine decisions on each window, 2 x most and the turn that comes: other windows teach more than more decisions on the same.
 SQUEEZE = Masking(most=4, keep=0.25, slack=0.33)
 
 

@@ -83,20 +83,20 @@ def _pressed(window: Window, chunks: tuple[Chunk, ...], turn: int, masking: Mask
     over = size_of(chunks) - window.room
     if over <= 0:
         return Plan(window, chunks, turn)
-    chunks = _once(chunks)
+    valued = _once(chunks)
     kept = protected(chunks, turn, window.recent, window.room)
     if not hold:
         last = len(chunks) - 1
         kept = kept - {last} if not chunks[last].pinned else kept
     need = over + int(masking.slack * window.room)
-    masked = select(chunks, kept, need, turn, masking)
+    masked = select(valued, kept, need, turn, masking)
     held = size_of(chunks[place] for place in masked)
     if held < over:  # the last turns themselves are too long: only pins and the newest are beyond reach
         kept = frozenset(place for place in kept if chunks[place].pinned or (hold and chunks[place].born == turn))
-        masked = select(chunks, kept, need, turn, masking)
+        masked = select(valued, kept, need, turn, masking)
         held = size_of(chunks[place] for place in masked)
     free = max(held - need, 0) if held > need else max(held - over, 0)
-    worths = [worth(chunks[place], turn, masking) for place in masked]
+    worths = [worth(valued[place], turn, masking) for place in masked]
     lengths = [len(chunks[place].tokens) for place in masked]
     floors = [FLOOR if least is None else max(1, least(window, chunks[place])) for place in masked]
     budgets = _at_most(allocate(worths, lengths, free, floors), worths, lengths, masking.most)
@@ -104,18 +104,20 @@ def _pressed(window: Window, chunks: tuple[Chunk, ...], turn: int, masking: Mask
 
 
 def _once(chunks: tuple[Chunk, ...]) -> tuple[Chunk, ...]:
-    """The same, where a line that stands there again is worth nothing but for its newest copy, or a pinned one. To take one copy away costs
-    no answer, so each of them would be worth nothing by the counterfactual; and whoever is mistaken about one is about all of them, which
-    then fill the window."""
-    stays: dict[tuple[str, str], int] = {}
+    """The same, valued for one plan: of a line that stands there several times the newest copy, or a pinned one, stands for all, with the
+    highest of their importances, and the others are worth nothing. Else whoever is mistaken about a line is mistaken about each of its
+    copies, and these fill the window."""
+    copies: dict[tuple[str, str], list[int]] = {}
     for place, chunk in enumerate(chunks):
-        before = stays.get((chunk.role, chunk.text))
-        if before is None or chunk.pinned or not chunks[before].pinned:
-            stays[chunk.role, chunk.text] = place
-    return tuple(
-        chunk if chunk.pinned or stays[chunk.role, chunk.text] == place else msgspec.structs.replace(chunk, importance=0.0)
-        for place, chunk in enumerate(chunks)
-    )
+        copies.setdefault((chunk.role, chunk.text), []).append(place)
+    valued = list(chunks)
+    for places in copies.values():
+        if len(places) > 1:
+            stays = max(places, key=lambda place: (chunks[place].pinned, place))
+            most = max(chunks[place].importance for place in places)
+            for place in places:
+                valued[place] = msgspec.structs.replace(chunks[place], importance=most if place == stays else 0.0)
+    return tuple(valued)
 
 
 def _at_most(budgets: list[int], worths: Sequence[float], lengths: Sequence[int], most: int) -> tuple[int, ...]:

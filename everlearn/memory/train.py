@@ -3,8 +3,9 @@
 A run is one of reinforcement learning (everlearn/rl/train.py): its folder, its metrics, and where it can be continued are the same. It has
 two parts. In the first `warm_steps` steps the best member of each group is imitated, best by how little likelier answers became without
 what it let go (best of n, scored by the counterfactual); where chunks are weighed one by one (`MemoryTasks.weighed`), what is due of each
-is taught outright. Then groups are compared (GRPO), each from one window. Memory tokens and answer
-tokens are credited apart (everlearn/memory/credit.py), sent apart, and measured apart: `memory/...` and `answer/...`.
+is taught outright. Each warm step learns again from what those before it imitated. Then groups are compared (GRPO), each from one window.
+Memory tokens and answer tokens are credited apart (everlearn/memory/credit.py), sent apart, and measured apart: `memory/...` and
+`answer/...`.
 
 What comes out is an adapter: `Certain`, `Decided` and `Generate` take a sampler of it.
 """
@@ -81,8 +82,8 @@ class Training(msgspec.Struct, frozen=True):
 
 
 def recipe(base_model: str, steps: int, warm_steps: int, rate: float, **settings: Any) -> Training:
-    """What the figures in docs/design/memory.md were trained by. `rate`: the learning rate of the later steps; the warm ones have ten times
-    that. `settings`: others of the run."""
+    """What `everlearn memory train` and the figures in docs/design/memory.md are trained by. `rate`: the learning rate of the later steps;
+    the warm ones have ten times that. `settings`: others of the run."""
     run = Settings(
         base_model,
         steps,
@@ -161,7 +162,7 @@ class MemoryLearner(Learner):
                 param="folder",
             )
         super().__init__(service, training.run, folder, held_out, decode)
-        self.demonstrations = Demonstrations(folder, self.first)
+        self.demonstrations = Demonstrations.open(folder, self.first) if training.warm_steps else None
 
     def _save(self, step: int, stopped: str) -> None:
         note(self.folder, NOTES, self.notes)  # before the state: without one, notes bind nobody
@@ -195,7 +196,7 @@ class MemoryLearner(Learner):
         """Cross-entropy on what is to be said; `warm/nll` is that of what is new, before the first of the optimizer steps."""
         new = imitated(groups, chat)
         row: Metrics = {"warm/datums": float(len(new)), **self.distance(groups)}
-        if not new:
+        if not new or self.demonstrations is None:
             return row
         self.demonstrations.add(step, new)
         rate = self.training.warm_rate or self.settings.learning_rate
@@ -203,9 +204,9 @@ class MemoryLearner(Learner):
             data = self.demonstrations.drawn(len(new), self.settings.seed, step, epoch) if epoch else new
             gradient = self.client.forward_backward(data, "cross_entropy")
             stepped = self.client.optim_step(tinker.AdamParams(learning_rate=rate))
+            loss = float(gradient.result().metrics.get("loss:sum", 0.0))
             if not epoch:
-                tokens = sum(float(datum.loss_fn_inputs["weights"].to_numpy().sum()) for datum in new)
-                row["warm/nll"] = float(gradient.result().metrics.get("loss:sum", 0.0)) / tokens
+                row["warm/nll"] = loss / sum(float(datum.loss_fn_inputs["weights"].to_numpy().sum()) for datum in new)
             stepped.result()
         return row
 

@@ -78,7 +78,8 @@ class Turns:
 
     def _weighed(self, window: Window, chunk: Chunk, hold: bool) -> tuple[Window, Chunk]:
         """The window and what comes to it, with new importances of the chunks that are next to be masked."""
-        chunks = _valued(self.importance, window, (*window.chunks, chunk), pressed(window, self.masking, hold))
+        places = pressed(window, self.masking, hold or chunk.pinned)
+        chunks = _valued(self.importance, window, (*window.chunks, chunk), places)
         return msgspec.structs.replace(window, chunks=chunks[:-1]), chunks[-1]
 
     def _settled(self, plan: Plan) -> Changed:
@@ -93,13 +94,13 @@ class Turns:
 
 def pressed(window: Window, masking: Masking, hold: bool) -> list[int]:
     """Places of the chunks that a late estimator is asked about when there is pressure, in order: twice as many as can be refilled, the
-    least worth, and unless it is held the one that comes, behind all others. What nobody was asked about could be cut before anything
-    is known of it."""
+    least worth; and behind all others the one that comes, unless it is held: it could be cut at once, before anything is known of it."""
     places = [place for place, other in enumerate(window.chunks) if not other.pinned]
     places.sort(key=lambda place: (worth(window.chunks[place], window.turn, masking), window.chunks[place].born))
     return [*sorted(places[: 2 * masking.most]), *([] if hold else [len(window.chunks)])]
 
 
 def _valued(importance: Importance, window: Window, chunks: tuple[Chunk, ...], places: Sequence[int]) -> tuple[Chunk, ...]:
+    """The same chunks, those at these places with new importances."""
     found = dict(zip(places, importance.of(window, chunks, places), strict=True))
     return tuple(msgspec.structs.replace(chunk, importance=found[place]) if place in found else chunk for place, chunk in enumerate(chunks))

@@ -81,6 +81,12 @@ def size_of(chunks: Iterable[Chunk]) -> int:
     return sum(len(chunk.tokens) for chunk in chunks)
 
 
+def others(chunks: Sequence[Chunk], place: int) -> list[Chunk]:
+    """All that don't say what the chunk at `place` says: without it and its copies. To take away one of two would change nothing."""
+    said = chunks[place]
+    return [chunk for chunk in chunks if (chunk.role, chunk.text) != (said.role, said.text)]
+
+
 def line(role: str, text: str) -> str:
     """How a chunk is spelled. Lines behind the first are indented: what somebody said can't look like another speaker's line."""
     shown = text.replace("\r\n", "\n").replace("\r", "\n").replace("\n", "\n  ")

@@ -60,12 +60,12 @@ def note_run(folder: Path, run_id: str, settings: Any) -> None:
 
 def cut_back(folder: Path, step: int) -> list[dict[str, float]]:
     """The metrics of the steps before `step`. Lines of later ones, which are about to be made again, are removed."""
-    kept = {name: lines_before(folder / name, step) for name in ("metrics.jsonl", "rollouts.jsonl")}
+    kept = {name: cut_file(folder / name, step) for name in ("metrics.jsonl", "rollouts.jsonl")}
     return [json.loads(line) for line in kept["metrics.jsonl"]]
 
 
-def lines_before(path: Path, step: int) -> list[str]:
-    """The lines of the steps before `step`, which are all that stays in the file."""
+def cut_file(path: Path, step: int) -> list[str]:
+    """The lines of the steps before `step`; those of later ones are removed from the file."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     kept = [line for line in lines if _step_of(line) < step]
     new = path.with_suffix(".new")

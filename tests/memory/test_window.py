@@ -16,7 +16,7 @@ from everlearn.memory.mask import Masking, select
 from everlearn.memory.plan import planned, settled, tightened
 from everlearn.memory.refill import Extract, Forget
 from everlearn.memory.turns import Turns
-from everlearn.memory.window import BLOCK, Chunk, Window, chunk_of, line, protected_of, shown, size_of
+from everlearn.memory.window import BLOCK, Chunk, Window, chunk_of, line, others, protected_of, shown, size_of
 from tests.memory.spelling import encode
 
 WORDS = [
@@ -161,22 +161,22 @@ def test_the_least_worth_goes_first_and_the_older_among_equals():
 
 
 def test_of_copies_only_the_newest_or_a_pinned_one_is_worth_anything():
-    """Whoever is mistaken about a line would be about each of its copies; they don't fill a window."""
+    """Whoever is mistaken about a line would be about each of its copies; they don't fill a window. What stays is worth what any was."""
     said = [("assistant", "Clouds are small drops."), ("user", "Nora lives in Oslo."), ("user", "Clouds are small drops.")]
     chunks = tuple(
         msgspec.structs.replace(chunk_of(encode, *said[place], number), importance=importance)
-        for number, (place, importance) in enumerate([(0, 0.9), (1, 0.5), (0, 0.9), (2, 0.9), (0, 0.9)])
+        for number, (place, importance) in enumerate([(0, 0.9), (1, 0.5), (0, 0.8), (2, 0.9), (0, 0.1)])
     )
     window = Window(size_of(chunks), chunks, len(chunks) - 1, recent=1)
     new = msgspec.structs.replace(chunk_of(encode, "user", "Hm, ok.", len(chunks)), importance=0.5)
-    plan = planned(window, new, Masking(keep=0.0, slack=0.0))
-    assert [chunk.importance for chunk in plan.chunks] == [0.0, 0.5, 0.0, 0.9, 0.9, 0.5]  # the user's line is no copy of an answer's
-    assert plan.masked == (0,)
+    least = Masking(most=1, keep=0.0, slack=0.0)
+    plan = planned(window, new, least)
+    assert plan.masked == (0,) and plan.chunks == (*chunks, new)  # valued for this plan, and not changed
+    plan = planned(window, new, Masking(most=8, keep=0.0, slack=0.35))
+    assert plan.masked == (0, 1, 2)  # and not 4, which is worth what the best of its copies is
     pinned = (msgspec.structs.replace(chunks[0], pinned=True), *chunks[1:])
-    plan = planned(msgspec.structs.replace(window, chunks=pinned), new, Masking(keep=0.0, slack=0.0))
-    assert [chunk.importance for chunk in plan.chunks] == [0.9, 0.5, 0.0, 0.9, 0.0, 0.5]
-    calm = planned(Window(2 * size_of(chunks), chunks, len(chunks) - 1), new)
-    assert calm.chunks[0].importance == 0.9 and not calm.masked
+    assert planned(msgspec.structs.replace(window, chunks=pinned), new, least).masked == (2,)  # all stand for the pinned one now
+    assert others(chunks, 0) == [chunks[1], chunks[3]]  # the user's line is no copy of an answer's
 
 
 class Latest:

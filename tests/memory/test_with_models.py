@@ -124,6 +124,17 @@ def test_a_memory_whose_model_weighs_and_writes(sampler, chat, tmp_path: Path):
     memory.close()
 
 
+def test_an_answer_that_was_just_given_is_worth_what_it_was(sampler, chat, chunks):
+    """It belongs to what is to be explained, so its own loss explains nothing: it isn't the first to go. A line counts with its copies."""
+    counterfactual = Counterfactual(sampler, later=1)
+    window = Window(5000, chunks[:-1], 3)
+    new = msgspec.structs.replace(chunks[-1], importance=0.7)
+    assert counterfactual.of(window, (*chunks[:-1], new), [0, len(chunks) - 1])[1] == 0.7
+    twice = (chunks[0], chunks[1], msgspec.structs.replace(chunks[0], born=2), chunks[3], chunks[4])
+    falls = counterfactual.falls(twice, [0, 2])
+    assert falls[0] == pytest.approx(falls[1], abs=1e-4) and falls[0] != 0.0
+
+
 def test_answers_are_greedy_and_short(sampler, chat):
     asking = Asking(sampler, chat)
     asked = [(["user: My sister Nora lives in Lisbon.\n"], "Where does Nora live?"), ([], "What?")]

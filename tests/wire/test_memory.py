@@ -294,6 +294,19 @@ def test_what_is_forgotten_is_nowhere_on_the_disk(new_server: Callable[..., Live
         assert everlearn(["memory", "show", "ida", *arguments]) == 4
 
 
+def test_a_key_that_may_not_read_still_pins(new_server: Callable[..., LiveServer], capsys):
+    live = new_server()
+    assert everlearn(["key", "create", "shop", "--scope", "sample", "--home", str(live.home), "-f", "json"]) == 0
+    key = json.loads(capsys.readouterr().out)["key"]
+    while httpx.get(live.url + "/v1/models").status_code != 401:
+        time.sleep(0.1)
+    with openai.OpenAI(base_url=live.url + "/v1", api_key=key, max_retries=0) as client:
+        say(client, "lea", FACT)
+    assert everlearn(["memory", "pin", "lea", "0", "--url", live.url, "--key", key]) == 0
+    told = capsys.readouterr().out
+    assert "lea" in told and FACT not in told
+
+
 def test_a_kill_loses_nothing_that_was_answered(new_server: Callable[..., LiveServer]):
     live = new_server()
     with openai.OpenAI(base_url=live.url + "/v1", api_key=KEY, max_retries=0) as client:
