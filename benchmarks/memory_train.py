@@ -281,7 +281,7 @@ def collect(args: argparse.Namespace) -> None:
     if not files:
         raise SystemExit(f"{args.collect} holds no runs; make them with --only and --into")
     runs = [msgspec.convert(row, study.Run) for file in files for row in file["runs"]]
-    rows = study.summed(runs)
+    rows = sorted(study.summed(runs), key=lambda row: (row["suite"], row["budget"], row["method"]))
     for row in rows:
         told = " ".join(f"{name} {100 * row[name]['mean']:.1f} ({100 * row[name]['low']:.0f}-{100 * row[name]['high']:.0f})"
                         for name in ("kept", "contains", "f1") if name in row)  # fmt: skip
