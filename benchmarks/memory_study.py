@@ -36,7 +36,7 @@ from everlearn.memory import importance, study
 from everlearn.memory.asking import Asking
 from everlearn.memory.decide import Certain
 from everlearn.memory.generate import Generate
-from everlearn.memory.methods import PORTION, RULES, WRITERS, Method, Overwrite, method
+from everlearn.memory.methods import PORTION, RULES, WRITERS, method
 from everlearn.memory.suites import Case, Question, longmemeval, memorybank, share
 from everlearn.memory.synthetic import synthetic
 from everlearn.render.tokenizer import load
@@ -143,10 +143,7 @@ def one(args: argparse.Namespace, name: str) -> Iterator[study.Run]:
             if model is not None:
                 hands = {"write": model.write, "refill": Generate(model.sampler, model.chat)}
                 hands["decided"] = Certain(model.sampler, model.chat, once=True)
-            if kind == "overwrite" and model is not None:
-                made: Method = Overwrite(encode, budget, model.write, portion(CONTEXT, budget))
-            else:
-                made = method(kind, encode, budget, seed=len(case.turns), head=head, **hands)
+            made = method(kind, encode, budget, seed=len(case.turns), head=head, portion=portion(CONTEXT, budget), **hands)
             asked = model is not None and any(question.answers for question in case.questions)
             return study.run(suite, case, made, budget, encode, 0, model.answers if model is not None and asked else None, ROOM)
 

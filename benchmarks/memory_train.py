@@ -8,8 +8,8 @@
 
 A run is MODEL/SEED/PART. MODEL: `small` (listener.py) on histories of 2,000 turns, or `smollm2`, the embedded one, on 300 (with --reader:
 after reader.py taught it to answer). Every part is examined on the same histories at the same places: budgets at the full length, and
-lengths at 512 tokens; with --data on LongMemEval's pieces and MemoryBank too. Who answers is the same in all: the model that policies begin with. Training histories have seeds of their own
-(`TRAINED_ON`), as have those that the small model and the reader come from.
+lengths at 512 tokens; with --data on LongMemEval's histories and MemoryBank too. Who answers is the same in all: the model that policies
+begin with. Training histories have seeds of their own (`TRAINED_ON`), as have those that the small model and the reader come from.
 
 | part | what |
 |---|---|
@@ -49,7 +49,7 @@ from everlearn.memory.decide import ByPolicy, Certain, Surest
 from everlearn.memory.distil import examples
 from everlearn.memory.environment import Judge, MemoryTasks
 from everlearn.memory.generate import Generate
-from everlearn.memory.methods import RULES, Method, Overwrite, method
+from everlearn.memory.methods import RULES, Method, method
 from everlearn.memory.refill import Extract, Refill
 from everlearn.memory.suites import Case
 from everlearn.memory.synthetic import synthetic
@@ -135,8 +135,8 @@ def examined(args: argparse.Namespace, asked: Asked, made: dict[str, Any]) -> It
 
     def run(place: Place, case: Case, label: str) -> study.Run:
         answers = asked.asking.answers if any(question.answers for question in case.questions) else None
-        method = made[label](place.budget)
-        found = study.run(place.suite, case, method, place.budget, asked.encode, args.seed, answers, size.context - 160)
+        memory = made[label](place.budget)
+        found = study.run(place.suite, case, memory, place.budget, asked.encode, args.seed, answers, size.context - 160)
         return msgspec.structs.replace(found, method=label)
 
     started = time.perf_counter()
@@ -165,7 +165,7 @@ def writers(args: argparse.Namespace, asked: Asked) -> dict[str, Any]:
     size, write = SIZES[args.model], asked.asking.write
     return {
         "summary": lambda budget: method("summary", asked.encode, budget, write=write),
-        "overwrite": lambda budget: Overwrite(asked.encode, budget, write, portion(size.context, budget)),
+        "overwrite": lambda budget: method("overwrite", asked.encode, budget, write=write, portion=portion(size.context, budget)),
     }
 
 

@@ -31,10 +31,10 @@ class Once:
         self.known: dict[Said, float] = {}
 
     def of(self, chunks: Sequence[Chunk], places: Sequence[int], ask: Ask) -> list[float]:
-        new = [place for place in places if _said(chunks[place]) not in self.known]
-        self.known |= dict(zip((_said(chunks[place]) for place in new), ask(chunks, new), strict=True))
-        found = [_at_most(self.known[_said(chunks[place])], chunks[place]) for place in places]
-        here = {_said(chunk) for chunk in chunks}  # what left the window is forgotten here too
+        new = [place for place in places if chunks[place].said not in self.known]
+        self.known |= dict(zip((chunks[place].said for place in new), ask(chunks, new), strict=True))
+        found = [_at_most(self.known[chunks[place].said], chunks[place]) for place in places]
+        here = {chunk.said for chunk in chunks}  # what left the window is forgotten here too
         self.known = {said: level for said, level in self.known.items() if said in here}
         return found
 
@@ -120,10 +120,6 @@ def _stands(said: Said, chunks: Sequence[Chunk]) -> bool:
 
 def _at_most(level: float, chunk: Chunk) -> float:
     return min(level, chunk.importance) if chunk.rewrites and chunk.importance != UNDECIDED else level
-
-
-def _said(chunk: Chunk) -> Said:
-    return chunk.role, chunk.text
 
 
 def decision(chat: ChatMl, chunks: Sequence[Chunk], place: int) -> tinker.ModelInput:

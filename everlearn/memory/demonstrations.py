@@ -14,7 +14,7 @@ from typing import Any
 from tinker import types
 
 from everlearn.errors import Conflict
-from everlearn.rl.datums import elements_of, weighed
+from everlearn.rl.datums import elements_of, weighted
 from everlearn.rl.policy import seed_of
 from everlearn.rl.runfolder import append, cut_file
 
@@ -39,7 +39,7 @@ class Demonstrations:
                 param="folder",
             )
         rows = [row for line in cut_file(path, before) for row in json.loads(line)["data"]]
-        return cls(path, [weighed(row["tokens"], row["target_tokens"], row["weights"]) for row in rows])
+        return cls(path, [weighted(row["tokens"], row["target_tokens"], row["weights"]) for row in rows])
 
     def add(self, step: int, data: Sequence[types.Datum]) -> None:
         append(self.path, {"step": step, "data": [_row(datum) for datum in data]})

@@ -216,9 +216,10 @@ def method(
     write: Write | None = None,
     refill: Refill | None = None,
     decided: Importance | None = None,
+    portion: int = PORTION,
 ) -> Method:
     """The method of that name. `write` is asked for by `summary` and `overwrite`, `refill` by `generate`, `decided` by `decided` and both
-    by `policy`."""
+    by `policy`; `portion` is what `overwrite` reads at once, in tokens."""
     if name in ("extract", "forget"):
         return Windowed(encode, budget, Extract(encode, head.score) if name == "extract" else Forget(), Surface(head), name)
     if name == "generate" and refill is not None:
@@ -227,8 +228,10 @@ def method(
         return Windowed(encode, budget, Extract(encode, head.score), decided, name)
     if name == "policy" and decided is not None and refill is not None:
         return Windowed(encode, budget, refill, decided, name)
-    if name in ("summary", "overwrite") and write is not None:
-        return (Summary if name == "summary" else Overwrite)(encode, budget, write)
+    if name == "summary" and write is not None:
+        return Summary(encode, budget, write)
+    if name == "overwrite" and write is not None:
+        return Overwrite(encode, budget, write, portion)
     simple: dict[str, Callable[[], Method]] = {
         "full": Full,
         "last": lambda: Last(encode, budget),

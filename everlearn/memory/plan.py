@@ -109,7 +109,7 @@ def _once(chunks: tuple[Chunk, ...]) -> tuple[Chunk, ...]:
     copies, and these fill the window."""
     copies: dict[tuple[str, str], list[int]] = {}
     for place, chunk in enumerate(chunks):
-        copies.setdefault((chunk.role, chunk.text), []).append(place)
+        copies.setdefault(chunk.said, []).append(place)
     valued = list(chunks)
     for places in copies.values():
         if len(places) > 1:

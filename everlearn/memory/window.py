@@ -38,6 +38,11 @@ class Chunk(msgspec.Struct, frozen=True):
     importance: float = 0.5
     pinned: bool = False
 
+    @property
+    def said(self) -> tuple[str, str]:
+        """Who said what: chunks of which this is the same are copies of one line."""
+        return self.role, self.text
+
     def __post_init__(self) -> None:
         if not self.sources:
             raise InvalidRequest("a chunk without sources can't be traced; name the turns it came from", param="sources")
@@ -83,8 +88,7 @@ def size_of(chunks: Iterable[Chunk]) -> int:
 
 def others(chunks: Sequence[Chunk], place: int) -> list[Chunk]:
     """All that don't say what the chunk at `place` says: without it and its copies. To take away one of two would change nothing."""
-    said = chunks[place]
-    return [chunk for chunk in chunks if (chunk.role, chunk.text) != (said.role, said.text)]
+    return [chunk for chunk in chunks if chunk.said != chunks[place].said]
 
 
 def line(role: str, text: str) -> str:

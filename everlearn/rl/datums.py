@@ -73,10 +73,10 @@ def supervised(prompt: Sequence[int], answer: Sequence[int], weight: float = 1.0
     """A datum for `cross_entropy`: what is to be said behind the prompt, which has a token at least. It has `target_tokens`, int64 [T], and
     `weights`, float32 [T], with T = prompt + answer - 1: each token of the answer weighs `weight`, the prompt nothing."""
     tokens = [*prompt, *answer]
-    return weighed(tokens[:-1], tokens[1:], [0.0] * (len(prompt) - 1) + [weight] * len(answer))
+    return weighted(tokens[:-1], tokens[1:], [0.0] * (len(prompt) - 1) + [weight] * len(answer))
 
 
-def weighed(tokens: Sequence[int], targets: Sequence[int], weights: Sequence[float]) -> types.Datum:
+def weighted(tokens: Sequence[int], targets: Sequence[int], weights: Sequence[float]) -> types.Datum:
     """A datum for `cross_entropy` from its own T tokens, targets and weights."""
     inputs = {
         "target_tokens": types.TensorData.from_numpy(np.array(targets, dtype=np.int64)),
