@@ -5,8 +5,12 @@ A sub-command's module is imported when it is used, not when `--help` lists it, 
 
 from __future__ import annotations
 
+import atexit
 import importlib
+import os
 import sys
+from contextlib import suppress
+from typing import NoReturn
 
 import click
 
@@ -41,6 +45,7 @@ NOUNS = {
 }
 # By EverlearnError.code; everything else that goes wrong is 1. click itself exits 2 on a usage error.
 EXIT_CODES = {"not_found": 4, "unreachable": 3, "invalid_request": 2, "unsupported": 2}
+SDK_TRANSPORT = "pyqwest"  # the module by which the tinker SDK talks
 
 
 class LazyGroup(Noun):
@@ -74,7 +79,19 @@ def build() -> LazyGroup:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point: runs the command and turns errors into two lines on stderr and an exit code."""
-    sys.exit(run(sys.argv[1:] if argv is None else argv))
+    leave(run(sys.argv[1:] if argv is None else argv))
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process. Where a command used the tinker SDK, without taking the interpreter apart: on Python 3.11 a thread of the SDK's
+    HTTP library that comes back for it meanwhile would abort the process, its work done and its output not yet all written."""
+    if SDK_TRANSPORT in sys.modules:
+        atexit._run_exitfuncs()
+        with suppress(OSError, ValueError):  # who read it has left
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def run(argv: list[str]) -> int:

@@ -21,6 +21,7 @@ def printed_by(text: str, server: LiveServer, folder: Path, **replaced: str) -> 
         program = re.sub(rf"\b{name}=\d+", f"{name}={value}", program)
     environ = {"TINKER_BASE_URL": server.url, "TINKER_API_KEY": "tml-local", "TINKER_TELEMETRY": "0", "HF_HUB_OFFLINE": "1"}
     environ |= {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(__file__).parents[2])}
+    environ["PYTHONUNBUFFERED"] = "1"  # what was printed is not lost to an abort after the last line (came_to_its_end)
     command = [sys.executable, "-W", "error::FutureWarning", "-c", program]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environ, cwd=folder, check=False)
     assert came_to_its_end(ran), ran.stderr[-2000:]
