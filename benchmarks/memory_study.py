@@ -46,10 +46,10 @@ BUDGETS = {
     "synthetic-300": (256, 512, 1024),
     "synthetic-2000": (256, 512, 1024),
     "longmemeval": (512, 2048),
-    "longmemeval-20k": (512, 2048),
+    "longmemeval-3k": (256, 512),
     "memorybank": (512, 2048),
 }
-PIECE = 20_000  # tokens of a piece of longmemeval-20k
+PIECE = 3_000  # tokens of a piece of longmemeval-3k
 ORDER = (*RULES, *WRITERS)
 COLOURS = dict(
     zip(
@@ -78,7 +78,7 @@ def cases(suite: str, history: str, data: Path | None, smoke: bool) -> list[Case
         raise SystemExit(f"suite {suite} needs --data")
     elif suite.startswith("longmemeval"):
         found = longmemeval(data / "longmemeval" / "longmemeval_s_multiq.json")
-        found = [piece for case in found for piece in pieces(case)] if suite.endswith("20k") else found
+        found = [piece for case in found for piece in pieces(case)] if suite.endswith("3k") else found
         found = [case._replace(turns=case.turns[:40]) for case in found] if smoke else found
     else:
         found = memorybank(data / "memorybank" / "en")[: 2 if smoke else None]

@@ -114,6 +114,7 @@ class KVCache:
             tensor = torch.empty((len(form.layers), self.num_blocks * block_size, *entry), device=device, dtype=dtype)
             tensor[:, :block_size] = 0
             self.tensors.append(tensor)
+        self.slot_bytes = sum(tensor[0, 0].nbytes for tensor in self.tensors)  # of one token in one layer
 
     def write(self, layer: int, slots_T: torch.Tensor, *entries: torch.Tensor) -> None:
         """One tensor [T, G, D] for each entry of the form."""

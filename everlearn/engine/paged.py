@@ -1,17 +1,20 @@
 """One packed row of a sampling step: chunks of sequences, attention over the paged cache.
 
 Every index is made once a step and shared by all layers. Chunks of one token (decoding) attend together, over one gather of their
-blocks; longer chunks (prompts) attend one by one. Query heads of a group are laid side by side as if they were positions, so that
-grouped-query attention reads each key once. Layers with a window read what is inside of it alone. Where the cache keeps latents,
-decoding attends over them and prompts expand them (everlearn/models/mla.py).
+blocks; a CPU gathers those of a few rows at a time, which it reads back from its cache. Longer chunks (prompts) attend one by one. Query
+heads of a group are laid side by side as if they were positions, so that grouped-query attention reads each key once. Layers with a
+window read what is inside of it alone. Where the cache keeps latents, decoding attends over them and prompts expand them
+(everlearn/models/mla.py).
 
 Axes: T tokens of the row, B decoding rows, M context (padded to whole blocks), H query heads, G key/value heads, D head size, C latent.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,6 +29,8 @@ from everlearn.models.mla import LatentUp
 from everlearn.models.recurrent import Recurrent, States
 from everlearn.models.sinks import attend_with_sinks
 
+PART_BYTES = 6 << 20  # what a CPU gathers at once of a layer's cache: more goes out to memory and comes back
+
 
 @dataclass(eq=False)
 class Chunk:
@@ -38,11 +43,13 @@ class Chunk:
 
 @dataclass(eq=False)
 class Context:
-    """What some rows read: `slots` of the cache, and a mask that is added to the scores. `width` tokens a row."""
+    """What some rows read: `slots` of the cache, and a mask that is added to the scores. `width` tokens a row. `parts` are the same, some
+    rows at a time and each no wider than its own rows; none where all are read at once."""
 
     slots: torch.Tensor
     mask: torch.Tensor
     width: int
+    parts: list[tuple[slice, Context]] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -149,7 +156,22 @@ class PagedBatch:
         slots_BM[beyond_BM] = NULL_BLOCK * self.cache.block_size
         mask_BM = np.where(beyond_BM, np.float32("-inf"), np.float32(0))
         mask = self._move(mask_BM).to(self.dtype)[:, None, None, :]
-        return Context(self._move(slots_BM.ravel()), mask, slots_BM.shape[1])
+        whole = Context(self._move(slots_BM.ravel()), mask, slots_BM.shape[1])
+        if self.device.type == "cpu" and slots_BM.size * self.cache.slot_bytes > PART_BYTES:
+            whole.parts = self._parts(slots_BM, lengths_B1[:, 0].tolist(), mask)
+        return whole
+
+    def _parts(self, slots_BM: np.ndarray, lengths: list[int], mask: torch.Tensor) -> list[tuple[slice, Context]]:
+        """As many rows at a time as PART_BYTES hold, one at least."""
+        cuts, first, width = [], 0, 0
+        for row, length in enumerate(lengths):
+            wider = max(width, length)
+            if row > first and (row + 1 - first) * wider * self.cache.slot_bytes > PART_BYTES:
+                cuts.append((slice(first, row), width))
+                first, wider = row, length
+            width = wider
+        cuts.append((slice(first, len(lengths)), width))
+        return [(rows, Context(self._move(slots_BM[rows, :width].ravel()), mask[rows, ..., :width], width)) for rows, width in cuts]
 
     @property
     def context(self) -> int:
@@ -225,8 +247,13 @@ class PagedBatch:
 
     def _decode(self, layer: int, query_BHD: torch.Tensor, form: Form) -> torch.Tensor:
         seen = self.windowed if form.window is not None else self.decoding
-        if form.latent is not None:
-            return self._decode_latents(layer, query_BHD, form, form.latent, seen)
+        if form.latent is None:
+            return in_parts(seen, query_BHD, partial(self._read, layer, form))
+        query_HBC = form.latent.absorb(query_BHD.transpose(0, 1), self.decoding_segments)
+        mixed_BHC = in_parts(seen, query_HBC.transpose(0, 1), partial(self._read_latents, layer, form, form.latent))
+        return form.latent.values(mixed_BHC.transpose(0, 1), self.decoding_segments).transpose(0, 1)
+
+    def _read(self, layer: int, form: Form, query_BHD: torch.Tensor, seen: Context) -> torch.Tensor:
         key, value = self.cache.read(layer, seen.slots)
         num, heads, head_dim = query_BHD.shape
         groups = key.shape[1]
@@ -239,19 +266,14 @@ class PagedBatch:
         out_BGQD = F.scaled_dot_product_attention(query_BGQD, key_BGMD, value_BGMD, attn_mask=seen.mask, scale=form.scaling)
         return out_BGQD.reshape(num, heads, -1)
 
-    def _decode_latents(self, layer: int, query_BHD: torch.Tensor, form: Form, latent: LatentUp, seen: Context) -> torch.Tensor:
+    def _read_latents(self, layer: int, form: Form, latent: LatentUp, query_BHC: torch.Tensor, seen: Context) -> torch.Tensor:
         """The absorbed form: all heads read one entry (c, r) of each token."""
         (entries,) = self.cache.read(layer, seen.slots)
-        entries_B1MD = entries.view(query_BHD.shape[0], 1, seen.width, -1)
-        query_HBD = latent.absorb(query_BHD.transpose(0, 1), self.decoding_segments)
+        entries_B1MD = entries.view(query_BHC.shape[0], 1, seen.width, -1)
         mixed_B1HC = F.scaled_dot_product_attention(
-            query_HBD.transpose(0, 1).unsqueeze(1),
-            entries_B1MD,
-            entries_B1MD[..., : latent.latent_size],
-            attn_mask=seen.mask,
-            scale=form.scaling,
+            query_BHC.unsqueeze(1), entries_B1MD, entries_B1MD[..., : latent.latent_size], attn_mask=seen.mask, scale=form.scaling
         )
-        return latent.values(mixed_B1HC.squeeze(1).transpose(0, 1), self.decoding_segments).transpose(0, 1)
+        return mixed_B1HC.squeeze(1)
 
     def _attend_span(self, layer: int, span: Span, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, form: Form) -> torch.Tensor:
         """One chunk of a prompt: [H, T, D] of its rows."""
@@ -287,6 +309,13 @@ class PagedBatch:
             with rows_of(self.segments, span.first, span.last):
                 out_TD[span.rows] = layer.run(hidden_TD[span.rows].unsqueeze(0), States(tensors, span.state)).squeeze(0)
         return out_TD
+
+
+def in_parts(seen: Context, query_BHD: torch.Tensor, read: Callable[[torch.Tensor, Context], torch.Tensor]) -> torch.Tensor:
+    """What `read` makes of the rows, all at once or part by part."""
+    if not seen.parts:
+        return read(query_BHD, seen)
+    return torch.cat([read(query_BHD[rows], part) for rows, part in seen.parts])
 
 
 def segments_of(chunks: list[Chunk], stops: list[int]) -> list[Segment]:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch.func import functional_call
 
+from everlearn.engine import paged
 from everlearn.engine.adapter import TrainingAdapter
 from everlearn.engine.graphs import DecodeGraphs
 from everlearn.engine.persist import State, restore
@@ -99,8 +100,10 @@ def test_logits_equal_transformers_packed_or_not(model: Model) -> None:
     torch.testing.assert_close(torch.cat([our_logits(model.base, [row]) for row in rows]), packed, rtol=0, atol=1e-5)
 
 
-def test_the_sampler_computes_what_the_trainer_does(model: Model) -> None:
+@pytest.mark.parametrize("part_bytes", [paged.PART_BYTES, 4000, 1])  # all rows at once, two or three, each for itself
+def test_the_sampler_computes_what_the_trainer_does(model: Model, part_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some decoding steps are run as they are, some in the fixed shapes of recordings."""
+    monkeypatch.setattr(paged, "PART_BYTES", part_bytes)
     worst, _ = sampler_against_trainer(model.base)
     assert worst <= 1e-5
 
