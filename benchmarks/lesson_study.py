@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import msgspec
 import numpy as np
 import tinker
-from common import arguments, server, short, write_result
+from common import arguments, server, short, side_by_side, write_result
 
 from everlearn.cli.client import Client
 from everlearn.demo import handbook
@@ -204,11 +204,11 @@ def main() -> None:
     with server(args) as live, tinker.ServiceClient(base_url=live.url, api_key="tml-benchmark") as service:
         client = Client(live.url, timeout=600.0)
         known = begun(service, live.model, Tokens(client, live.model))
-        with ThreadPoolExecutor(args.at_once) as pool:
-            for run in pool.map(lambda pair: one(known, *pair, args.smoke), [(name, seed) for seed in range(args.seeds) for name in names]):
-                runs.append(run)
-                right = {section: f"{sum(values)}/{len(values)}" for section, values in run["right"].items()}
-                print(run["arm"], run["seed"], right, f"drift {np.mean(run['drift']):.3f}, {run['seconds']:.0f} s", flush=True)
+        jobs = [partial(one, known, name, seed, args.smoke) for seed in range(args.seeds) for name in names]
+        for run in side_by_side(args.at_once, jobs):
+            runs.append(run)
+            right = {section: f"{sum(values)}/{len(values)}" for section, values in run["right"].items()}
+            print(run["arm"], run["seed"], right, f"drift {np.mean(run['drift']):.3f}, {run['seconds']:.0f} s", flush=True)
         client.close()
     for name in names:
         own = [run for run in runs if run["arm"] == name]

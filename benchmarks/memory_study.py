@@ -46,10 +46,10 @@ BUDGETS = {
     "synthetic-300": (256, 512, 1024),
     "synthetic-2000": (256, 512, 1024),
     "longmemeval": (512, 2048),
-    "longmemeval-3k": (256, 512),
+    "longmemeval-2k": (256, 512),
     "memorybank": (512, 2048),
 }
-PIECE = 3_000  # tokens of a piece of longmemeval-3k
+PIECE = 2_000  # tokens of a piece of longmemeval-2k
 ORDER = (*RULES, *WRITERS)
 COLOURS = dict(
     zip(
@@ -78,7 +78,7 @@ def cases(suite: str, history: str, data: Path | None, smoke: bool) -> list[Case
         raise SystemExit(f"suite {suite} needs --data")
     elif suite.startswith("longmemeval"):
         found = longmemeval(data / "longmemeval" / "longmemeval_s_multiq.json")
-        found = [piece for case in found for piece in pieces(case)] if suite.endswith("3k") else found
+        found = pieces(found) if suite.endswith("2k") else found
         found = [case._replace(turns=case.turns[:40]) for case in found] if smoke else found
     else:
         found = memorybank(data / "memorybank" / "en")[: 2 if smoke else None]
@@ -89,20 +89,22 @@ def cases(suite: str, history: str, data: Path | None, smoke: bool) -> list[Case
     return [found[int(history)]]
 
 
-def pieces(case: Case) -> list[Case]:
-    """A long history in pieces of PIECE tokens, each with the questions whose evidence stands in it: in the turn that holds most of their
+def pieces(histories: list[Case]) -> list[Case]:
+    """Long histories in pieces of PIECE tokens, each with the questions whose evidence stands in it: in the turn that holds most of their
     words. Pieces without questions are left out. What a model writes takes hours over the whole, one word after another."""
     tokenizer = load(model_folder("smollm2"))
-    sizes = [len(tokenizer.encode(tokenizer.guard(text))) for _, text in case.turns]
-    piece_of = [before // PIECE for before in itertools.accumulate(sizes, initial=0)][:-1]
-    asked: dict[int, list[Question]] = {}
-    for question in case.questions:
-        held = [share(question.words, [text]) for _, text in case.turns]
-        asked.setdefault(piece_of[held.index(max(held))], []).append(question)
-    return [
-        Case(f"{case.name}-{number}", [turn for turn, piece in zip(case.turns, piece_of, strict=True) if piece == number], own)
-        for number, own in sorted(asked.items())
-    ]
+    found = []
+    for case in histories:
+        sizes = [len(tokenizer.encode(tokenizer.guard(text))) for _, text in case.turns]
+        piece_of = [before // PIECE for before in itertools.accumulate(sizes, initial=0)][:-1]
+        asked: dict[int, list[Question]] = {}
+        for question in case.questions:
+            held = [share(question.words, [text]) for _, text in case.turns]
+            asked.setdefault(piece_of[held.index(max(held))], []).append(question)
+        for number, own in sorted(asked.items()):
+            turns = [turn for turn, piece in zip(case.turns, piece_of, strict=True) if piece == number]
+            found.append(Case(f"{case.name}-{number}", turns, own))
+    return found
 
 
 def portion(context: int, budget: int) -> int:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 KEY = "tml-test"
 READY_SECONDS = 600.0  # a busy machine imports for minutes
+AT_ONCE = 10.0  # seconds: what an idle machine does within one, a busy one still does within these
 
 
 def came_to_its_end(process: subprocess.CompletedProcess[str]) -> bool:

@@ -18,7 +18,7 @@ from everlearn.demo import run, teach
 from everlearn.demo.handbook import Fact, Handbook
 from everlearn.loop.general import Graded
 from everlearn.models import embedded
-from tests.live import LiveServer
+from tests.live import AT_ONCE, LiveServer
 
 BOOK = Handbook(
     company="Larkspur Kites",
@@ -101,5 +101,5 @@ def test_the_demo_is_the_whole_loop(tmp_path: Path) -> None:
     assert scores["general"]["before"] == 20 and scores["general"]["after"] >= 19, scores
     kinds = [event["kind"] for event in told["events"] if event["kind"] != "advanced"]
     assert kinds == ["created", "promoted", "rejected", "rolled_back"]
-    assert told["stopped"] and told["rollback_seconds"] <= 1.0
+    assert told["stopped"] and told["rollback_seconds"] <= AT_ONCE
     assert told["reward_model"]["labels"] >= 8

@@ -11,7 +11,7 @@ from everlearn.cli.client import Client
 from everlearn.demo import loop_report, story
 from everlearn.demo.handbook import Fact, Handbook
 from tests.demo.test_report import assert_balanced
-from tests.live import KEY, LiveServer
+from tests.live import AT_ONCE, KEY, LiveServer
 
 TRUTHS = {
     "who?": "the lazy dog",
@@ -37,7 +37,7 @@ def test_what_was_corrected_is_learned_tried_and_served_and_a_bad_version_isn_t(
     right, num = told.trained
     assert num - right <= 2 <= right and num + told.held_out[1] == told.corrections == 6  # a model of random weights may not learn all
     assert told.scores[0].before == 0 and told.scores[0].after >= right
-    assert "corrections" in told.stopped and told.rollback_seconds <= 1.0
+    assert "corrections" in told.stopped and told.rollback_seconds <= AT_ONCE
     assert [event["kind"] for event in told.events if event["kind"] != "advanced"] == ["created", "promoted", "rejected", "rolled_back"]
     assert set(told.seconds) == {"asking before", "correcting", "learning", "canary", "asking after", "a bad version"} and lines
 

@@ -16,7 +16,7 @@ from everlearn.loop.outcomes import Traffic
 from everlearn.loop.rule import WatchRule, read_rule
 from everlearn.loop.service import read
 from everlearn.loop.watch import Watch, cusum
-from tests.live import LiveServer
+from tests.live import AT_ONCE, LiveServer
 from tests.loop.conftest import train
 from tests.loop.test_cycle import TRUTHS, User, events, parts, replayed  # noqa: F401  (parts is a fixture)
 from tests.loop.test_outcomes import NOW, Rows, answer, feedback_of, guardrails, thumb, traffic
@@ -49,7 +49,7 @@ def test_what_went_live_and_is_worse_is_taken_back(server: LiveServer, http: htt
     assert not runner.guard.look(now), "there is nothing before it to be held against"
 
 
-def test_from_seeing_it_to_the_old_answer_takes_less_than_a_second(server: LiveServer, http: httpx.Client, parts: Any) -> None:  # noqa: F811
+def test_once_it_is_seen_the_old_answer_is_back_at_once(server: LiveServer, http: httpx.Client, parts: Any) -> None:  # noqa: F811
     runner, user = parts("quick", {"base": "tiny", "settle": 0.0, "gate": GATE})
     for said in ("the lazy dog", "in france"):
         http.post("/v1/adapters", json={"name": "quick", "path": train(server, "who is it?", said, steps=20)}).raise_for_status()
@@ -64,7 +64,7 @@ def test_from_seeing_it_to_the_old_answer_takes_less_than_a_second(server: LiveS
         assert sum(user.ask("who is it?") for _ in range(times)) == (times if number == 1 else 0)
     began = time.monotonic()
     assert runner.guard.look(read(runner.api, "quick"))
-    assert user.ask("who is it?") and time.monotonic() - began <= 1.0
+    assert user.ask("who is it?") and time.monotonic() - began <= AT_ONCE
     time.sleep(1.1)  # records are dated in whole seconds
     http.post("/v1/deployments/quick/promote", json={"number": 2, "reason": "once more"}).raise_for_status()
     assert not runner.guard.look(read(runner.api, "quick")), "what was said while it served before is past"

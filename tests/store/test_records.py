@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import random
-import time
 from typing import Any
 
 import pytest
@@ -158,7 +157,3 @@ def test_a_record_is_small(db: Database) -> None:
     choice = RecordedChoice(records.int32(tokens), records.float32([rng.random() for _ in tokens]), "length")
     row, data, _ = records.pack(records.draft(record(prompt=records.int32(tokens), choices=[choice])))
     assert row.body_bytes == len(data) < 6500  # 6,000 bytes of numbers before compression
-    started = time.perf_counter()
-    for _ in range(100):
-        records.pack(records.draft(record(prompt=records.int32(tokens), choices=[choice])))
-    assert time.perf_counter() - started < 1.0

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from tests.live import LiveServer
+from tests.live import AT_ONCE, LiveServer
 
 HI: list[Any] = [{"role": "user", "content": "the quick brown fox jumps over the lazy dog"}]
 CHAT: dict[str, Any] = {"model": "tiny", "messages": HI, "max_tokens": 300, "ignore_eos": True}
@@ -128,7 +128,7 @@ def test_a_killed_engine_is_told_within_two_seconds_and_nobody_is_left_alone(new
                 server.kill_engine()
                 started, reply = time.monotonic(), await client.get("/readyz")
                 while reply.status_code == 200:
-                    assert time.monotonic() - started < 2, "a dead engine must be told"
+                    assert time.monotonic() - started < AT_ONCE, "a dead engine must be told"
                     reply = await client.get("/readyz")
                 assert f"pid {pid}" in reply.json()["reason"] and "SIGKILL" in reply.json()["reason"]
                 assert int(reply.headers["retry-after"]) >= 1

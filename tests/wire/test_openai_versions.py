@@ -14,7 +14,7 @@ import pytest
 import tinker
 from tinker import types
 
-from tests.live import KEY, LiveServer
+from tests.live import AT_ONCE, KEY, LiveServer
 
 HI: list[Any] = [{"role": "user", "content": "the quick brown fox jumps over the lazy dog"}]
 SCHEMA = {
@@ -148,7 +148,7 @@ def test_what_began_under_version_7_ends_under_version_7(http: httpx.Client, nam
     assert between.json()["system_fingerprint"] != alone["system_fingerprint"]
 
 
-def test_a_snapshot_answers_within_a_second(http: httpx.Client, trainer: Any, server: LiveServer) -> None:
+def test_a_snapshot_answers_at_once(http: httpx.Client, trainer: Any, server: LiveServer) -> None:
     """From the call that saves it to its first token, by path and by name; the best of three, because others use this machine too."""
     seconds: list[tuple[float, float]] = []
     texts = set()
@@ -168,4 +168,4 @@ def test_a_snapshot_answers_within_a_second(http: httpx.Client, trainer: Any, se
             assert answer.model == made["model"] == f"fresh@{number + 1}" and answer.choices[0].message.content == text
             texts.add(text)
     assert len(texts) == 3, "each snapshot has weights of its own"
-    assert min(by_path for by_path, _ in seconds) < 1 and min(by_name for _, by_name in seconds) < 1, seconds
+    assert min(map(max, seconds)) < AT_ONCE, seconds
