@@ -14,12 +14,12 @@ from everlearn.api import refilling
 from everlearn.api.auth import Caller, caller, scope, tenant
 from everlearn.api.paging import After, Limit, listing, page, refuse_unknown
 from everlearn.api.refilling import rules_of, window_of
-from everlearn.api.remembering import Wanted, refuse_discreet, rewrites_of, with_window
+from everlearn.api.remembering import Wanted, check_budget, refuse_discreet, rewrites_of, with_window
 from everlearn.api.services import Services, services
 from everlearn.api.tinker import forms
 from everlearn.errors import Conflict, InvalidRequest, NotFound
-from everlearn.memory.window import Chunk, Window, protected_of, shown
-from everlearn.store import memories
+from everlearn.memory.window import Chunk, Window, forgetting, protected_of, sharing, shown
+from everlearn.store import episodes, memories
 from everlearn.store.memories import MAX_NUMBER, Memory, Turn
 from everlearn.store.names import storable
 
@@ -35,19 +35,22 @@ class PinForm(forms.Form):
 
 
 class ChangeForm(forms.Form):
-    """`policy` "": the base model."""
+    """`budget`: more tokens than it has. `policy` "": the base model."""
 
+    budget: int | None = None
     refill: str | None = None
     importance: str | None = None
     policy: str | None = None
 
 
 class CorrectForm(forms.Form):
-    """`pinned`: what is right is pinned, as long as pins then take at most half of the window."""
+    """`pinned`: what is right is pinned, as long as pins then take at most half of the window. `record_id`: the answer that is corrected;
+    where the memory that it was given in was forgotten, another one of that name isn't changed."""
 
     number: int
     text: str
     pinned: bool = False
+    record_id: str | None = None
 
 
 def memory_json(memory: Memory) -> dict[str, Any]:
@@ -92,8 +95,20 @@ def turn_json(turn: Turn) -> dict[str, Any]:
     return msgspec.structs.asdict(turn) | {"created_at": int(turn.created_at)}
 
 
-def past_json(conn: Connection, owner: str, memory_id: str, number: int) -> dict[str, Any]:
+def check_answer(conn: Connection, memory: Memory, number: int, record_id: str | None) -> None:
+    """Raises NotFound if the answer isn't this turn of this memory."""
+    if record_id is None:
+        return
+    if not episodes.answered_in(conn, memory.tenant, record_id, memory.memory_id, number, memory.created_at):
+        raise NotFound(
+            f"answer {record_id} isn't turn {number} of memory {memory.memory_id!r}; the one that it was given in may have been forgotten",
+            param="record_id",
+        )
+
+
+def past_json(conn: Connection, owner: str, memory_id: str, number: int, record_id: str | None = None) -> dict[str, Any]:
     """A turn with what became of its chunk."""
+    check_answer(conn, memories.get(conn, owner, memory_id), number, record_id)
     told = turn_json(memories.turn(conn, owner, memory_id, number))
     past = memories.list_rewrites(conn, owner, memory_id, number)
     later = memories.superseding(conn, owner, memory_id, number)
@@ -123,15 +138,16 @@ async def list_turns(request: Request, memory_id: str, limit: int = Limit, after
 
 
 @router.get("/{memory_id}/turns/{number}", dependencies=READS)
-async def get_turn(request: Request, memory_id: str, number: int) -> dict[str, Any]:
-    """One turn, what became of its chunk in the window since, and the turn that corrects it."""
+async def get_turn(request: Request, memory_id: str, number: int, record_id: str | None = None) -> dict[str, Any]:
+    """One turn, what became of its chunk in the window since, and the turn that corrects it. With `record_id` only if it is that answer."""
+    refuse_unknown(request, "record_id")
     owner = tenant(request)
-    return await services(request).read(lambda conn: past_json(conn, owner, memory_id, number))
+    return await services(request).read(lambda conn: past_json(conn, owner, memory_id, number, record_id))
 
 
 @router.patch("/{memory_id}", dependencies=CHANGES)
 async def change_memory(request: Request, memory_id: str) -> dict[str, Any]:
-    """Who writes and who weighs its chunks from the next turn on."""
+    """Who writes and who weighs its chunks from the next turn on; a larger budget."""
     return await change(services(request), caller(request), memory_id, await forms.read(request, ChangeForm))
 
 
@@ -168,8 +184,21 @@ async def forget_memory(request: Request, memory_id: str) -> Response:
 async def change(svc: Services, who: Caller, memory_id: str, form: ChangeForm) -> dict[str, Any]:
     refilling.check(form.refill, form.importance)
     wanted = Wanted(memory_id, refill=form.refill, importance=form.importance, policy=form.policy)
-    await refilling.policy_of(svc, who, wanted.on(await svc.read(lambda conn: memories.get(conn, who.tenant, memory_id))))
-    return await _changed(svc, who.tenant, memory_id, lambda conn, memory, window: memories.commit(conn, wanted.on(memory)))
+    there = await svc.read(lambda conn: memories.get(conn, who.tenant, memory_id))
+    await refilling.policy_of(svc, who, wanted.on(there))
+    if form.budget is not None:
+        check_budget(svc, svc.catalog.resolve(there.base_model), form.budget)
+
+    def write(conn: Connection, memory: Memory, window: Window) -> Memory:
+        budget = window.budget if form.budget is None else form.budget
+        if budget < window.budget:
+            raise InvalidRequest(
+                f"budget is {budget} and memory {memory_id!r} has {window.budget}; it can be raised, and a smaller one needs a new memory",
+                param="budget",
+            )
+        return memories.commit(conn, with_window(wanted.on(memory), msgspec.structs.replace(window, budget=budget)))
+
+    return await _changed(svc, who.tenant, memory_id, write)
 
 
 async def pin(svc: Services, who: Caller, memory_id: str, form: PinForm) -> dict[str, Any]:
@@ -192,9 +221,10 @@ async def correct(svc: Services, who: Caller, memory_id: str, form: CorrectForm)
     rules = rules_of(await svc.chat_models.get(svc.catalog.resolve(memory.base_model)), memory)
 
     def write(conn: Connection, memory: Memory, window: Window) -> Memory:
-        old = memories.turn(conn, who.tenant, memory_id, form.number)
-        window, changed = rules.correct(window, form.number, old.role, form.text, form.pinned)
-        new = Turn(window.turn, old.role, form.text, form.number)
+        check_answer(conn, memory, form.number, form.record_id)
+        role = _role_of(conn, memory, window, form.number)
+        window, changed = rules.correct(window, form.number, role, form.text, form.pinned)
+        new = Turn(window.turn, role, form.text, form.number)
         return memories.commit(conn, with_window(memory, window), [new], rewrites_of(rules, changed, window.turn))
 
     return await _changed(svc, who.tenant, memory_id, write)
@@ -205,15 +235,23 @@ async def forget(svc: Services, who: Caller, memory_id: str, number: int | None 
 
     def write(conn: Connection, memory: Memory, window: Window) -> Memory:
         assert number is not None
-        memories.turn(conn, who.tenant, memory_id, number)
-        gone = memories.chain(conn, who.tenant, memory_id, number)
-        chunks = tuple(chunk for chunk in window.chunks if not gone & set(chunk.sources))
-        return memories.commit(conn, with_window(memory, msgspec.structs.replace(window, chunks=chunks)), forgotten=gone)
+        _role_of(conn, memory, window, number)
+        gone = memories.chain(conn, who.tenant, memory_id, {number})
+        while more := sharing(window, gone) - gone:  # the archive may no longer have what links them
+            gone |= memories.chain(conn, who.tenant, memory_id, more)
+        window, beside = forgetting(window, gone)
+        return memories.commit(conn, with_window(memory, window), forgotten=gone, retold=beside)
 
     if number is None:
         await _scrubbed(svc, svc.write(lambda conn: memories.delete(conn, who.tenant, memory_id)))
     else:
         await _scrubbed(svc, _changed(svc, who.tenant, memory_id, write))
+
+
+def _role_of(conn: Connection, memory: Memory, window: Window, number: int) -> str:
+    """Who said a turn: of one that the archive no longer has, its chunk knows. Raises NotFound where neither has it."""
+    said = next((chunk.role for chunk in window.chunks if number in chunk.sources), None)
+    return said or memories.turn(conn, memory.tenant, memory.memory_id, number).role
 
 
 async def _scrubbed(svc: Services, forget: Awaitable[object]) -> None:

@@ -83,12 +83,15 @@ class Policy:
 
 
 class Done(msgspec.Struct, frozen=True):
-    """What became of a cut: the text with its tokens, or why there is none."""
+    """What became of a cut: the text with its tokens, or why there is none. `neighbours`: turns that who wrote it was shown; `beside`: the
+    chunk's from now on."""
 
     cut: Cut
     text: str = ""
     tokens: tuple[int, ...] = ()
     failed: str = ""
+    neighbours: frozenset[int] = frozenset()
+    beside: tuple[int, ...] = ()
 
 
 def check(refill: str | None, importance: str | None) -> None:
@@ -204,7 +207,10 @@ async def _refilled(policy: Policy, window: Window, cut: Cut) -> Done:
     except EverlearnError as error:
         return Done(cut, failed=error.message)
     text = await asyncio.to_thread(orders.refilled, said.replace("\0", ""), cut.before, cap, encode)
-    return Done(cut, text, tuple(encode(line(cut.before.role, text)))) if text.strip() else Done(cut, failed="it wrote nothing that fits")
+    if not text.strip():
+        return Done(cut, failed="it wrote nothing that fits")
+    tokens = tuple(encode(line(cut.before.role, text)))
+    return Done(cut, text, tokens, "", frozenset(orders.neighbours(chunks, place)), orders.beside(chunks, place))
 
 
 async def _level(policy: Policy, window: Window, place: int) -> float | str:
@@ -305,6 +311,8 @@ def _settle(
     window = window_of(memory)
     rewrites: list[memories.Rewrite] = []
     for one in done:
+        if not _all_there(conn, memory, window, one.neighbours):
+            one = msgspec.structs.replace(one, failed="what stood beside it was forgotten meanwhile")
         window, said = merged(window, one, who)
         rewrites += said
     chunks = list(window.chunks)
@@ -323,6 +331,12 @@ def _settle(
         )
 
 
+def _all_there(conn: Connection, memory: Memory, window: Window, turns: frozenset[int]) -> bool:
+    """Whether none of these turns has left both the window and the archive."""
+    missing = turns - {turn for chunk in window.chunks for turn in chunk.sources}
+    return memories.has_turns(conn, memory.tenant, memory.memory_id, missing)
+
+
 def merged(window: Window, one: Done, who: str) -> tuple[Window, list[memories.Rewrite]]:
     """The window with one cut's text, and its line of the history. No line of a chunk that is gone: it may have been forgotten."""
     place = next((i for i, chunk in enumerate(window.chunks) if chunk.sources == one.cut.after.sources), None)
@@ -335,7 +349,7 @@ def merged(window: Window, one: Done, who: str) -> tuple[Window, list[memories.R
         failed = "the window has no room for it any more"
     if failed:
         return window, [_row(window, chunk, chunk.text, f"generate failed ({who}): {failed}")]
-    after = msgspec.structs.replace(chunk, text=one.text, tokens=one.tokens)
+    after = msgspec.structs.replace(chunk, text=one.text, tokens=one.tokens, beside=one.beside)
     chunks = (*window.chunks[:place], after, *window.chunks[place + 1 :])
     return msgspec.structs.replace(window, chunks=chunks), [_row(window, chunk, one.text, f"generate ({who})")]
 

@@ -19,7 +19,8 @@ from everlearn.api.auth import Caller
 from everlearn.api.calls import Call, Exchange
 from everlearn.api.chatmodels import ChatModel
 from everlearn.api.refilling import rules_of, window_of
-from everlearn.api.turns import Draw, Turn, encode_turn
+from everlearn.api.services import Services
+from everlearn.api.turns import Draw, Turn, encode_turn, room_of
 from everlearn.errors import Conflict, InvalidRequest, Unsupported
 from everlearn.memory import plan as plans
 from everlearn.memory.turns import Turns
@@ -28,6 +29,7 @@ from everlearn.store import episodes, memories
 from everlearn.store.memories import Memory, Rewrite
 from everlearn.store.names import storable
 from everlearn.store.placing import of_memory
+from everlearn.types import BaseModelInfo
 
 FRAME = 16  # tokens around the chunks of a new memory; what the template really takes is measured with every prompt
 MIN_BUDGET = 64
@@ -70,12 +72,13 @@ async def open_memory(call: Call, chat: ChatModel, wanted: Wanted, turn: Turn, d
         await refilling.policy_of(call.svc, call.caller, memory)
     window, _ = await asyncio.to_thread(put, rules, window, said)
     shape = msgspec.structs.replace(turn, messages=shown(window))
+    short = max(0, window.budget + 1 - room_of(call.svc, call.target.base))  # the engine may have had more memory when it was made
     for _ in range(RETRIES):
         _, prompt, _ = await encode_turn(call.svc, chat, shape)
         around = max(0, len(prompt) - window.size)  # what the template takes, as it stands around these chunks
-        if len(prompt) <= window.budget:
+        if len(prompt) <= window.budget - short:
             break
-        window, _ = await asyncio.to_thread(rules.tighten, window, max(around, window.frame + 1))
+        window, _ = await asyncio.to_thread(rules.tighten, window, max(around + short, window.frame + 1))
         shape = msgspec.structs.replace(turn, messages=shown(window))
     else:
         raise InvalidRequest(
@@ -92,10 +95,11 @@ async def open_memory(call: Call, chat: ChatModel, wanted: Wanted, turn: Turn, d
             return
         answer = str(exchange.replies[0].message()["content"] or "")
         told = await _commit(call, wanted, chat, start, said, answer, around, exchange.record_id)
-        remembered.append(told.memory)
-        call.svc.refills.offer(call.svc, told)
+        remembered.append(told)
+        if told is not None:
+            call.svc.refills.offer(call.svc, told)
 
-    remembered: list[Memory] = []
+    remembered: list[refilling.Job | None] = []
     call.remember = remember
     return shape
 
@@ -110,7 +114,7 @@ def said_in(turn: Turn, draw: Draw) -> list[Said]:
     """The messages as turns of a memory."""
     if turn.offered or draw.n != 1 or turn.continue_final:
         raise Unsupported("a chat in a memory takes no tools, no n above 1 and no continue_final_message; leave them out", param="memory")
-    found = []
+    found: list[Said] = []
     for message in turn.messages:
         content = message.get("content")
         if isinstance(content, list) and all(part["type"] == "text" for part in content):
@@ -120,7 +124,11 @@ def said_in(turn: Turn, draw: Draw) -> list[Said]:
             raise Unsupported("a memory holds what is said in texts: no images, no tool calls and their results", param="messages")
         if not storable(content):
             raise InvalidRequest("a message holds NUL or half a surrogate pair, which no memory takes; leave it out", param="messages")
-        found.append(Said(role, content))
+        before = next((one for one in found if one.role == SYSTEM), None) if role == SYSTEM else None
+        if before is None:
+            found.append(Said(role, content))
+        else:  # a window has one system's text
+            found[found.index(before)] = Said(SYSTEM, f"{before.text}\n\n{content}")
     if not found or found[-1].role != "user":
         raise InvalidRequest("the last message of a chat in a memory must be the user's; the others are in the memory", param="messages")
     return found
@@ -152,6 +160,14 @@ def with_window(memory: Memory, window: Window) -> Memory:
     )
 
 
+def check_budget(svc: Services, base: BaseModelInfo, budget: int) -> None:
+    """Raises InvalidRequest for one that no prompt of the model can have."""
+    room = room_of(svc, base)
+    if not MIN_BUDGET <= budget < room:
+        rule = f"it must lie in {MIN_BUDGET}..{room - 1}, for {base.name} has room for {room} tokens, its answer included"
+        raise InvalidRequest(f"memory.budget is {budget}; {rule}", param="memory.budget")
+
+
 async def _stored(call: Call, wanted: Wanted) -> tuple[Memory, Window]:
     svc, tenant, base = call.svc, call.caller.tenant, call.target.base
     memory_id = memories.check_id(wanted.memory_id)
@@ -159,9 +175,7 @@ async def _stored(call: Call, wanted: Wanted) -> tuple[Memory, Window]:
     if found is None:
         if wanted.budget is None:
             raise InvalidRequest(f"there is no memory {memory_id!r}; name its budget in tokens and it is made", param="memory.budget")
-        if not MIN_BUDGET <= wanted.budget < base.max_context:
-            rule = f"it must lie in {MIN_BUDGET}..{base.max_context - 1}, for {base.name} takes {base.max_context} tokens with its answer"
-            raise InvalidRequest(f"memory.budget is {wanted.budget}; {rule}", param="memory.budget")
+        check_budget(svc, base, wanted.budget)
         recent = RECENT if wanted.recent is None else wanted.recent
         if not 1 <= recent <= 64:
             raise InvalidRequest(f"memory.recent is {recent}; it must lie in 1..64", param="memory.recent")
@@ -183,20 +197,30 @@ async def _stored(call: Call, wanted: Wanted) -> tuple[Memory, Window]:
 
 async def _commit(
     call: Call, wanted: Wanted, chat: ChatModel, start: Memory, said: Sequence[Said], answer: str, frame: int, record_id: str
-) -> refilling.Job:
-    """The turns and the answer as part of the memory, whatever was added to it meanwhile; what they leave a model to do."""
+) -> refilling.Job | None:
+    """The turns and the answer as part of the memory, whatever was added to it meanwhile; what they leave a model to do. None where the
+    memory was forgotten meanwhile: an answer that was made from it doesn't bring it back."""
     text = answer.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
     svc = call.svc
     episode_id = call.episode_id or of_memory(start.memory_id)
     for _ in range(RETRIES):
         stored = await svc.read(lambda conn: memories.find(conn, start.tenant, start.memory_id))
+        if start.version and (stored is None or stored.created_at != start.created_at):
+            call.memory = {**(call.memory or {}), "remembered": False}
+            return None
         window = window_of(stored) if stored is not None else Window(start.budget, (), -1, window_of(start).recent, FRAME)
+        if stored is not None and _shape(stored) != _shape(start):
+            raise Conflict(
+                f"memory {start.memory_id!r} was made by another request meanwhile, and otherwise; send yours again", param="memory.id"
+            )
         base = wanted.on(stored or msgspec.structs.replace(start, version=0))
         rules = rules_of(chat, base)
         told = await asyncio.to_thread(_told, rules, window, said, text, frame)
         after = with_window(base, told.window)
 
-        def write(conn: Any, after: Memory = after, told: _Told = told) -> Memory:
+        def write(conn: Any, after: Memory = after, told: _Told = told) -> Memory | None:
+            if episodes.memory_of(conn, start.tenant, episode_id, record_id) is not None:
+                return None  # done, by a try whose commit nobody heard of
             most = svc.settings.store.memory_turns
             found = memories.commit(conn, after, told.turns, told.rewrites, keep_turns=most)
             episodes.note_memory(conn, start.tenant, episode_id, record_id, start.memory_id, told.window.turn)
@@ -206,9 +230,17 @@ async def _commit(
             found = await svc.write(write)
         except Conflict:
             continue
+        if found is None:
+            return None
         new = tuple(turn.number for turn in told.turns)
         return refilling.Job(call.caller, chat, found, refilling.cuts_of(told.changed), new, record_id, episode_id)
     raise Conflict(f"memory {start.memory_id!r} is changed by many requests at once; send the request again", param="memory.id")
+
+
+def _shape(memory: Memory) -> tuple[str, int, int]:
+    """What is decided when a memory is made."""
+    window = window_of(memory)
+    return memory.base_model, window.budget, window.recent
 
 
 class _Told(msgspec.Struct, frozen=True):

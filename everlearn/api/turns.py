@@ -29,7 +29,7 @@ from everlearn.api.serving import GRAMMAR_PARAM, GenerationSpec
 from everlearn.api.target import Target
 from everlearn.errors import InvalidRequest, Unsupported
 from everlearn.render.images import look_at
-from everlearn.types import Grammar, ImageSpan, SamplingParams
+from everlearn.types import BaseModelInfo, Grammar, ImageSpan, SamplingParams
 
 
 class Draw(msgspec.Struct, frozen=True, kw_only=True):
@@ -202,13 +202,16 @@ def _spec(
     )
 
 
+def room_of(svc: Services, base: BaseModelInfo) -> int:
+    """Tokens that a prompt and its answer may take together: what the model was made for, as far as the engine has memory for it."""
+    return base.max_context if svc.engine.ready is None else min(base.max_context, svc.engine.ready.kv_tokens)
+
+
 def _params(
     svc: Services, target: Target, length: int, draw: Draw, grammar: Grammar | None, field: str, stop_tokens: set[int]
 ) -> SamplingParams:
     base = target.base
-    room = base.max_context
-    if svc.engine.ready is not None:
-        room = min(room, svc.engine.ready.kv_tokens)
+    room = room_of(svc, base)
     if length == 0:
         raise InvalidRequest(f"{field} is empty; there is nothing to answer", param=field)
     if length >= room + (draw.max_tokens == 0):

@@ -42,13 +42,13 @@ class Console:
     def settings(self, flags: Mapping[str, Any] | None = None) -> Settings:
         return self.load(flags).settings
 
-    def client(self) -> Client:
+    def client(self, timeout: float = 60.0) -> Client:
         """A client of the running server: --url and --key, else the environment, else where the home's server says it listens."""
         from everlearn.cli.client import Client
         from everlearn.config import client_environ
 
         environ = client_environ()
-        client = Client(self.url or environ.url or self._own_server(), self.key or environ.key)
+        client = Client(self.url or environ.url or self._own_server(), self.key or environ.key, timeout)
         click.get_current_context().call_on_close(client.close)
         return client
 

@@ -15,6 +15,7 @@ from everlearn.errors import Forbidden
 
 command = Noun("memory", help="Memories of conversations, and what is in them.")
 command.add_command(train)
+FORGETTING = 3600.0  # seconds: the server answers when its whole file is written anew
 COLUMNS = ["id", "base_model", "budget", "tokens", "turns", "refill", "policy", "version", "updated"]
 
 
@@ -73,15 +74,17 @@ def show(console: Console, memory_id: str, turn: int | None) -> None:
 
 @command.command("change")
 @click.argument("memory_id")
+@click.option("--budget", type=click.IntRange(min=1), help="tokens; more than it has")
 @click.option("--refill", type=click.Choice(["extract", "generate", "forget"]), help="who writes what is cut")
 @click.option("--importance", type=click.Choice(["head", "recency", "decided", "certain"]), help="who weighs chunks")
 @click.option("--policy", metavar="NAME", help='the adapter that writes and decides; "": the base model')
 @pass_console
-def change(console: Console, memory_id: str, refill: str | None, importance: str | None, policy: str | None) -> None:
-    """Choose who writes and weighs the chunks of MEMORY_ID, from its next turn on."""
-    if refill is None and importance is None and policy is None:
-        raise click.UsageError("there is nothing to change; give --refill, --importance or --policy")
-    console.result(row(console.client().patch(route(memory_id), {"refill": refill, "importance": importance, "policy": policy})))
+def change(console: Console, memory_id: str, budget: int | None, refill: str | None, importance: str | None, policy: str | None) -> None:
+    """Raise the budget of MEMORY_ID, or choose who writes and weighs its chunks, from its next turn on."""
+    wanted = {"budget": budget, "refill": refill, "importance": importance, "policy": policy}
+    if all(value is None for value in wanted.values()):
+        raise click.UsageError("there is nothing to change; give --budget, --refill, --importance or --policy")
+    console.result(row(console.client().patch(route(memory_id), wanted)))
 
 
 @command.command("pin")
@@ -113,7 +116,7 @@ def forget(console: Console, memory_id: str, number: int | None) -> None:
     what = f"turn {number}" if number is not None else "all"
     console.confirm(f"{what} of memory {memory_id} would be lost")
     parts = () if number is None else ("turns", number)
-    console.client().delete(route(memory_id, *parts))
+    console.client(timeout=FORGETTING).delete(route(memory_id, *parts))
     console.note(f"forgot {'all of it' if number is None else f'turn {number}'}")
 
 

@@ -150,8 +150,10 @@ def main() -> None:
 def keep_freed_memory(libc: ctypes.CDLL) -> None:
     """What large tensors took stays with the process when they are freed. The C library would give their pages back, layer by layer, and
     the system would clear them again: half of the time of decoding over long contexts on a CPU. Does nothing where it isn't glibc."""
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+    if not hasattr(libc, "mallopt"):
+        return
+    # Older ones take no more than 32 MiB. Where none is taken, the other setting would keep glibc from finding its own threshold.
+    if libc.mallopt(M_MMAP_THRESHOLD, 1 << 30) or libc.mallopt(M_MMAP_THRESHOLD, 1 << 25):
         libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 

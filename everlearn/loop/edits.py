@@ -63,10 +63,11 @@ def case_of(item: dict[str, Any]) -> Case:
 def _edit(api: Api, item: dict[str, Any], case: Case, reason: str) -> int:
     """The number of the turn that supersedes the mistaken answer."""
     route, turn = f"/v1/memories/{quote(case.memory, safe='@')}", int(item["memory"]["turn"])
-    before = api.get(f"{route}/turns/{turn}")["superseded_by"]
+    record_id = item["record_id"]
+    before = api.get(f"{route}/turns/{turn}", record_id=record_id)["superseded_by"]
     if before is not None:
         return int(before)
-    made = api.post(f"{route}/correct", {"number": turn, "text": told(case), "pinned": True})
-    event = {"kind": "act", "name": ACT, "record_id": item["record_id"], "text": reason}
+    made = api.post(f"{route}/correct", {"number": turn, "text": told(case), "pinned": True, "record_id": record_id})
+    event = {"kind": "act", "name": ACT, "record_id": record_id, "text": reason}
     api.post(f"/v1/episodes/{quote(item['episode_id'], safe=':')}/events", event)
     return int(made["turns"]) - 1

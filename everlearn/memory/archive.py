@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -78,9 +78,11 @@ class Archive:
         turns: Sequence[Turn] = (),
         rewrites: Sequence[Rewrite] = (),
         refill: str = "",
-        forgotten: Sequence[int] = (),
+        forgotten: Collection[int] = (),
+        retold: Collection[int] = (),
     ) -> int:
-        """All of it in one transaction; the new version. Raises Conflict where the window isn't at `version` any more."""
+        """All of it in one transaction; the new version. Of `retold` turns what was rewritten goes. Raises Conflict where the
+        window isn't at `version` any more."""
         self._db.execute("BEGIN IMMEDIATE")
         try:
             if self.window()[1] != version:
@@ -92,9 +94,8 @@ class Archive:
             )
             if forgotten:
                 self._db.execute(f"PRAGMA user_version = {UNSCRUBBED}")  # part of the transaction
-            for number in forgotten:
-                self._db.execute("DELETE FROM rewrites WHERE source = ?", (number,))
-                self._db.execute("DELETE FROM turns WHERE number = ?", (number,))
+            self._db.executemany("DELETE FROM rewrites WHERE source = ?", [(number,) for number in (*forgotten, *retold)])
+            self._db.executemany("DELETE FROM turns WHERE number = ?", [(number,) for number in forgotten])
             packed = msgspec.msgpack.encode(window)
             self._db.execute("INSERT OR REPLACE INTO state VALUES (1, ?, ?)", (version + 1, packed))
             self._db.execute("COMMIT")

@@ -22,6 +22,7 @@ class Generate:
     """`temperature` 0 is greedy. With a temperature, the same window, holes and `seed` give the same texts."""
 
     name = "generate"
+    sees_others = True
 
     def __init__(self, sampler: tinker.SamplingClient, chat: ChatMl, temperature: float = 0.0, seed: int = 0):
         if not temperature >= 0.0:

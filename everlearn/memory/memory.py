@@ -10,6 +10,7 @@ Who estimates importance and who refills is said when it is opened. It knows not
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import msgspec
@@ -20,7 +21,7 @@ from everlearn.memory.importance import BY_HAND, Importance, Surface
 from everlearn.memory.mask import Masking
 from everlearn.memory.refill import Extract, Refill
 from everlearn.memory.turns import Changed, Turns
-from everlearn.memory.window import SYSTEM, Encode, Window, shown
+from everlearn.memory.window import SYSTEM, Encode, Window, forgetting, shown
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -95,11 +96,11 @@ class Memory:
 
     def forget(self, number: int) -> Window:
         """Takes turn `number`, what it superseded or was superseded by, and every chunk made of those, out of the window and the archive.
-        No byte of them stays."""
+        What a model wrote with one of them in sight leaves the window too. No byte of them stays."""
         self.archive.turn(number)
         gone = self.archive.chain(number)
-        chunks = tuple(chunk for chunk in self.window.chunks if not gone & set(chunk.sources))
-        window = self._commit(msgspec.structs.replace(self.window, chunks=chunks), forgotten=sorted(gone))
+        window, beside = forgetting(self.window, gone)
+        self._commit(window, gone, beside)
         self.archive.scrub()
         return window
 
@@ -109,8 +110,8 @@ class Memory:
         self.window = window
         return window
 
-    def _commit(self, window: Window, forgotten: list[int] | None = None) -> Window:
-        self.version = self.archive.commit(self.version, window, forgotten=forgotten or [])
+    def _commit(self, window: Window, forgotten: Collection[int] = (), retold: Collection[int] = ()) -> Window:
+        self.version = self.archive.commit(self.version, window, forgotten=forgotten, retold=retold)
         self.window = window
         return window
 

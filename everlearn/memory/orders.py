@@ -18,6 +18,7 @@ from everlearn.memory.window import SYSTEM, Chunk, Encode, line
 
 AROUND = 2  # chunks before and behind a chunk that are shown
 AROUND_CHARS = 400  # of each of them
+BESIDE = 256  # turns that a chunk remembers to have been written beside; the newest
 HOLE_CHARS = 6000
 LINE_CHARS = 2000
 UNDECIDED = 0.5
@@ -38,10 +39,25 @@ KEEPING = (
 
 def shorter(chunks: Sequence[Chunk], hole: Hole) -> str:
     """The order to write the chunk in the hole again; the answer is to begin with `begun`."""
-    chunk, place = chunks[hole.place], hole.place
-    before = "".join(_short(other) for other in chunks[max(0, place - AROUND) : place] if other.role != SYSTEM)
-    after = "".join(_short(other) for other in chunks[place + 1 : place + 1 + AROUND])
+    chunk, (ahead, behind) = chunks[hole.place], _around(chunks, hole.place)
+    before, after = ("".join(map(_short, others)) for others in (ahead, behind))
     return SHORTER.format(words=max(3, (2 * hole.cap) // 3), before=before, hole=line(chunk.role, chunk.text[:HOLE_CHARS]), after=after)
+
+
+def _around(chunks: Sequence[Chunk], place: int) -> tuple[list[Chunk], Sequence[Chunk]]:
+    """What `shorter` shows before and behind a hole."""
+    return [chunk for chunk in chunks[max(0, place - AROUND) : place] if chunk.role != SYSTEM], chunks[place + 1 : place + 1 + AROUND]
+
+
+def neighbours(chunks: Sequence[Chunk], place: int) -> set[int]:
+    """The turns whose chunks whoever answers `shorter` has before its eyes, besides the hole's own."""
+    return {turn for chunks in _around(chunks, place) for chunk in chunks for turn in chunk.sources}
+
+
+def beside(chunks: Sequence[Chunk], place: int) -> tuple[int, ...]:
+    """What the chunk's `beside` is once it is answered: also what those in sight and it itself, were written beside."""
+    seen = {turn for chunks in _around(chunks, place) for chunk in chunks for turn in chunk.beside}
+    return tuple(sorted(seen | neighbours(chunks, place) | {*chunks[place].beside})[-BESIDE:])
 
 
 def begun(chunk: Chunk) -> str:

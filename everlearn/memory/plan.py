@@ -129,11 +129,16 @@ def _at_most(budgets: list[int], worths: Sequence[float], lengths: Sequence[int]
 
 
 def settled(
-    plan: Plan, texts: Sequence[str], encode: Encode, score: Callable[[str, str], float] | None = None
+    plan: Plan,
+    texts: Sequence[str],
+    encode: Encode,
+    score: Callable[[str, str], float] | None = None,
+    beside: Callable[[Sequence[Chunk], int], tuple[int, ...]] | None = None,
 ) -> tuple[Window, list[Rewrite]]:
     """The window after the plan, and what became of the masked chunks. `texts`: one for each of `plan.holes`, in order; an empty one
-    forgets its chunk. `score` says what a text of a role is worth that was refilled; without, it is worth what it was. Raises
-    InternalError where a text is over its cap: a refill that does that is broken."""
+    forgets its chunk. `score` says what a text of a role is worth that was refilled; without, it is worth what it was.
+    `beside` says which turns whoever wrote the text of a place had in sight; without, none. Raises InternalError where a text is over its
+    cap: a refill that does that is broken."""
     fills = dict(zip((hole.place for hole in plan.holes), texts, strict=True))
     caps = {hole.place: hole.cap for hole in plan.holes}
     forgotten = {place for place, budget in zip(plan.masked, plan.budgets, strict=True) if budget == 0}
@@ -149,6 +154,7 @@ def settled(
                 raise InternalError(f"a refill has {len(tokens)} tokens, above its cap of {caps[place]}")
             importance = chunk.importance if score is None else score(chunk.role, fills[place])
             after = msgspec.structs.replace(chunk, text=fills[place], tokens=tokens, rewrites=chunk.rewrites + 1, importance=importance)
+            after = after if beside is None else msgspec.structs.replace(after, beside=beside(plan.chunks, place))
         if after is not chunk:
             rewrites.append(Rewrite(chunk, after, caps.get(place, 0)))
         if after is not None:

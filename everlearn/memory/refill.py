@@ -29,7 +29,10 @@ Score = Callable[[Window, str, str], float]  # (window, role, text) -> how much 
 
 
 class Refill(Protocol):
+    """`sees_others`: its texts may hold words of the chunks around (`orders.beside`)."""
+
     name: str
+    sees_others: bool
 
     def fill(self, plan: Plan) -> list[str]:
         """A text for each of `plan.holes`, in order; "" forgets it. A hole names a place in `plan.chunks`, which stand there as they were
@@ -43,6 +46,7 @@ class Refill(Protocol):
 
 class Forget:
     name = "forget"
+    sees_others = False
 
     def fill(self, plan: Plan) -> list[str]:
         return [""] * len(plan.holes)
@@ -55,6 +59,7 @@ class Extract:
     """`score` says what a sentence is worth (everlearn/memory/importance.py); nothing is written that wasn't said."""
 
     name = "extract"
+    sees_others = False
 
     def __init__(self, encode: Encode, score: Score):
         self.encode, self.score = encode, score

@@ -7,9 +7,11 @@ requests.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import msgspec
 
+from everlearn.memory import orders
 from everlearn.memory.importance import BY_HAND, Head, Importance, Surface, counted
 from everlearn.memory.mask import Masking, worth
 from everlearn.memory.plan import Plan, Rewrite, planned, settled, tightened
@@ -49,10 +51,10 @@ class Turns:
 
     def instruct(self, window: Window, text: str) -> Changed:
         """The system's text: it takes the place of the one before. The same again changes nothing."""
-        if any(chunk.role == SYSTEM and chunk.pinned and chunk.text == text for chunk in window.chunks):
+        if [chunk.text for chunk in window.chunks if chunk.role == SYSTEM] == [text]:
             return window, []
-        gone = tuple(chunk for chunk in window.chunks if not (chunk.role == SYSTEM and chunk.pinned))
-        return self.add(msgspec.structs.replace(window, chunks=gone), SYSTEM, text, pinned=True)
+        rest = tuple(chunk for chunk in window.chunks if chunk.role != SYSTEM)
+        return self.add(msgspec.structs.replace(window, chunks=rest), SYSTEM, text, pinned=True)
 
     def correct(self, window: Window, number: int, role: str, text: str, pinned: bool = False) -> Changed:
         """`text` as the newest turn in the place of what turn `number` said; pinned if that was, or on wish as long as pins then take at
@@ -85,7 +87,8 @@ class Turns:
     def _settled(self, plan: Plan) -> Changed:
         texts = self.refill.fill(plan) if plan.holes else []
         keeps = self.importance.late or self.stays
-        return settled(plan, texts, self.encode, None if keeps else lambda role, text: self._worth(plan.window, role, text))
+        score = None if keeps else partial(self._worth, plan.window)
+        return settled(plan, texts, self.encode, score, orders.beside if self.refill.sees_others else None)
 
     def _worth(self, window: Window, role: str, text: str) -> float:
         """What a refilled text is worth by itself."""

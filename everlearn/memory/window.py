@@ -27,6 +27,7 @@ class Chunk(msgspec.Struct, frozen=True):
 
     `tokens` are those of its line (see `line`), so that they can be added up. `sources`: numbers of the archived turns that it came from.
     `born`: the turn at which it entered. `rewrites`: how often it was refilled since. `importance`: 0 (nothing is lost with it) to 1.
+    `beside`: turns that a model had before its eyes when it wrote the text, besides its own: some of their words may stand in it.
     """
 
     role: str
@@ -37,6 +38,7 @@ class Chunk(msgspec.Struct, frozen=True):
     rewrites: int = 0
     importance: float = 0.5
     pinned: bool = False
+    beside: tuple[int, ...] = ()
 
     @property
     def said(self) -> tuple[str, str]:
@@ -150,6 +152,20 @@ def shown(window: Window) -> list[dict[str, str]]:
     for place in sorted(recent):
         _say(messages, window.chunks[place].role, window.chunks[place].text)
     return messages
+
+
+def sharing(window: Window, turns: set[int]) -> set[int]:
+    """These turns, and those that stand in a chunk with one of them."""
+    return turns | {turn for chunk in window.chunks if turns & set(chunk.sources) for turn in chunk.sources}
+
+
+def forgetting(window: Window, gone: set[int]) -> tuple[Window, set[int]]:
+    """The window without the chunks that were made of these turns, and without those that were written beside them; and of which turns the
+    latter were made, which the archive still has."""
+    left = [chunk for chunk in window.chunks if not gone & set(chunk.sources)]
+    kept = tuple(chunk for chunk in left if not gone & set(chunk.beside))
+    beside = {turn for chunk in left if gone & set(chunk.beside) for turn in chunk.sources}
+    return msgspec.structs.replace(window, chunks=kept), beside
 
 
 def _recent_places(window: Window) -> set[int]:

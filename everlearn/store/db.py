@@ -32,6 +32,7 @@ T = TypeVar("T")
 Job = tuple[Callable[[Connection], Any], "Future[Any]", bool]
 
 BUSY_SECONDS = 30
+UNSCRUBBED = "what was forgotten is deleted, but its last bytes wait to be overwritten: try again"
 BATCH_LIMIT = 256
 RETRIES = 3
 CLAIM_SECONDS = 5.0
@@ -52,6 +53,7 @@ class Database:
         self._claim: Any = None
         self._connection: Connection | None = None  # the writer thread's; `_flushes`: whether its commits wait for the disk
         self._flushes = True
+        self._copying = threading.Lock()  # held while the file is written anew, and by a transaction of the writer's
         self._writer = threading.Thread(target=self._write_loop, name="store-writer", daemon=True)
         self._writer.start()
 
@@ -78,12 +80,16 @@ class Database:
         Writes wait meanwhile. (PostgreSQL's write-ahead files keep older pages until it recycles them.)"""
         with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
             driver: Any = conn.connection.driver_connection
-            if self.dialect == "sqlite":
-                for statement in ("PRAGMA wal_checkpoint(TRUNCATE)", "VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)"):
-                    self._patiently(driver, statement)
-            else:
-                for table in tables:
-                    driver.execute(f"VACUUM FULL {table}")
+            try:
+                if self.dialect == "sqlite":
+                    with self._copying:
+                        for statement in ("PRAGMA wal_checkpoint(TRUNCATE)", "VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)"):
+                            self._patiently(driver, statement)
+                else:
+                    for table in tables:
+                        driver.execute(f"VACUUM FULL {table}")
+            except self.engine.dialect.dbapi.Error as error:  # type: ignore[union-attr]
+                raise Unavailable(f"the store can't be written anew ({error}); {UNSCRUBBED}") from None
 
     def _patiently(self, driver: Any, statement: str) -> None:
         """A checkpoint that a reader kept from ending says so in its answer, and is begun again."""
@@ -93,7 +99,7 @@ class Database:
             if row is None or row[0] == 0:
                 return
             if time.monotonic() > deadline:
-                raise Unavailable("the store is busy; what was forgotten is deleted, but its last bytes wait to be overwritten: try again")
+                raise Unavailable(f"the store is busy; {UNSCRUBBED}")
             time.sleep(0.05)
 
     def claim_server(self) -> None:
@@ -153,7 +159,7 @@ class Database:
 
     def _run(self, batch: list[Job]) -> list[tuple[Any, BaseException | None]]:
         outcomes: list[tuple[Any, BaseException | None]] = []
-        with self._writing(any(flush for _, _, flush in batch)) as conn:
+        with self._copying, self._writing(any(flush for _, _, flush in batch)) as conn:
             for fn, _, _ in batch:
                 savepoint = conn.begin_nested() if len(batch) > 1 else conn.get_transaction()
                 assert savepoint is not None

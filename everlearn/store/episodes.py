@@ -154,6 +154,15 @@ def memory_of(conn: Connection, tenant: str, episode_id: str, record_id: str) ->
     return None if row is None else (row.name, int(row.value))
 
 
+def answered_in(conn: Connection, tenant: str, record_id: str, memory_id: str, turn: int, made_at: float) -> bool:
+    """Whether the answer is this turn of the memory that was made at `made_at`: not of one of that name that was forgotten before."""
+    row, _ = records.get(conn, tenant, record_id)
+    where = (event_rows.c.tenant == tenant) & (event_rows.c.episode_id == (row.episode_id or "")) & (event_rows.c.record_id == record_id)
+    where &= (event_rows.c.kind == MEMORY) & event_rows.c.text.is_(None) & (event_rows.c.created_at >= made_at)
+    where &= (event_rows.c.name == memory_id) & (event_rows.c.value == float(turn))
+    return conn.execute(sa.select(event_rows.c.event_id).where(where)).first() is not None
+
+
 def events(conn: Connection, tenant: str, episode_id: str, since: float = 0.0, until: float = math.inf) -> list[Event]:
     """What happened from `since` to before `until`, oldest first."""
     where = (event_rows.c.tenant == tenant) & (event_rows.c.episode_id == episode_id)

@@ -100,12 +100,14 @@ def commit(
     new_turns: Sequence[Turn] = (),
     new_rewrites: Sequence[Rewrite] = (),
     forgotten: Collection[int] = (),
+    retold: Collection[int] = (),
     now: float | None = None,
     keep_turns: int = 0,
 ) -> Memory:
     """Makes `memory` (with the version that it was made from; 0: it is new) what is stored, with its new turns and rewrites, and without
-    the `forgotten` turns. `keep_turns`: how many of the last turns its archive holds, with what was rewritten of them; 0: all. Raises
-    Conflict if it was changed meanwhile. The same change again is refused likewise: nothing happens twice."""
+    the `forgotten` turns; of the `retold` ones what was rewritten goes. `keep_turns`: how many of the last turns its archive holds, with
+    what was rewritten of them; 0: all. Raises Conflict if it was changed meanwhile. The same change again is refused likewise: nothing
+    happens twice."""
     at = time.time() if now is None else now
     mine = _mine(memories, memory.tenant, memory.memory_id)
     there = conn.execute(sa.select(memories.c.version, memories.c.created_at).where(mine)).first()
@@ -132,7 +134,7 @@ def commit(
     if forgotten:
         _note_scrub(conn)
         with around("memory.row"):
-            conn.execute(rewrites.delete().where(_mine(rewrites, **key) & rewrites.c.source.in_(forgotten)))
+            conn.execute(rewrites.delete().where(_mine(rewrites, **key) & rewrites.c.source.in_({*forgotten, *retold})))
             conn.execute(turns.delete().where(_mine(turns, **key) & turns.c.number.in_(forgotten)))
     return stored
 
@@ -166,6 +168,12 @@ def turn(conn: Connection, tenant: str, memory_id: str, number: int) -> Turn:
     return found[0]
 
 
+def has_turns(conn: Connection, tenant: str, memory_id: str, numbers: Collection[int]) -> bool:
+    """Whether the archive has all of them."""
+    where = _mine(turns, tenant, memory_id) & turns.c.number.in_(numbers)
+    return len(numbers) == conn.execute(sa.select(sa.func.count()).select_from(turns).where(where)).scalar_one()
+
+
 def list_turns(conn: Connection, tenant: str, memory_id: str, limit: int = 20, after: int = -1) -> list[Turn]:
     """Turns with numbers above `after`, in order."""
     get(conn, tenant, memory_id)
@@ -187,10 +195,10 @@ def superseding(conn: Connection, tenant: str, memory_id: str, number: int) -> i
     return conn.execute(sa.select(sa.func.max(turns.c.number)).where(where)).scalar_one()
 
 
-def chain(conn: Connection, tenant: str, memory_id: str, number: int) -> set[int]:
-    """The turn with all that it superseded and was superseded by."""
+def chain(conn: Connection, tenant: str, memory_id: str, numbers: Collection[int]) -> set[int]:
+    """The turns with all that they superseded and were superseded by."""
     found: set[int] = set()
-    todo = {number}
+    todo = set(numbers)
     while todo:
         found |= todo
         where = _mine(turns, tenant, memory_id) & (turns.c.number.in_(todo) | turns.c.supersedes.in_(todo))

@@ -67,20 +67,27 @@ def test_the_loop_edits_a_memory_instead_of_weights(server: LiveServer, http: ht
         http.delete("/v1/memories/rosa/turns/1").raise_for_status()
         runner.begin("and what was forgotten?")
         runner.run()
+        http.delete("/v1/memories/rosa").raise_for_status()
+        client.chat.completions.create(model="keeper", messages=[{"role": "user", "content": "hi"}], max_tokens=6, extra_body=body)
+        runner.begin("and what another memory of that name says?")
+        runner.run()
+        anew = http.get("/v1/memories/rosa").json()
     assert any("answered in memories" in line for line in said)
     assert turn["superseded_by"] == 2 and once["turns"] == 3, "the second cycle found it done"
     (chunk,) = [chunk for chunk in once["chunks"] if 2 in chunk["sources"]]
     assert chunk["pinned"] and chunk["text"] == f"{question} In Porto."
     events = http.get("/v1/deployments/keeper/history", params={"limit": 100}).json()["data"]
-    first, last, after = [event for event in events if event["kind"] == "ended"][::-1]
-    assert after["evidence"]["remedies"][record]["place"] == "nowhere", "nor do the weights learn what was forgotten"
+    first, last, *after = [event for event in events if event["kind"] == "ended"][::-1]
+    places = [event["evidence"]["remedies"][record]["place"] for event in after]
+    assert places == ["nowhere"] * 2, "nor do the weights learn what was forgotten"
+    assert anew["turns"] == 2 and not any(chunk["pinned"] for chunk in anew["chunks"])
     assert first["evidence"]["remedies"][record] == last["evidence"]["remedies"][record]
     assert first["evidence"]["remedies"][record]["place"] == "memory" and first["evidence"]["remedies"][record]["edit"] == 2
     rows = http.get(f"/v1/records/{record}").json()
     episode = http.get(f"/v1/episodes/{rows['episode_id']}").json()
     acts = [entry for entry in episode["timeline"] if entry.get("name") == "memory edit"]
     assert len(acts) == 1 and "about the user" in acts[0]["text"]
-    assert [entry["name"] for entry in episode["timeline"] if entry.get("kind") == "memory"] == ["rosa"]
+    assert [entry["name"] for entry in episode["timeline"] if entry.get("kind") == "memory"] == ["rosa", "rosa"]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

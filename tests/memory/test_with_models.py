@@ -122,6 +122,12 @@ def test_a_memory_whose_model_weighs_and_writes(sampler, chat, tmp_path: Path):
         assert memory.window.size <= 120
     assert any(chunk.importance != 0.5 for chunk in memory.window.chunks)
     assert {past.refill for turn in memory.archive.turns() for past in memory.archive.rewrites(turn.number)} == {"generate"}
+    written = next(chunk for chunk in memory.window.chunks if chunk.rewrites)
+    neighbour = written.beside[-1]
+    assert neighbour not in written.sources and memory.archive.turn(neighbour)
+    memory.forget(neighbour)
+    assert not any(neighbour in chunk.beside for chunk in memory.window.chunks), "some words of it may stand in them"
+    assert memory.archive.rewrites(written.sources[0]) == [] and memory.archive.turn(written.sources[0]), "which doesn't forget their turns"
     memory.close()
 
 

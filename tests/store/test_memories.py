@@ -54,8 +54,9 @@ def test_a_chain_of_corrections_goes_together(db: Database):
     turns = [Turn(0, "user", "one"), Turn(1, "user", "two", 0), Turn(2, "user", "else"), Turn(3, "user", "three", 1)]
     there = write(db, memory(), turns, [Rewrite(1, 2, "two", "tw", "extract"), Rewrite(2, 3, "else", None, "extract")])
     for number in (0, 1, 3):
-        assert db.read(lambda conn, number=number: memories.chain(conn, "a", "ann", number)) == {0, 1, 3}
-    assert db.read(lambda conn: memories.chain(conn, "a", "ann", 2)) == {2}
+        assert db.read(lambda conn, number=number: memories.chain(conn, "a", "ann", {number})) == {0, 1, 3}
+    assert db.read(lambda conn: memories.chain(conn, "a", "ann", {2})) == {2}
+    assert db.read(lambda conn: memories.has_turns(conn, "a", "ann", {0, 2}) and not memories.has_turns(conn, "a", "ann", {0, 4}))
     write(db, there, forgotten={0, 1, 3})
     assert [turn.number for turn in db.read(lambda conn: memories.list_turns(conn, "a", "ann"))] == [2]
     assert db.read(lambda conn: memories.list_rewrites(conn, "a", "ann", 1)) == []

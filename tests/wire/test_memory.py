@@ -112,6 +112,32 @@ def test_pin_and_correct(client, http):
     assert http.post("/memories/emil/correct", json={"number": 999, "text": "x"}).status_code == 404
 
 
+def test_what_the_system_says_is_one_text(client, http):
+    both: list[Any] = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": "hi"},
+    ]
+    for _ in range(2):
+        client.chat.completions.create(model="tiny", messages=both, max_tokens=4, extra_body={"memory": {"id": "ada", "budget": BUDGET}})
+    told = seen(http, "ada")
+    assert told["messages"][0] == {"role": "system", "content": "Be kind.\n\nBe brief."} and told["turns"] == 5, "sent again, it is no turn"
+    http.post("/memories/ada/pin", json={"number": 0, "pinned": False}).raise_for_status()
+    say(client, "ada", "and now?", "Be quick.")
+    assert seen(http, "ada")["messages"][0]["content"] == "Be quick."
+
+
+def test_a_budget_can_be_raised(client, http, capsys):
+    say(client, "olga", FACT)
+    arguments = ["--url", str(http.base_url).removesuffix("/v1/"), "--key", KEY]
+    assert everlearn(["memory", "change", "olga", "--budget", "400", *arguments]) == 0
+    say(client, "olga", "hi", extra_body={"memory": {"id": "olga", "budget": 400}})
+    assert seen(http, "olga")["budget"] == 400
+    lower = http.patch("/memories/olga", json={"budget": 100})
+    assert lower.status_code == 400 and "it can be raised" in lower.json()["error"]["message"]
+    assert http.patch("/memories/olga", json={"budget": 10**9}).status_code == 400
+
+
 def test_errors_name_what_is_wrong(client, http):
     def refused(error: type[Exception], match: str, text: str = "hi", **fields: Any) -> None:
         with pytest.raises(error, match=match):
@@ -292,6 +318,41 @@ def test_what_is_forgotten_is_nowhere_on_the_disk(new_server: Callable[..., Live
         assert everlearn(["memory", "correct", "hans", "56", "It was the tram.", *arguments]) == 0
         assert "It was the tram." in capsys.readouterr().out
         assert everlearn(["memory", "show", "ida", *arguments]) == 4
+
+
+def test_what_left_the_archive_can_be_corrected_and_forgotten(new_server: Callable[..., LiveServer]):
+    """Its text stands in the window, and so in every prompt."""
+    live = new_server(**{"store.memory_turns": 4})
+    api = httpx.Client(base_url=live.url + "/v1", headers={"X-API-Key": KEY}, timeout=60)
+    with api, openai.OpenAI(base_url=live.url + "/v1", api_key=KEY, max_retries=0) as client:
+        say(client, "lev", "My password is xyzzy-plugh.")
+        say(client, "lev", "My door has the code frobozz.")
+        for number in (0, 2):
+            api.post("/memories/lev/pin", json={"number": number}).raise_for_status()
+        chatter(client, "lev", 4)
+        assert api.get("/memories/lev/turns/0").status_code == 404 and stored(live.home, b"xyzzy-plugh")
+        assert api.delete("/memories/lev/turns/0").status_code == 204
+        assert stored(live.home, b"xyzzy-plugh") == []
+        assert api.delete("/memories/lev/turns/0").status_code == 404
+        api.post("/memories/lev/correct", json={"number": 2, "text": "My door has the code gnusto."}).raise_for_status()
+        chatter(client, "lev", 4)
+        assert "frobozz" not in str(seen(api, "lev")["messages"])
+        assert api.delete("/memories/lev/turns/2").status_code == 204
+        assert stored(live.home, b"frobozz") == stored(live.home, b"gnusto") == []
+
+
+def test_an_answer_that_was_on_its_way_brings_nothing_back(client, http):
+    say(client, "gus", FACT)
+    body = {"memory": {"id": "gus", "budget": BUDGET}}
+    asked: list[Any] = [{"role": "user", "content": "Where does Nora live?"}]
+    chunks = client.chat.completions.create(
+        model="tiny", messages=asked, max_tokens=200, stream=True, extra_body=body | {"ignore_eos": True}
+    )
+    first = next(iter(chunks))
+    assert http.delete("/memories/gus").status_code == 204
+    rest = list(chunks)
+    assert first.choices and rest and http.get("/memories/gus").status_code == 404
+    assert rest[-1].model_extra["everlearn"]["memory"]["remembered"] is False
 
 
 def test_a_key_that_may_not_read_still_pins(new_server: Callable[..., LiveServer], capsys):

@@ -109,7 +109,7 @@ async def turn(request: Request, memory_id: str, number: int = Path(ge=0, le=MAX
 @router.post("/memory/{memory_id}", dependencies=CHANGES)
 async def change(request: Request, memory_id: str) -> Response:
     given = await frame.form(request)
-    form = ChangeForm(given.get("refill"), given.get("importance"), given.get("policy"))
+    form = ChangeForm(refill=given.get("refill"), importance=given.get("importance"), policy=given.get("policy"))
     await api.change(services(request), caller(request), memory_id, form)
     return Response(status_code=204, headers=REFRESH)
 
