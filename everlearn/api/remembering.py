@@ -210,9 +210,7 @@ async def _commit(
             return None
         window = window_of(stored) if stored is not None else Window(start.budget, (), -1, window_of(start).recent, FRAME)
         if stored is not None and _shape(stored) != _shape(start):
-            raise Conflict(
-                f"memory {start.memory_id!r} was made by another request meanwhile, and otherwise; send yours again", param="memory.id"
-            )
+            raise Conflict(f"memory {start.memory_id!r} was made otherwise meanwhile; send the request again", param="memory.id")
         base = wanted.on(stored or msgspec.structs.replace(start, version=0))
         rules = rules_of(chat, base)
         told = await asyncio.to_thread(_told, rules, window, said, text, frame)

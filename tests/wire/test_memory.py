@@ -353,6 +353,15 @@ def test_an_answer_that_was_on_its_way_brings_nothing_back(client, http):
     rest = list(chunks)
     assert first.choices and rest and http.get("/memories/gus").status_code == 404
     assert rest[-1].model_extra["everlearn"]["memory"]["remembered"] is False
+    # And of two first chats with different wishes the one that ends first makes the memory.
+    chunks = client.chat.completions.create(
+        model="tiny", messages=asked, max_tokens=200, stream=True, extra_body=body | {"ignore_eos": True}
+    )
+    assert next(iter(chunks)).choices
+    say(client, "gus", "hi", extra_body={"memory": {"id": "gus", "budget": 400}})
+    with pytest.raises(openai.APIError, match="was made otherwise meanwhile"):
+        list(chunks)
+    assert seen(http, "gus")["turns"] == 2
 
 
 def test_a_key_that_may_not_read_still_pins(new_server: Callable[..., LiveServer], capsys):
