@@ -314,6 +314,7 @@ def test_an_answer_in_a_format_or_a_call_instead(client) -> None:
     assert refusal["param"] == "structured_outputs"
 
 
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # the SDK's own, about a `parsed` that it sends back
 def test_the_sdks_helpers_for_streams_and_parsing_work(client) -> None:
     from pydantic import BaseModel
 
@@ -322,6 +323,8 @@ def test_the_sdks_helpers_for_streams_and_parsing_work(client) -> None:
 
     parsed = client.chat.completions.parse(model="tiny", messages=HI, response_format=Trip, max_tokens=200, seed=2)
     assert isinstance(parsed.choices[0].message.parsed, Trip)
+    messages = [*HI, parsed.choices[0].message, *HI]
+    assert client.chat.completions.create(model="tiny", messages=messages, max_tokens=2).usage.prompt_tokens > 10
     ends: Any = {"logit_bias": {"2": 100}, "extra_body": {"min_tokens": 5}, "seed": 1}
     with client.chat.completions.stream(model="tiny", messages=HI, **ends) as events:
         kinds = {event.type for event in events}

@@ -286,14 +286,17 @@ def canonical(message: dict[str, Any]) -> dict[str, Any]:
         message["content"] = refusal
     if reasoning := message.pop("reasoning", None):
         message.setdefault("reasoning_content", reasoning)
-    for said_by_others in ("annotations", "provider_specific_fields"):
+    for said_by_others in ("annotations", "parsed", "provider_specific_fields"):
         message.pop(said_by_others, None)
     if not message.get("tool_calls"):
         message.pop("tool_calls", None)
         if message.get("content") is None:
             raise InvalidRequest("an assistant's message has neither content nor tool_calls; send one of them", param="messages")
     else:
-        message["tool_calls"] = [{"id": call["id"], "type": "function", "function": call["function"]} for call in message["tool_calls"]]
+        message["tool_calls"] = [
+            {"id": call["id"], "type": "function", "function": {name: call["function"][name] for name in ("name", "arguments")}}
+            for call in message["tool_calls"]
+        ]
     return message
 
 

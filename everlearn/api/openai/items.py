@@ -28,6 +28,7 @@ class OutputText(Part, tag_field="type", tag="output_text"):
     text: str
     annotations: list[Any] = []
     logprobs: list[Any] | None = None
+    parsed: Any = None  # older SDKs send along what they read from `text`
 
 
 class Refusal(Part, tag_field="type", tag="refusal"):
@@ -56,6 +57,7 @@ class CallItem(Part, tag_field="type", tag="function_call"):
     call_id: str
     name: str
     arguments: str
+    parsed_arguments: Any = None
     id: str | None = None
     status: str | None = None
 

@@ -50,6 +50,7 @@ class ImagePart(Form, tag_field="type", tag="image_url"):
 class FunctionCall(Form):
     name: str
     arguments: str
+    parsed_arguments: Any = None  # the SDK's reading of `arguments`; it sends it along
 
 
 class ToolCall(Form):
@@ -86,6 +87,7 @@ class AssistantMessage(Form, tag_field="role", tag="assistant"):
     audio: None = None
     function_call: None = None
     annotations: list[Any] | None = None
+    parsed: Any = None  # the SDK's reading of `content`
     provider_specific_fields: dict[str, Any] | None = None  # LiteLLM's own notes; it sends them along
 
 

@@ -169,6 +169,28 @@ def test_messages_become_what_templates_take() -> None:
     ]
 
 
+def test_what_the_sdk_parsed_can_be_sent_back() -> None:
+    """`parse()` puts what it read beside what it read it from, and sends both, null where there is nothing."""
+    from openai import NOT_GIVEN
+    from openai.lib._parsing import parse_chat_completion
+    from openai.types.chat import ChatCompletion
+    from pydantic import BaseModel
+
+    class Trip(BaseModel):
+        days: int
+
+    call = {"id": "call_1", "type": "function", "function": {"name": "look_up", "arguments": '{"a": 1}'}}
+    strict = {"type": "function", "function": {**TOOL["function"], "strict": True}}
+    for said in ({"content": '{"days": 3}'}, {"content": None, "tool_calls": [call]}):
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", **said}}
+        answer = ChatCompletion.model_validate({"id": "c", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]})
+        for tools in (NOT_GIVEN, [strict]):
+            message = parse_chat_completion(response_format=Trip, input_tools=tools, chat_completion=answer).choices[0].message
+            given = {name: value for name, value in said.items() if value is not None}
+            for sent in (message.model_dump(mode="json", warnings=False), message.to_dict(mode="json", warnings=False)):
+                assert turn(messages=[USER, sent]).messages[1] == {"role": "assistant", **given}
+
+
 def test_tools_are_offered_chosen_and_narrowed() -> None:
     other = {"type": "function", "function": {"name": "other", "strict": True}}
     assert turn(tools=[TOOL, other]).tool_choice == "auto"
@@ -252,10 +274,10 @@ def test_items_become_messages_and_calls_belong_together() -> None:
         {"role": "user", "content": [{"type": "input_text", "text": "a"}, {"type": "input_text", "text": "b"}]},
         {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]},
         {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}", "status": "completed", "id": None},
-        {"type": "function_call", "call_id": "c2", "name": "g", "arguments": "{}"},
+        {"type": "function_call", "call_id": "c2", "name": "g", "arguments": "{}", "parsed_arguments": {}},
         {"type": "function_call_output", "call_id": "c1", "output": "1"},
         {"type": "function_call_output", "call_id": "c2", "output": [{"type": "input_text", "text": "2"}]},
-        {"type": "message", "role": "assistant", "id": "m", "content": [{"type": "output_text", "text": "so", "annotations": []}]},
+        {"type": "message", "role": "assistant", "id": "m", "content": [{"type": "output_text", "text": "so", "annotations": [], "parsed": None}]},
     ]
     calls = [{"id": i, "type": "function", "function": {"name": name, "arguments": "{}"}} for i, name in (("c1", "f"), ("c2", "g"))]
     assert items.messages_of(given) == [
