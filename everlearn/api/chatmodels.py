@@ -18,7 +18,8 @@ from everlearn.render.tokenizer import ChatTokenizer
 from everlearn.render.tools import ToolFormat
 from everlearn.types import BaseModelInfo
 
-EFFORTS = ("low", "medium", "high")  # what templates that grade it know (gpt-oss)
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")  # OpenAI's words
+GRADES = frozenset({"low", "medium", "high"})  # what models whose template grades it were trained on (gpt-oss), unless it names others
 
 
 class ChatModel:
@@ -33,19 +34,26 @@ class ChatModel:
 
     def switches(self, effort: str) -> dict[str, Any] | None:
         """The template's switches for an effort of reasoning; None where it has none for that."""
-        for name in ("enable_thinking", "thinking"):
-            if template.knows(self.tokenizer, name):
-                return {name: effort != "none"}
-        if template.knows(self.tokenizer, "reasoning_effort") and effort in EFFORTS:
-            return {"reasoning_effort": effort}
-        return {} if effort == "none" and not self.format.thinks else None
+        known = template.switches(self.tokenizer)
+        switch = next((name for name in ("enable_thinking", "thinking") if name in known), None)
+        graded = "reasoning_effort" in known
+        if effort == "none" and switch is not None:
+            return {switch: False}
+        if effort not in EFFORTS or (graded and effort not in GRADES | template.efforts(self.tokenizer)):
+            return None
+        if switch is None and not graded:
+            return {} if effort == "none" and not self.format.thinks else None
+        return {**({"reasoning_effort": effort} if graded else {}), **({} if switch is None else {switch: True})}
 
     def thinking(self, effort: str, field: str = "reasoning_effort") -> dict[str, Any]:
         """The same for the request's `field`. Raises Unsupported where the model has no such thing."""
         found = self.switches(effort)
         if found is not None:
             return found
-        what = "always thinks as much as it likes" if self.format.thinks else "doesn't think before it answers"
+        taken = [name for name in EFFORTS if self.switches(name) is not None]
+        if taken not in ([], ["none"]):
+            raise Unsupported(f"{field} {effort[:40]!r}: {self.base.name} takes {', '.join(taken)}; send one of them", param=field)
+        what = "doesn't think before it answers" if taken else "always thinks as much as it likes"
         raise Unsupported(f"{field} {effort[:40]!r}: {self.base.name} {what}; leave it out", param=field)
 
 

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError, nodes
+from jinja2 import TemplateError, meta, nodes
 
 from everlearn.errors import InvalidRequest
 from everlearn.render import sandbox
@@ -26,6 +26,7 @@ CHATML = (
 )
 MAX_MESSAGES = 10_000
 CONTINUE = "\ufdd1CONTINUE\ufdd1"  # marks the end of the last message's text; noncharacters, and taken out again
+GIVEN = frozenset({"messages", "tools", "add_generation_prompt", "bos_token", "eos_token", "pad_token", "unk_token"})  # set by us
 REASONING = ("reasoning_content", "reasoning", "thinking")  # the same under the names that templates read
 
 
@@ -35,6 +36,8 @@ class Needs(NamedTuple):
     names: frozenset[str]  # variables, attributes and string constants: which fields, roles and switches it knows
     parts: bool  # goes through a content that is a list of parts
     text_arguments: bool  # joins a call's arguments as text
+    efforts: frozenset[str]  # texts that it compares `reasoning_effort` with
+    switches: frozenset[str]  # variables that it reads and doesn't set itself, those that every prompt has left out
 
 
 def render(
@@ -140,11 +143,28 @@ def supports_tools(tokenizer: ChatTokenizer) -> bool:
 
 
 def knows(tokenizer: ChatTokenizer, name: str) -> bool:
-    """Whether the template reads a variable, or has a constant, of this name (enable_thinking, developer)."""
+    """Whether the template reads a variable or a field, or has a constant, of this name (tool_calls, developer)."""
     try:
         return name in _compiled(_source(tokenizer, tools=True))[1].names
     except TemplateError:
         return False
+
+
+def switches(tokenizer: ChatTokenizer) -> frozenset[str]:
+    """The variables that a request may set (enable_thinking), with tools and without: fields of messages are none, nor are texts."""
+    try:
+        with_tools, without = (_compiled(_source(tokenizer, tools))[1].switches for tools in (True, False))
+    except TemplateError:
+        return frozenset()
+    return with_tools & without
+
+
+def efforts(tokenizer: ChatTokenizer) -> frozenset[str]:
+    """The efforts of reasoning that the template knows by name; it may well print others as they are."""
+    try:
+        return _compiled(_source(tokenizer, tools=True))[1].efforts
+    except TemplateError:
+        return frozenset()
 
 
 def tokenizer_tokens(tokenizer: ChatTokenizer) -> dict[str, str]:
@@ -162,7 +182,13 @@ def _source(tokenizer: ChatTokenizer, tools: bool) -> str:
 @functools.lru_cache(maxsize=32)
 def _compiled(source: str) -> tuple[sandbox.Template, Needs]:
     tree = sandbox.parse(source)
-    return sandbox.compile_template(source), Needs(_names(tree), _goes_through_content(tree), _joins_arguments(tree))
+    return sandbox.compile_template(source), Needs(
+        names=_names(tree),
+        parts=_goes_through_content(tree),
+        text_arguments=_joins_arguments(tree),
+        efforts=_compared(tree, "reasoning_effort"),
+        switches=frozenset(meta.find_undeclared_variables(tree)) - GIVEN,  # last, because it folds the tree's constants
+    )
 
 
 # ---- what the template expects ----
@@ -171,6 +197,16 @@ def _compiled(source: str) -> tuple[sandbox.Template, Needs]:
 def _names(tree: nodes.Template) -> frozenset[str]:
     names = {node.name for node in tree.find_all(nodes.Name)} | {node.attr for node in tree.find_all(nodes.Getattr)}
     return frozenset(names | {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)})
+
+
+def _compared(tree: nodes.Template, name: str) -> frozenset[str]:
+    """The texts that the variable `name` is compared with."""
+    found: set[str] = set()
+    for compare in tree.find_all(nodes.Compare):
+        leaves = [leaf for side in (compare.expr, *compare.ops) for leaf in (side, *side.find_all((nodes.Name, nodes.Const)))]
+        if any(isinstance(leaf, nodes.Name) and leaf.name == name for leaf in leaves):
+            found |= {leaf.value for leaf in leaves if isinstance(leaf, nodes.Const) and isinstance(leaf.value, str)}
+    return frozenset(found)
 
 
 def _field(node: nodes.Node) -> str | None:
