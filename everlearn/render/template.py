@@ -36,6 +36,7 @@ class Needs(NamedTuple):
     names: frozenset[str]  # variables, attributes and string constants: which fields, roles and switches it knows
     parts: bool  # goes through a content that is a list of parts
     text_arguments: bool  # joins a call's arguments as text
+    one_call: bool  # shows the first call of a message, and none behind it
     efforts: frozenset[str]  # texts that it compares `reasoning_effort` with
     switches: frozenset[str]  # variables that it reads and doesn't set itself, those that every prompt has left out
 
@@ -150,6 +151,14 @@ def knows(tokenizer: ChatTokenizer, name: str) -> bool:
         return False
 
 
+def shows_one_call(tokenizer: ChatTokenizer) -> bool:
+    """Whether the template shows one call of a message, so that the others would be lost or refused (gpt-oss, Llama 3)."""
+    try:
+        return _compiled(_source(tokenizer, tools=True))[1].one_call
+    except TemplateError:
+        return False
+
+
 def switches(tokenizer: ChatTokenizer) -> frozenset[str]:
     """The variables that a request may set (enable_thinking), with tools and without: fields of messages are none, nor are texts."""
     try:
@@ -186,6 +195,7 @@ def _compiled(source: str) -> tuple[sandbox.Template, Needs]:
         names=_names(tree),
         parts=_goes_through_content(tree),
         text_arguments=_joins_arguments(tree),
+        one_call=_takes_one_call(tree),
         efforts=_compared(tree, "reasoning_effort"),
         switches=frozenset(meta.find_undeclared_variables(tree)) - GIVEN,  # last, because it folds the tree's constants
     )
@@ -237,6 +247,16 @@ def _joins_arguments(tree: nodes.Template) -> bool:
         any(_field(child) == "arguments" for child in node.iter_child_nodes())
         for node in tree.find_all((nodes.Add, nodes.Concat, nodes.Output))
     )
+
+
+def _takes_one_call(tree: nodes.Template) -> bool:
+    """`message.tool_calls[0]`, and nowhere a loop over them."""
+    first = any(
+        _field(node.node) == "tool_calls" and isinstance(node.arg, nodes.Const) and node.arg.value == 0
+        for node in tree.find_all(nodes.Getitem)
+    )
+    looped = [over for node in tree.find_all(nodes.For) for over in (node.iter, *node.iter.find_all((nodes.Getattr, nodes.Getitem)))]
+    return first and not any(_field(over) == "tool_calls" for over in looped)
 
 
 # ---- messages as templates take them ----

@@ -8,6 +8,7 @@ the tokenizer, which decides what of its marks is a special token.
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -86,7 +87,8 @@ class ReplyParser:
 
 class ToolFormat(msgspec.Struct, frozen=True):
     """A row of the table. `native`: the model's template shows tools, so give them to `template.render`; `shows_calls`: it shows calls
-    and their results. What it doesn't show, `inject` turns into text. `thinks`: the model may think before it answers.
+    and their results. What it doesn't show, `inject` turns into text. `one_call`: it shows one call of a message. `thinks`: the model may
+    think before it answers.
 
     `marks` are the strings that must reach the parser although they may be special tokens; `special` are those that the model's
     tokenizer has as one token each, `keep_ids` their ids (give them to TextStream as `keep`). Both are empty in `FORMATS`.
@@ -98,6 +100,7 @@ class ToolFormat(msgspec.Struct, frozen=True):
     marks: tuple[str, ...] = ()
     native: bool = True
     shows_calls: bool = True
+    one_call: bool = False
     special: frozenset[str] = frozenset()
     keep_ids: frozenset[int] = frozenset()
     thinks: bool = False
@@ -105,6 +108,10 @@ class ToolFormat(msgspec.Struct, frozen=True):
     def inject(self, messages: Sequence[template.Message], tools: Sequence[Tool] | None) -> list[dict[str, Any]]:
         """`messages` as the model's template can show them, with what it can't show (tools, calls and their results) as text."""
         copies = [dict(message) for message in messages]
+        if self.name == "harmony":
+            copies = [_thought_with_preamble(message) for message in copies]
+        if self.one_call:
+            copies = _one_call_each(copies)
         if not self.shows_calls:
             copies = _calls_as_text(copies)
         if tools and not self.native:
@@ -218,6 +225,7 @@ def format_for(tokenizer: ChatTokenizer, architecture: str = "", model_type: str
         row,
         native=shows_tools,
         shows_calls=shows_calls,
+        one_call=template.shows_one_call(tokenizer),
         special=frozenset(special),
         keep_ids=frozenset(special.values()),
         thinks=row.thinks or OPEN in special,
@@ -326,3 +334,33 @@ def _calls_as_text(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         else:
             plain.append(message)
     return [{key: value for key, value in message.items() if key != "_results"} for message in plain]
+
+
+def _thought_with_preamble(message: dict[str, Any]) -> dict[str, Any]:
+    """gpt-oss's template has one place for what was thought and said before a call, and refuses messages that have both."""
+    thoughts = [name for name in template.REASONING if message.get(name)]
+    said = _text_of(message.get("content"))
+    if not (message.get("tool_calls") and thoughts and said):
+        return message
+    return {**message, **dict.fromkeys(thoughts, f"{message[thoughts[0]]}\n{said}"), "content": ""}
+
+
+def _one_call_each(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Calls of one message as messages in turn, the result of each behind it."""
+    plain: list[dict[str, Any]] = []
+    left = deque(messages)
+    while left:
+        message = left.popleft()
+        calls = message.get("tool_calls") or []
+        if len(calls) < 2:
+            plain.append(message)
+            continue
+        results: dict[Any, list[dict[str, Any]]] = {}
+        while left and left[0].get("role") == "tool":
+            result = left.popleft()
+            results.setdefault(result.get("tool_call_id"), []).append(result)
+        for place, call in enumerate(calls):
+            said = {"role": message["role"], "content": ""} if place else message
+            plain += [{**said, "tool_calls": [call]}, *results.pop(call.get("id"), [])]
+        plain += [result for rest in results.values() for result in rest]  # of calls that aren't there
+    return plain

@@ -66,6 +66,59 @@ def test_the_embedded_model_is_prompted(tokenizer: ChatTokenizer):
     assert f"<|im_start|>user\n{result.format('rain')}\n{result.format('sun')}<|im_end|>\n<|im_start|>user\nThanks.<|im_end|>" in rest
 
 
+# What gpt-oss's and Llama 3's templates do with calls: the first one is shown; a thought and a text beside it, or a second call, are refused.
+ONE_CALL = {
+    "harmony": """{% set last = namespace(name='') %}{% for m in messages %}{% if m.role == 'assistant' and m.tool_calls %}
+{%- if m.content and m.thinking %}{{ raise_exception('both content and thinking') }}{% endif %}
+{%- if m.content or m.thinking %}<|channel|>analysis<|message|>{{ m.content or m.thinking }}<|end|>{% endif %}
+{%- set call = m.tool_calls[0].function %}{% set last.name = call.name %} to={{ call.name }}<|message|>{{ call.arguments | tojson }}<|call|>
+{%- elif m.role == 'tool' %}{{ last.name }}<|message|>{{ m.content }}<|end|>{% else %}{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}
+{%- endfor %}{% if tools %}functions{% endif %}""",
+    "llama3": """{% for m in messages %}{% if 'tool_calls' in m %}{% if not m.tool_calls | length == 1 %}
+{{- raise_exception('single tool-calls at once') }}{% endif %}{% set call = m.tool_calls[0].function %}
+{{- '{"name": "' + call.name + '", "parameters": ' }}{{ call.arguments | tojson }}}<|eot_id|>
+{%- else %}{{ m.role }}: {{ m.content }}<|eot_id|>{% endif %}{% endfor %}{% if tools %}<|python_tag|>{% endif %}""",
+}
+NOW = {"id": "call_2", "type": "function", "function": {"name": "get_time", "arguments": "{}"}}
+
+
+def test_a_thought_and_a_text_before_a_call_are_one_for_gpt_oss(with_tokens: Callable[..., ChatTokenizer]):
+    tokenizer = with_tokens(template=ONE_CALL["harmony"])
+    format = format_for(tokenizer)
+    assert format.name == "harmony"
+    parsed = format.parse(
+        "<|channel|>analysis<|message|>Bonn, then.<|end|><|start|>assistant<|channel|>commentary<|message|>I'll look.<|end|>"
+        '<|start|>assistant<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"city": "Bonn"}<|call|>'
+    )
+    assert (parsed.reasoning, parsed.content) == ("Bonn, then.", "I'll look.")
+    calls = [{"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}} for call in parsed.tool_calls]
+    said = {"role": "assistant", "content": parsed.content, "reasoning_content": parsed.reasoning, "tool_calls": calls}
+    for content in (parsed.content, [{"type": "text", "text": parsed.content}]):
+        shown = template.render(tokenizer, format.inject([TALK[0], {**said, "content": content}], None))
+        assert '<|message|>Bonn, then.\nI\'ll look.<|end|> to=get_weather<|message|>{"city": "Bonn"}<|call|>' in shown
+    for alone in ({"content": "I'll look."}, {"content": None, "reasoning_content": "I'll look."}):
+        shown = template.render(tokenizer, format.inject([TALK[0], {**TALK[1], "tool_calls": calls, **alone}], None))
+        assert "<|message|>I'll look.<|end|> to=get_weather" in shown
+    answer = {"role": "assistant", "content": "Rain.", "reasoning_content": "hm"}
+    assert format.inject([answer], None) == [answer]
+
+
+@pytest.mark.parametrize("name", ONE_CALL)
+def test_calls_of_a_message_come_in_turn_where_the_template_shows_one(with_tokens: Callable[..., ChatTokenizer], name: str):
+    tokenizer = with_tokens(template=ONE_CALL[name])
+    format = format_for(tokenizer)
+    assert format.name == name and format.one_call
+    sun, rain = TALK[3], TALK[2]
+    talk = [TALK[0], {**TALK[1], "tool_calls": [CALL, NOW]}, sun, rain, {**rain, "tool_call_id": "call_9"}, TALK[4]]
+    split = format.inject(talk, None)
+    assert [message.get("tool_calls") or message.get("tool_call_id") or message["role"] for message in split] == [
+        "user", [CALL], "call_1", [NOW], "call_2", "call_9", "user",
+    ]  # fmt: skip
+    assert (split[1]["content"], split[3]["content"]) == ("I'll look.", "")
+    shown = template.render(tokenizer, split)
+    assert -1 < shown.find('{"city": "Bonn"}') < shown.find("rain") < shown.find("get_time") < shown.find("sun")
+
+
 def test_what_is_shown_of_a_call_is_what_is_read_as_one(tokenizer: ChatTokenizer):
     format = format_for(tokenizer)
     (said,) = format.inject([TALK[1]], None)
