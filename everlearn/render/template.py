@@ -10,12 +10,14 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from jinja2 import TemplateError, meta, nodes
+from jinja2 import TemplateError
+from pydantic_core import from_json
 
 from everlearn.errors import InvalidRequest
 from everlearn.render import sandbox
+from everlearn.render.needs import Needs, needs_of
 from everlearn.render.tokenizer import ChatTokenizer
 
 Message = Mapping[str, Any]
@@ -25,20 +27,9 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 MAX_MESSAGES = 10_000
+BROKEN = "INVALID_JSON"  # Anthropic's word for the arguments of a call that are no object
 CONTINUE = "\ufdd1CONTINUE\ufdd1"  # marks the end of the last message's text; noncharacters, and taken out again
-GIVEN = frozenset({"messages", "tools", "add_generation_prompt", "bos_token", "eos_token", "pad_token", "unk_token"})  # set by us
 REASONING = ("reasoning_content", "reasoning", "thinking")  # the same under the names that templates read
-
-
-class Needs(NamedTuple):
-    """What a template expects of messages, found in its syntax tree."""
-
-    names: frozenset[str]  # variables, attributes and string constants: which fields, roles and switches it knows
-    parts: bool  # goes through a content that is a list of parts
-    text_arguments: bool  # joins a call's arguments as text
-    one_call: bool  # shows the first call of a message, and none behind it
-    efforts: frozenset[str]  # texts that it compares `reasoning_effort` with
-    switches: frozenset[str]  # variables that it reads and doesn't set itself, those that every prompt has left out
 
 
 def render(
@@ -190,73 +181,7 @@ def _source(tokenizer: ChatTokenizer, tools: bool) -> str:
 
 @functools.lru_cache(maxsize=32)
 def _compiled(source: str) -> tuple[sandbox.Template, Needs]:
-    tree = sandbox.parse(source)
-    return sandbox.compile_template(source), Needs(
-        names=_names(tree),
-        parts=_goes_through_content(tree),
-        text_arguments=_joins_arguments(tree),
-        one_call=_takes_one_call(tree),
-        efforts=_compared(tree, "reasoning_effort"),
-        switches=frozenset(meta.find_undeclared_variables(tree)) - GIVEN,  # last, because it folds the tree's constants
-    )
-
-
-# ---- what the template expects ----
-
-
-def _names(tree: nodes.Template) -> frozenset[str]:
-    names = {node.name for node in tree.find_all(nodes.Name)} | {node.attr for node in tree.find_all(nodes.Getattr)}
-    return frozenset(names | {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)})
-
-
-def _compared(tree: nodes.Template, name: str) -> frozenset[str]:
-    """The texts that the variable `name` is compared with."""
-    found: set[str] = set()
-    for compare in tree.find_all(nodes.Compare):
-        leaves = [leaf for side in (compare.expr, *compare.ops) for leaf in (side, *side.find_all((nodes.Name, nodes.Const)))]
-        if any(isinstance(leaf, nodes.Name) and leaf.name == name for leaf in leaves):
-            found |= {leaf.value for leaf in leaves if isinstance(leaf, nodes.Const) and isinstance(leaf.value, str)}
-    return frozenset(found)
-
-
-def _field(node: nodes.Node) -> str | None:
-    """The name in `message.content` and `message['content']`."""
-    if isinstance(node, nodes.Getattr):
-        return node.attr
-    if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const):
-        return str(node.arg.value)
-    return None
-
-
-def _goes_through_content(tree: nodes.Template) -> bool:
-    """A loop over a message's content, or over a variable or a macro's argument that stands for it."""
-    settings = [node for node in tree.find_all(nodes.Assign) if isinstance(node.target, nodes.Name) and _field(node.node) == "content"]
-    carriers = {node.target.name for node in settings if isinstance(node.target, nodes.Name)}
-    carriers |= {arg.name for macro in tree.find_all(nodes.Macro) for arg in macro.args if arg.name == "content"}
-    loops = [node.iter for node in tree.find_all(nodes.For)]
-    return any(_field(over) == "content" or (isinstance(over, nodes.Name) and over.name in carriers) for over in loops)
-
-
-def _joins_arguments(tree: nodes.Template) -> bool:
-    """`+ call.arguments +` or `{{ call.arguments }}` and nowhere a filter or a test on them: the template takes JSON text."""
-    handled = any(
-        any(_field(child) == "arguments" for child in node.iter_child_nodes())
-        for node in tree.find_all((nodes.Filter, nodes.Test, nodes.Assign, nodes.For, nodes.Getattr))
-    )
-    return not handled and any(
-        any(_field(child) == "arguments" for child in node.iter_child_nodes())
-        for node in tree.find_all((nodes.Add, nodes.Concat, nodes.Output))
-    )
-
-
-def _takes_one_call(tree: nodes.Template) -> bool:
-    """`message.tool_calls[0]`, and nowhere a loop over them."""
-    first = any(
-        _field(node.node) == "tool_calls" and isinstance(node.arg, nodes.Const) and node.arg.value == 0
-        for node in tree.find_all(nodes.Getitem)
-    )
-    looped = [over for node in tree.find_all(nodes.For) for over in (node.iter, *node.iter.find_all((nodes.Getattr, nodes.Getitem)))]
-    return first and not any(_field(over) == "tool_calls" for over in looped)
+    return sandbox.compile_template(source), needs_of(sandbox.parse(source))
 
 
 # ---- messages as templates take them ----
@@ -276,7 +201,7 @@ def _prepare(message: Message, needs: Needs, place: int) -> dict[str, Any]:
     for call in plain.get("tool_calls") or []:
         function = call.get("function", call)
         if isinstance(function.get("arguments"), str) and not needs.text_arguments:
-            function["arguments"] = _arguments(function["arguments"])
+            function["arguments"] = _arguments(function["arguments"], needs.entries)
     return plain
 
 
@@ -314,13 +239,20 @@ def _check_images(needs: Needs, place: int) -> None:
         )
 
 
-def _arguments(text: str) -> Any:
-    """An object where the text is one; else the text, which is what the model wrote."""
+def _arguments(text: str, entries: bool) -> Any:
+    """An object where the text is one; else the text, which is what the model wrote. For a template that goes through `entries`, those that
+    there are of an object that breaks off, and anything else as the one entry of an object."""
     try:
         value = json.loads(text) if text.strip() else {}
+    except (ValueError, RecursionError):
+        value = None
+    if isinstance(value, dict) or not entries:
+        return value if isinstance(value, dict) else text
+    try:
+        value = from_json(text, allow_inf_nan=False, allow_partial="trailing-strings")
     except ValueError:
-        return text
-    return value if isinstance(value, dict) else text
+        value = None
+    return value if isinstance(value, dict) else {BROKEN: text}
 
 
 def _plain(value: Any) -> Any:

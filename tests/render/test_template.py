@@ -112,6 +112,48 @@ def test_arguments_that_are_no_object_stay_text(with_tokens: Callable[..., ChatT
     assert template.render(with_tokens(template=source), [{"role": "assistant", "tool_calls": [call]}]) == '"{\\"city\\": \\"Bo"'
 
 
+ENTRIES = [
+    # Qwen3-Coder's and Qwen 3.5's way, and GLM's
+    "{% for m in messages %}{% for c in m.tool_calls %}{% set c = c.function %}{% if c.arguments is defined %}"
+    "{% for k, v in c.arguments | items %}<{{ k }}>{{ v }}{% endfor %}{% endif %}{% endfor %}{% endfor %}",
+    "{% for m in messages %}{% for c in m.tool_calls %}{% set args = c.function.arguments or {} %}"
+    "{% for k, v in args.items() %}<{{ k }}>{{ v }}{% endfor %}{% endfor %}{% endfor %}",
+]
+
+
+@pytest.mark.parametrize("source", ENTRIES)
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ('{"city": "Bonn", "days": 3}', "<city>Bonn<days>3"),
+        ('{"city": "Bonn", "day', "<city>Bonn"),
+        ('{"city": "Bo', "<city>Bo"),
+        ("{", ""),
+        ("", ""),
+        ("[1]", "<INVALID_JSON>[1]"),
+        ("null", "<INVALID_JSON>null"),
+        ('{"city": Bonn}', '<INVALID_JSON>{"city": Bonn}'),
+        ("[" * 100_000, "<INVALID_JSON>" + "[" * 100_000),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_a_template_that_goes_through_arguments_has_an_object(
+    with_tokens: Callable[..., ChatTokenizer], source: str, arguments: str, expected: str
+):
+    said = [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]
+    assert template.render(with_tokens(template=source), said) == expected
+
+
+def test_a_template_that_asks_what_arguments_are_has_them_as_they_were(with_tokens: Callable[..., ChatTokenizer]):
+    source = (
+        "{% for m in messages %}{% for c in m.tool_calls %}{% set args = c.function.arguments %}{% if args is mapping %}"
+        "{% for k, v in args | items %}<{{ k }}>{{ v }}{% endfor %}{% else %}{{ args }}{% endif %}{% endfor %}{% endfor %}"
+    )
+    for arguments, expected in (('{"city": "Bonn"}', "<city>Bonn"), ('{"city": "Bo', '{"city": "Bo')):
+        said = [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]
+        assert template.render(with_tokens(template=source), said) == expected
+
+
 def test_developer_is_the_system_where_the_template_knows_none(tokenizer: ChatTokenizer, with_tokens: Callable[..., ChatTokenizer]):
     said = [{"role": "developer", "content": "Be kind."}, USER]
     assert "<|im_start|>system\nBe kind.<|im_end|>" in template.render(tokenizer, said)

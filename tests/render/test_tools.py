@@ -91,7 +91,9 @@ def test_a_thought_and_a_text_before_a_call_are_one_for_gpt_oss(with_tokens: Cal
         '<|start|>assistant<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"city": "Bonn"}<|call|>'
     )
     assert (parsed.reasoning, parsed.content) == ("Bonn, then.", "I'll look.")
-    calls = [{"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}} for call in parsed.tool_calls]
+    calls = [
+        {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}} for call in parsed.tool_calls
+    ]
     said = {"role": "assistant", "content": parsed.content, "reasoning_content": parsed.reasoning, "tool_calls": calls}
     for content in (parsed.content, [{"type": "text", "text": parsed.content}]):
         shown = template.render(tokenizer, format.inject([TALK[0], {**said, "content": content}], None))

@@ -12,9 +12,9 @@ import msgspec
 from pydantic_core import from_json
 
 from everlearn.api.replies import ContentDelta, Delta, ReasoningDelta, Step, ToolCallDelta
+from everlearn.render.template import BROKEN
 
 encode = msgspec.json.encode
-BROKEN = "INVALID_JSON"  # Anthropic's word for the input of a call that is none
 
 
 def event(kind: str, **fields: Any) -> bytes:

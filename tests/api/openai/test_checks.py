@@ -277,7 +277,12 @@ def test_items_become_messages_and_calls_belong_together() -> None:
         {"type": "function_call", "call_id": "c2", "name": "g", "arguments": "{}", "parsed_arguments": {}},
         {"type": "function_call_output", "call_id": "c1", "output": "1"},
         {"type": "function_call_output", "call_id": "c2", "output": [{"type": "input_text", "text": "2"}]},
-        {"type": "message", "role": "assistant", "id": "m", "content": [{"type": "output_text", "text": "so", "annotations": [], "parsed": None}]},
+        {
+            "type": "message",
+            "role": "assistant",
+            "id": "m",
+            "content": [{"type": "output_text", "text": "so", "annotations": [], "parsed": None}],
+        },
     ]
     calls = [{"id": i, "type": "function", "function": {"name": name, "arguments": "{}"}} for i, name in (("c1", "f"), ("c2", "g"))]
     assert items.messages_of(given) == [
