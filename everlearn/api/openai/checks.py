@@ -38,8 +38,9 @@ def within(form: Any, name: str, low: float, high: float, default: float) -> flo
     value = getattr(form, name)
     if value is None:
         return default
-    if not (math.isfinite(value) and low <= value <= high):
-        raise InvalidRequest(f"{name} is {value}; it must lie in {low:g}..{high:g}", param=name)
+    if not low <= value <= high:  # no number is none of these, and an integer may be too large for a float
+        shown = value if not abs(value) > 10**30 else "a huge number"
+        raise InvalidRequest(f"{name} is {shown}; it must lie in {low:g}..{high:g}", param=name)
     number: float = value
     return number
 
@@ -345,7 +346,7 @@ def tool(
         raise InvalidRequest(f"{place}.name {name[:140]!r} must be 1 to 128 letters, digits, '_', '-', '.' or ':'", param=f"{place}.name")
     if parameters is not None:
         bounded(_encode(parameters).decode(), f"{place}.{field}")
-        toolschemas.check(parameters, f"{place}.{field}")
+        parameters = toolschemas.check(parameters, f"{place}.{field}")
     function: dict[str, Any] = {"name": name}
     if description is not None:
         function["description"] = description
