@@ -34,11 +34,13 @@ class ScoredToken(msgspec.Struct):
 
 
 class Step(msgspec.Struct):
-    """`finish`: "" while it goes on, then stop, length, tool_calls or deadline."""
+    """`finish`: "" while it goes on, then stop, length, tool_calls or deadline. `parts`: the same token by token, where tokens are reported
+    and there are several, so that each can be told with what it says."""
 
     deltas: list[Delta]
     scored: list[ScoredToken]
     finish: str
+    parts: list[Step] = []
 
 
 class SpokenCall(msgspec.Struct):
@@ -99,20 +101,29 @@ class Reply:
         whole = part_of(index, sequence, self.scored)
         if self.parser is None or not (thinks or self._begins_with_a_thought(whole.tokens)):
             return self.feed(whole)
-        step = Step([], [], "")
-        last = len(whole.tokens) - 1
-        for place in range(last):
-            cut = slice(place, place + 1)
-            fed = self.feed(TokenPart(index, whole.tokens[cut], whole.logprobs[cut], whole.top_ids[cut], whole.top_logprobs[cut]))
-            step.deltas += fed.deltas
-            step.scored += fed.scored
-        cut = slice(max(last, 0), None)
-        end = TokenPart(index, whole.tokens[cut], whole.logprobs[cut], whole.top_ids[cut], whole.top_logprobs[cut], whole.stop_reason)
-        fed = self.feed(end)
-        return Step(step.deltas + fed.deltas, step.scored + fed.scored, self.finish)
+        return self._feed_each(whole)
 
     def feed(self, part: TokenPart) -> Step:
         """What the part adds. After the end: nothing."""
+        if self.scored and self.parser is not None and len(part.tokens) > 1:
+            return self._feed_each(part)
+        return self._feed(part)
+
+    def _feed_each(self, part: TokenPart) -> Step:
+        """Token by token; the last one brings the end."""
+        if self.finish:
+            return Step([], [], "")
+        steps = []
+        last = max(len(part.tokens) - 1, 0)
+        for place in range(last + 1):
+            cut = slice(place, place + 1)
+            reason = part.stop_reason if place == last else ""
+            one = TokenPart(part.index, part.tokens[cut], part.logprobs[cut], part.top_ids[cut], part.top_logprobs[cut], reason)
+            steps.append(self._feed(one))
+        deltas, scored = [delta for step in steps for delta in step.deltas], [token for step in steps for token in step.scored]
+        return Step(deltas, scored, self.finish, steps if self.scored else [])
+
+    def _feed(self, part: TokenPart) -> Step:
         if self.finish:
             return Step([], [], "")
         ids = part.tokens

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from everlearn.api.openai.responses_events import Growing
 from everlearn.api.replies import ContentDelta, Reply, ScoredToken, ToolCallDelta
 from everlearn.engine.protocol import TokenPart
 from everlearn.render import tokenizer as tokenizers
@@ -117,13 +118,49 @@ def test_after_its_end_a_reply_says_nothing(tokenizer: ChatTokenizer) -> None:
 
 def test_tokens_of_a_thought_are_counted_in_a_whole_sequence_too(tokenizer: ChatTokenizer) -> None:
     ids = tokenizer.encode(TEXTS[2])
-    sequence = SampledSequence("length", Array("int32", [len(ids)], b"".join(i.to_bytes(4, "little") for i in ids)), zeros(len(ids)))
+    sequence = SampledSequence("length", array(ids), zeros(len(ids)))
     reply, streamed = new(tokenizer), new(tokenizer)
     reply.take(0, sequence, thinks=False)
     for number in ids:
         streamed.feed(TokenPart(0, [number], [-1.0]))
     assert said(reply)[:2] == ("so it is", "hm, 你好")
     assert 0 < reply.reasoning_tokens == streamed.reasoning_tokens < len(ids)
+
+
+TALK = ["<think>", "hm, ", "你好", "</think>", "so it ", "is. ", '<tool_call>\n{"name": "look_up", "arguments": {"a": 1}}\n</tool_call>']
+
+
+@pytest.mark.parametrize("streamed", ["whole", "in pieces", "token by token"])
+@pytest.mark.parametrize(("begin", "end"), [(0, 7), (0, 6), (4, 7), (4, 6), (6, 7), (0, 3)])
+def test_a_response_tells_its_tokens_with_what_they_say(tokenizer: ChatTokenizer, streamed: str, begin: int, end: int) -> None:
+    """Those of the message alone, none of a thought or a call, whether they come at once or one after another."""
+    text = "".join(TALK[begin:end])
+    ids = tokenizer.encode(text)
+    reply, growing = new(tokenizer), Growing("x", tokenizer)
+    if streamed == "whole":
+        growing.take(reply.take(0, SampledSequence("length", array(ids), zeros(len(ids))), thinks=begin == 0))
+    else:
+        told = b"".join(
+            event
+            for part in parts(ids, list(range(0, len(ids), 1 if streamed == "token by token" else 7)), "length")
+            for event in growing.take(reply.feed(part))
+        )
+        deltas = [json.loads(line[6:]) for line in told.splitlines() if line.startswith(b"data: ")]
+        shown = [delta for delta in deltas if delta["type"] == "response.output_text.delta"]
+        assert all(delta["delta"].strip() in written(delta["logprobs"]) for delta in shown)
+    growing.end("completed")
+    said = [item["content"][0] for item in growing.output if item["type"] == "message"]
+    assert [part["text"].strip() for part in said] == ["so it is."] * (begin <= 4 < end)
+    for part in said:
+        assert written(part["logprobs"]).strip() == "so it is."
+
+
+def written(logprobs: list[dict[str, object]]) -> str:
+    return "".join(str(token["token"]) for token in logprobs)
+
+
+def array(ids: list[int]) -> Array:
+    return Array("int32", [len(ids)], b"".join(i.to_bytes(4, "little") for i in ids))
 
 
 def zeros(count: int) -> Array:

@@ -72,6 +72,16 @@ def test_a_response_has_its_thought_as_an_item(client) -> None:
     assert [item.type for item in silent.output] == ["message"]
 
 
+def test_the_tokens_of_a_response_are_told_after_a_thought_too(client) -> None:
+    fields: Any = {"model": "tiny", "input": "hi", "max_output_tokens": 60, "extra_body": {"seed": 2}}
+    fields["include"] = ["message.output_text.logprobs"]
+    said = client.responses.create(**fields).output[1].content[0]
+    events = list(client.responses.create(stream=True, **fields))
+    done = next(event for event in events if event.type == "response.output_text.done")
+    assert said.logprobs and [token.token for token in done.logprobs] == [token.token for token in said.logprobs]
+    assert "".join(token.token for token in said.logprobs).strip() == said.text.strip()
+
+
 def test_a_suffix_is_written_up_to(client) -> None:
     record = completions.complete(client, prompt="the quick", suffix="over the dog").model_extra["everlearn"]["record"]
     ids = client.get(f"/records/{record}", cast_to=dict)["content"]["prompt_token_ids"]

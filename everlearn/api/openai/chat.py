@@ -115,13 +115,13 @@ class Chunks:
         yield DONE
 
     def _write(self, out: list[bytes], index: int, step: Step, last: bool) -> None:
-        scored: list[ScoredToken] | None = step.scored
-        if step.scored and not step.deltas:
-            out.append(self._chunk(index, b'{"content":""}', scored, b"null"))
-            scored = None
-        for delta in step.deltas:
-            out.append(self._chunk(index, delta_of(delta), scored, b"null"))
-            scored = None  # a step's tokens are told once
+        for part in step.parts or [step]:
+            scored: list[ScoredToken] | None = part.scored
+            if part.scored and not part.deltas:
+                out.append(self._chunk(index, b'{"content":""}', scored, b"null"))
+            for delta in part.deltas:
+                out.append(self._chunk(index, delta_of(delta), scored, b"null"))
+                scored = None  # a part's tokens are told once
         if step.finish:
             ours = b',"everlearn":' + encode(shapes.ours(self.call)) if last and not self.include_usage else b""
             out.append(self._chunk(index, b"{}", None, b'"' + shapes.finish_reason(step.finish).encode() + b'"', ours))

@@ -23,6 +23,7 @@ class Growing:
         self._open: str = ""  # the kind of the open item: reasoning, message or function_call
         self._text: list[str] = []
         self._logprobs: list[dict[str, Any]] = []
+        self._scored: list[ScoredToken] = []  # that said nothing yet: the beginning of a text, or of a call
         self._call = -1
         self._counts = {"rs": 0, "msg": 0}
 
@@ -33,12 +34,12 @@ class Growing:
 
     def take(self, step: Step) -> list[bytes]:
         out: list[bytes] = []
-        scored = step.scored
-        for delta in step.deltas:
-            self._take(out, delta, scored)
-            scored = []
-        if scored and self._open == "message":
-            self._logprobs += shapes.scored(self.tokenizer, scored)
+        for part in step.parts or [step]:
+            self._scored += part.scored
+            for delta in part.deltas:
+                self._take(out, delta)
+            if self._open in ("reasoning", "function_call"):  # their tokens aren't reported
+                self._scored = []
         return out
 
     def end(self, status: str) -> list[bytes]:
@@ -46,10 +47,12 @@ class Growing:
         out: list[bytes] = []
         if not self.output:
             self._begin(out, "message")
+        if self._open == "message":
+            self._logprobs += shapes.scored(self.tokenizer, self._scored)
         self._close(out, status)
         return out
 
-    def _take(self, out: list[bytes], delta: Delta, scored: list[ScoredToken]) -> None:
+    def _take(self, out: list[bytes], delta: Delta) -> None:
         if isinstance(delta, ToolCallDelta):
             if self._open != "function_call" or delta.index != self._call:
                 self._close(out, "completed")
@@ -65,7 +68,8 @@ class Growing:
         if isinstance(delta, ReasoningDelta):
             self._say(out, "response.reasoning_text.delta", delta.text, content_index=0)
             return
-        logprobs = shapes.scored(self.tokenizer, scored)
+        logprobs = shapes.scored(self.tokenizer, self._scored)
+        self._scored = []
         self._logprobs += logprobs
         self._say(out, "response.output_text.delta", delta.text, content_index=0, logprobs=logprobs)
 
