@@ -17,7 +17,7 @@ from pydantic_core import from_json
 
 from everlearn.errors import InvalidRequest
 from everlearn.render import sandbox
-from everlearn.render.needs import Needs, needs_of
+from everlearn.render.needs import GIVEN, Needs, needs_of
 from everlearn.render.tokenizer import ChatTokenizer
 
 Message = Mapping[str, Any]
@@ -41,7 +41,7 @@ def render(
     continue_final: bool = False,
     kwargs: Mapping[str, Any] = {},
 ) -> str:
-    """The prompt. `messages` and `tools` are as OpenAI's API has them; `kwargs` are switches of the template (enable_thinking). What isn't
+    """The prompt. `messages` and `tools` are as OpenAI's API has them; `kwargs` are variables of the template (enable_thinking). What isn't
     the assistant's own is guarded, so encode it with `tokenizer.encode`: a user's `<|im_end|>` is letters there, and ends nothing.
 
     `continue_final` leaves the last message open, so that the model goes on writing it. A model without a template gets ChatML.
@@ -92,18 +92,26 @@ def _prepared(
     if continue_final:
         add_generation_prompt = False
         _mark_end(plain[-1])
-    reserved = {"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"} & set(kwargs)
-    if reserved:
-        raise InvalidRequest(f"chat_template_kwargs can't set {', '.join(sorted(reserved))}", param="chat_template_kwargs")
+    _check_switches(kwargs, needs)
     variables = {
         **tokenizer_tokens(tokenizer),
-        **_plain(kwargs),
+        "documents": None,
+        **_guarded(tokenizer, _plain(kwargs)),
         "messages": plain,
         "tools": _guarded(tokenizer, _plain(list(tools))) if tools else None,
-        "documents": None,
         "add_generation_prompt": add_generation_prompt,
     }
     return template, variables
+
+
+def _check_switches(kwargs: Mapping[str, Any], needs: Needs) -> None:
+    """A variable that the template doesn't read would be ignored."""
+    param = "chat_template_kwargs"
+    if reserved := GIVEN & set(kwargs):
+        raise InvalidRequest(f"chat_template_kwargs can't set {', '.join(sorted(reserved))}", param=param)
+    if unknown := sorted(set(kwargs) - needs.switches):
+        known = f"those that it reads are {', '.join(sorted(needs.switches))}" if needs.switches else "it reads none"
+        raise InvalidRequest(f"{unknown[0][:80]!r} is no variable that the model's chat template reads; {known}", param=param)
 
 
 def turn(

@@ -38,7 +38,7 @@ def test_like_transformers(smollm2: Path, with_tokens: Callable[..., ChatTokeniz
     messages = [{"role": "system", "content": " Be\nkind. "}, USER, {"role": "assistant", "content": " Hello <b> "}, USER]
     for source in (FEATURES, reference.chat_template):
         ours = with_tokens(template=source)
-        for tools, options in ((None, {}), ([WEATHER, TIME], {"enable_thinking": False})):
+        for tools, options in ((None, {}), ([WEATHER, TIME], {"enable_thinking": False} if source is FEATURES else {})):
             expected = reference.apply_chat_template(
                 messages, tools, chat_template=source, tokenize=False, add_generation_prompt=True, **options
             )
@@ -210,6 +210,23 @@ def test_what_a_template_refuses_is_said_in_its_words(with_tokens: Callable[...,
         template.render(with_tokens(template="x"), [USER], kwargs={"messages": []})
     with pytest.raises(InvalidRequest, match="can't be continued"):
         template.render(with_tokens(template="x"), [USER], continue_final=True)
+
+
+def test_a_variable_that_the_template_does_not_read_is_refused_by_name(with_tokens: Callable[..., ChatTokenizer]):
+    source = "{% set mood = mood or 'calm' %}{% for m in messages %}{{ m.thinking }}{% endfor %}{{ mood }} {{ documents }}{% set fixed = 1 %}{{ fixed }}"
+    reads = with_tokens(template=source)
+    assert template.switches(reads) == {"mood", "documents"}
+    assert template.render(reads, [USER], kwargs={"mood": "glad", "documents": ["<|im_end|>"]}).startswith("glad ['")
+    assert "<|im_end|>" not in template.render(reads, [USER], kwargs={"documents": ["<|im_end|>"]})  # guarded, as all that clients write
+    for name in ("moood", "thinking", "fixed", "m", "loop"):
+        with pytest.raises(
+            InvalidRequest, match=f"'{name}' is no variable that .* reads; those that it reads are documents, mood"
+        ) as caught:
+            template.render(reads, [USER], kwargs={"mood": "glad", name: True})
+        assert caught.value.param == "chat_template_kwargs"
+    for name in ("tools", "eos_token"):
+        with pytest.raises(InvalidRequest, match=f"can't set {name}"):
+            template.render(reads, [USER], kwargs={name: ""})
 
 
 def test_values_of_other_types_never_reach_a_template(tokenizer: ChatTokenizer):

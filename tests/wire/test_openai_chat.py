@@ -217,8 +217,9 @@ def test_the_last_message_can_be_continued(client) -> None:
     assert going_on < ask(client, messages=messages).usage.prompt_tokens
 
 
-def test_switches_of_the_template_are_given_to_it(client) -> None:
-    assert ask(client, extra_body={"chat_template_kwargs": {"enable_thinking": False}}).usage.prompt_tokens > 0
+def test_variables_that_the_template_does_not_read_are_refused(client) -> None:
+    error = refused(client, extra_body={"chat_template_kwargs": {"enable_thinking": False}})
+    assert error["param"] == "chat_template_kwargs" and "'enable_thinking'" in error["message"]
     assert refused(client, extra_body={"chat_template_kwargs": {"messages": []}})["param"] == "chat_template_kwargs"
 
 

@@ -40,6 +40,8 @@ def test_an_effort_switches_thoughts_on_and_off(client) -> None:
     assert silent.usage.completion_tokens_details.reasoning_tokens == 0
     switched = chat.ask(client, seed=2, max_tokens=60, extra_body={"chat_template_kwargs": {"enable_thinking": False}})
     assert chat.text(switched) == chat.text(silent)
+    refused = chat.refused(client, extra_body={"chat_template_kwargs": {"thinking": False}})
+    assert refused["param"] == "chat_template_kwargs" and refused["message"].endswith("those that it reads are enable_thinking")
 
 
 def test_a_thought_comes_before_a_call_and_is_sent_back_with_it(client) -> None:
