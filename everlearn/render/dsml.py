@@ -14,7 +14,7 @@ import json
 import re
 from typing import Any
 
-from everlearn.render.parameters import convert, kinds
+from everlearn.render.parameters import broken_off, convert, kinds, loads
 from everlearn.render.reader import BrokenError, Marks, Reader, Step
 from everlearn.render.replies import Writer
 from everlearn.render.syntaxes import NAME, closed_by, commit, marked
@@ -102,14 +102,14 @@ def _value(reader: Reader, out: Writer, textual: str | None, schema: Any) -> Ste
     pieces: list[str] = []
     stop = yield from reader.until(_ENDS, pieces.append)
     text = "".join(pieces)
-    out.arguments(as_json(text, wanted) if stop else text)
+    out.arguments(as_json(text, wanted) if stop else broken_off(text, quoted=True))
     return stop
 
 
 def as_json(text: str, wanted: frozenset[str]) -> str:
     """JSON as it was written; what is none is made into what the schema asks for."""
     try:
-        json.loads(text)
+        loads(text)
     except (ValueError, RecursionError):
         return convert(text, wanted)
     return text.strip()

@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from pydantic_core import from_json
+
 from everlearn.render.reader import BrokenError, Marks, Reader, Step
 from everlearn.render.replies import Writer
 
@@ -61,10 +63,7 @@ def _value(reader: Reader, out: Writer, wanted: frozenset[str]) -> Step[str]:
         pieces: list[str] = []
         stop = yield from reader.until(_ENDS, pieces.append)
         text = "".join(pieces)
-        if stop:
-            out.arguments(convert(text.removesuffix("\n"), wanted))
-        else:
-            out.arguments(text)
+        out.arguments((convert if stop else broken_off)(text.removesuffix("\n"), wanted))
         return stop
 
     def emit(piece: str) -> None:
@@ -96,14 +95,57 @@ def kinds(schema: Any) -> frozenset[str]:
 
 def convert(text: str, wanted: frozenset[str]) -> str:
     """`text` as JSON of one of the `wanted` types; a string where it is none of the others."""
-    bare = {"None": "null", "True": "true", "False": "false"}.get(text.strip(), text.strip())  # models were shown Python's words too
+    bare = _bare(text)
     try:
-        value = json.loads(bare)
+        value = loads(bare)
     except (ValueError, RecursionError):
         return json.dumps(text, ensure_ascii=False)
-    fits = any(
+    return bare if _fits(value, wanted) else json.dumps(text, ensure_ascii=False)
+
+
+def broken_off(text: str, wanted: frozenset[str] = frozenset(), quoted: bool = False) -> str:
+    """The same of a text that breaks off: the beginning of such JSON, so that what was streamed stays the beginning of an object. `quoted`:
+    a string has its quotes where it is one."""
+    bare = _bare(text)
+    try:
+        value = _begun(bare)
+        fits = _fits(value, wanted) or (quoted and isinstance(value, str))
+    except ValueError:
+        fits = False
+    return bare if fits or not bare else json.dumps(text, ensure_ascii=False)[:-1]
+
+
+def loads(text: str) -> Any:
+    """A value from JSON as everybody reads it, without Python's own NaN and Infinity."""
+    return _DECODER.decode(text)
+
+
+def _begun(text: str) -> Any:
+    """What there is of the value whose JSON begins with `text`. Raises ValueError where none does."""
+    try:
+        value, end = _DECODER.raw_decode(text)
+    except (ValueError, RecursionError):
+        return from_json(text, allow_inf_nan=False, allow_partial="trailing-strings")
+    if end < len(text):
+        raise ValueError("there is more behind a value")
+    return value
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is Python's alone")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_number)
+
+
+def _bare(text: str) -> str:
+    return {"None": "null", "True": "true", "False": "false"}.get(text.strip(), text.strip())  # models were shown Python's words too
+
+
+def _fits(value: Any, wanted: frozenset[str]) -> bool:
+    """Whether it is of a wanted type other than text."""
+    return any(
         isinstance(value, KINDS[name]) and (name == "boolean") == isinstance(value, bool)
         for name in wanted or KINDS
         if name in KINDS and name != "string"
     )
-    return bare if fits else json.dumps(text, ensure_ascii=False)

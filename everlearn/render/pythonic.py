@@ -10,7 +10,7 @@ import json
 import re
 from typing import Any
 
-from everlearn.render.parameters import convert, kinds
+from everlearn.render.parameters import broken_off, convert, kinds, loads
 from everlearn.render.reader import BrokenError, Marks, Reader, Step
 from everlearn.render.replies import Writer
 from everlearn.render.syntaxes import NAME, calls_by_line, commit
@@ -82,7 +82,7 @@ def call(reader: Reader, out: Writer, known: bool) -> Step[None]:
             commit(reader, out, name)
         out.arguments(f"{between}{json.dumps(key, ensure_ascii=False)}: ")
         text, stop = yield from value(reader)
-        out.arguments(as_json(text, schemas.get(key)) if stop else text)
+        out.arguments(as_json(text, schemas.get(key)) if stop else broken_off(text, quoted=True))
         if not stop:
             return
         between = ", "
@@ -129,7 +129,7 @@ def as_json(text: str, schema: Any) -> str:
         for string, name, sign in TOKEN.findall(text)
     )
     try:
-        json.loads(written)
+        loads(written)
     except (ValueError, RecursionError):
         return convert(text, kinds(schema))
     return written
