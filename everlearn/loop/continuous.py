@@ -24,7 +24,7 @@ import msgspec
 import tinker
 
 from everlearn.errors import Conflict, NotFound
-from everlearn.loop import changed, edits, grpo, lesson, paraphrase, reservoir, update
+from everlearn.loop import changed, edits, grpo, lesson, paraphrase, refusals, reservoir, update
 from everlearn.loop.description import Description
 from everlearn.loop.lesson import Example, Recipe
 from everlearn.loop.moving import Moving, moving_of, used_up
@@ -86,7 +86,10 @@ class Mover:
             if not (said or found.again) or now.state != "collect":
                 return None  # it waits for the gate, or for something to learn
             return self._anew(now, described, moving, f"{moving.ahead} steps, and no candidate of them serves", base=False)
-        return self._learn(now, described, moving, said, found)
+        try:
+            return self._learn(now, described, moving, said, found)
+        except refusals.REFUSED as error:
+            return self._passed_over(now, moving, said, found, error)
 
     def due(self, now: Deployed, described: Description) -> bool:
         """Whether the moving weights are to be shown to the gate."""
@@ -228,7 +231,10 @@ class Mover:
         new = [*(one for one, corrects in given if corrects), *again]
         taught = [*(one.newest for one, _ in given), *(one.newest for one in self.reservoir if one.newest in found.acts)]
         now = self._edited(now, described, moving, [*found.again, *taken])
-        new, self.reservoir = (_for_weights(now, corrections) for corrections in (new, self.reservoir))
+        new, self.reservoir = (edits.for_weights(now, corrections) for corrections in (new, self.reservoir))
+        before = len(new)
+        new, self.reservoir = ([one for one in known if self._of(tokens, one)] for known in (new, self.reservoir))
+        left_out = {update.LONGER: before - len(new)} if before > len(new) else {}
         if not moving.path and not moving.dataset:  # they begin here, and nothing older is frozen: all that is older is learned now
             taught = [*(one.newest for one in self.reservoir), *taught]
         fresh = self._worded(tokens, now, described, new)
@@ -246,13 +252,28 @@ class Mover:
         else:
             moving = msgspec.structs.replace(moving, owed=0)
         try:
-            if not found.acts:
-                return self._noted(now, moving)
             once_more = [one.newest for one in new if one.newest in found.acts]
-            return self._noted(now, moving, changed.told(found.acts, once_more), {"feedback": found.acts, "learned": once_more})
+            told = [changed.told(found.acts, once_more)] if found.acts else []
+            told += [f"{count} of what was said left out, {why}" for why, count in left_out.items()]
+            evidence = {"feedback": found.acts, "learned": once_more} if found.acts else {}
+            return self._noted(now, moving, "; ".join(told), {**evidence, **({"left_out": left_out} if left_out else {})})
         except Conflict:
             self.trainer, self.reservoir = None, None  # somebody was faster: it goes on from their note
             raise
+
+    def _passed_over(
+        self, now: Deployed, moving: Moving, said: Sequence[dict[str, Any]], found: changed.Changed, error: Exception
+    ) -> Deployed | None:
+        """Goes on behind what the server refuses to learn; where nothing was said, the next word is waited for."""
+        self.trainer, self.reservoir = None, None
+        reason = f"nothing could be learned: {self.runner.why_not(now.revision, error)}"
+        if not said and not found.again:
+            self.runner.say(reason)
+            return None
+        if said:
+            moving = msgspec.structs.replace(moving, behind=said[-1]["id"], since=float(said[-1]["created_at"]))
+        passed = msgspec.structs.replace(moving, owed=0, changes=found.upto, heard=found.heard)
+        return self._noted(now, passed, reason, {"passed over": [one["id"] for one in (*said, *found.again)]})
 
     def _steps(self, tokens: Tokens, now: Deployed, described: Description, moving: Moving, fresh: Sequence[Example]) -> Moving:
         """The optimizer steps of a move, saved."""
@@ -291,7 +312,8 @@ class Mover:
         made = service.create_sampling_client(model_path=path) if path else service.create_sampling_client(base_model=now.base_model)
         pull = described.update.pull
         rng = random.Random(f"states:{described.update.seed}:{number}")
-        states = [one.prompt for one in rng.sample(self.reservoir or [], min(pull.batch, len(self.reservoir or [])))]
+        known = [one.prompt for one in self.reservoir or () if update.has_room(tokens, pull, one.prompt)]
+        states = rng.sample(known, min(pull.batch, len(known)))
         try:
             moved = grpo.step(trainer, made.result(), score, states, pull, [tokens.end], rng.randrange(2**31))
         except Conflict as error:  # raised before a gradient is sent
@@ -358,12 +380,6 @@ class Mover:
             framed = paraphrase.chosen(one.question, [], 1) if one.question else []
             self.examples[key] = update.examples_of(tokens, [one], {one.record_id: framed})
         return self.examples[key]
-
-
-def _for_weights(now: Deployed, corrections: Sequence[Correction]) -> list[Correction]:
-    """Without those that memories have, or that were forgotten there."""
-    done = now.cycle.get("remedies", {})
-    return [one for one in corrections if done.get(one.record_id, {"place": "weights"})["place"] == "weights"]
 
 
 def _there(api: Api, path: str) -> bool:

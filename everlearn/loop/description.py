@@ -28,6 +28,7 @@ from __future__ import annotations
 import functools
 import re
 import tomllib
+from datetime import datetime, timedelta
 from typing import Any, Literal
 
 import msgspec
@@ -254,6 +255,14 @@ def _check_shadow(shadow: Shadow, asked: rule.Rule) -> None:
         raise InvalidRequest(f"shadow.answers = {shadow.answers} must be at least {most}: {why}", param="shadow.answers")
     if not shadow.share:
         raise InvalidRequest("shadow.share = 0 answers nothing, and the rule has a shadow; give a share above 0", param="shadow.share")
+
+
+def latest(at: str, now: float) -> float:
+    """The last time that it was `at` ("HH:MM") here, in Unix seconds."""
+    moment = datetime.fromtimestamp(now)
+    hour, minute = map(int, at.split(":"))
+    today = moment.replace(hour=hour, minute=minute, second=0, microsecond=0)
+    return (today if today <= moment else today - timedelta(days=1)).timestamp()
 
 
 def to_json(description: Description) -> dict[str, Any]:

@@ -8,12 +8,15 @@ and changes nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from everlearn.errors import Conflict, NotFound, Unavailable, UserError
 from everlearn.loop.remedy import Case, remedies, told
-from everlearn.loop.service import Api
+from everlearn.loop.service import Api, Deployed
+
+if TYPE_CHECKING:
+    from everlearn.loop.update import Correction
 
 Note = Callable[[dict[str, Any]], None]
 ACT = "memory edit"
@@ -46,6 +49,17 @@ def carried_out(api: Api, items: Sequence[dict[str, Any]], known: dict[str, Any]
 def left(items: Sequence[dict[str, Any]], done: dict[str, Any]) -> list[dict[str, Any]]:
     """The items that are for the weights."""
     return [item for item in items if done.get(item["record_id"], {"place": "weights"})["place"] == "weights"]
+
+
+def remedied(now: Deployed) -> dict[str, Any]:
+    """What became of corrections of answers in memories, for the history; nothing where there were none."""
+    return {"remedies": now.cycle["remedies"]} if now.cycle.get("remedies") else {}
+
+
+def for_weights(now: Deployed, corrections: Sequence[Correction]) -> list[Correction]:
+    """Without those that memories have, or that were forgotten there."""
+    done = now.cycle.get("remedies", {})
+    return [one for one in corrections if done.get(one.record_id, {"place": "weights"})["place"] == "weights"]
 
 
 def case_of(item: dict[str, Any]) -> Case:

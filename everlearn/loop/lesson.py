@@ -59,14 +59,16 @@ class Step(msgspec.Struct, frozen=True):
 
 def send(
     sampler: Any, prompts: Sequence[Sequence[int]], stop: Sequence[int], max_tokens: int, alternatives: int = 0,
-    temperature: float = 0.0, seed: int | None = None, samples: int = 1,
+    temperature: float = 0.0, seed: int | None = None, samples: int = 1, context: int | None = None,
 ) -> list[Any]:  # fmt: skip
     """Asks for an answer to each prompt, or several (`samples`), and waits for none: the server batches all that it was sent. With a seed,
-    prompt i is answered with seed + i."""
+    prompt i is answered with seed + i. With the number of tokens that the model reads (`context`), answers are no longer than a prompt
+    leaves room for; there has to be some."""
     futures = []
     for place, prompt in enumerate(prompts):
         own = None if seed is None else (seed + place) % 2**31
-        params = tinker.SamplingParams(max_tokens=max_tokens, temperature=temperature, stop=list(stop), seed=own)
+        most = max_tokens if context is None else min(max_tokens, context - len(prompt) + 1)
+        params = tinker.SamplingParams(max_tokens=most, temperature=temperature, stop=list(stop), seed=own)
         futures.append(sampler.sample(tinker.ModelInput.from_ints(list(prompt)), samples, params, topk_sample_logprobs=alternatives))
     return futures
 
@@ -88,9 +90,11 @@ def ask(
     return answers_of(send(sampler, prompts, stop, max_tokens, alternatives, temperature, seed), on_answer)
 
 
-def ask_each(samplers: Sequence[Any], prompts: Sequence[Sequence[int]], stop: Sequence[int], max_tokens: int) -> list[list[Any]]:
-    """The most likely answers of each, all of them asked at once."""
-    sent = [send(sampler, prompts, stop, max_tokens) for sampler in samplers]
+def ask_each(
+    samplers: Sequence[Any], prompts: Sequence[Sequence[int]], stop: Sequence[int], max_tokens: int, context: int | None = None
+) -> list[list[Any]]:
+    """The most likely answers of each, all of them asked at once. `context` as in `send`."""
+    sent = [send(sampler, prompts, stop, max_tokens, context=context) for sampler in samplers]
     return [answers_of(futures) for futures in sent]
 
 

@@ -63,10 +63,11 @@ def sampler(api: Api, service: Any, now: Deployed, version: str) -> Any:
 
 
 def again(api: Api, tokens: Tokens, old: Any, new: Any, items: Sequence[Any]) -> tuple[Pair, ...]:
-    """Each item's prompt answered by both, and judged by its correction."""
+    """Each item's prompt answered by both, and judged by its correction; what is longer than the context isn't asked, nor learned."""
     asked = sorted(items, key=lambda item: max(item["feedback_ids"], default=""))[-MOST_ASKED:]
+    asked = [item for item in asked if len(tokens.answer(str(item["messages"][-1]["content"]))) <= tokens.room(item["prompt_token_ids"])]
     prompts = [item["prompt_token_ids"] for item in asked]
-    asked_both = lesson.ask_each((old, new), prompts, [tokens.end], ANSWER_TOKENS)
+    asked_both = lesson.ask_each((old, new), prompts, [tokens.end], ANSWER_TOKENS, tokens.context)
     answers = [[tokens.text(answer.tokens) for answer in own] for own in asked_both]
     pairs = []
     for item, before, after in zip(asked, *answers, strict=True):

@@ -15,15 +15,15 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from datetime import datetime, timedelta
 from typing import Any
 
 import msgspec
+import tinker
 
 from everlearn.errors import Conflict, InternalError, InvalidRequest, NotFound, Overloaded, Unavailable
 from everlearn.faultpoints import around
 from everlearn.loop import description as descriptions
-from everlearn.loop import edits, measure, outcomes, rule, update
+from everlearn.loop import edits, measure, outcomes, refusals, rule, update
 from everlearn.loop.continuous import MOVES, Mover
 from everlearn.loop.description import Description
 from everlearn.loop.evidence import Evidence
@@ -40,6 +40,7 @@ KINDS = {  # of the labels that it learns from
     "kto": ["boolean", "float"],
     "grpo": ["boolean", "float", "preference", "demonstration"],
 }
+ASKED = ("update", "gate")  # states in which models are trained, or asked
 RETRIES = 5  # when somebody else was faster, again and again
 
 
@@ -52,6 +53,7 @@ class Runner:
         self.known: dict[str, dict[str, float]] = {}  # what was read of answers' texts, so that each is read once
         self.guard = Watch(api, name, say, clock)
         self._guarded = False
+        self._tries = (-1, 0)  # at which revision, and how often the server failed there
 
     # -- how it is driven --------------------------------------------------------------------------------------------------
 
@@ -95,11 +97,14 @@ class Runner:
         if now.state == REST:
             self.known.clear()  # the canary that it was read for is over
         described, moved = descriptions.of(now.description), None
-        with around("cycle.act"):
-            if described.triggers.continuous and now.state in MOVES:
-                moved = self.mover.move(now, described)
-        with around("cycle.act"):
-            return WORK[now.state](self, moved or now, described) or moved is not None
+        try:
+            with around("cycle.act"):
+                if described.triggers.continuous and now.state in MOVES:
+                    moved = self.mover.move(now, described)
+            with around("cycle.act"):
+                return WORK[now.state](self, moved or now, described) or moved is not None
+        except refusals.REFUSED as error:
+            return self._refused(now.state, error)
 
     def begin(self, why: str) -> Deployed:
         """A cycle now, whatever the triggers say; one that is under way goes on."""
@@ -144,7 +149,7 @@ class Runner:
         items, edited = self._edited(now, described, items, notes)
         now = notes.now
         if not items:
-            self._end(now, "ended", f"nothing is left for the weights: {edited} corrections were answered in memories", _remedies(now))
+            self._end(now, "ended", f"nothing is left for the weights: {edited} corrections were answered in memories", edits.remedied(now))
             return False
         try:
             made = update.make(self.api, self.service, now, described, items, notes, self.say, self.clock)
@@ -154,7 +159,7 @@ class Runner:
             self._end(notes.now, "rejected", error.message, {"saved": notes.now.cycle.get("saved", {})})
             return False
         except Conflict as error:
-            if error.code != update.UNEARNED:
+            if error.code not in (update.UNEARNED, update.TOO_LONG):
                 raise
             self._end(notes.now, "ended", error.message, {})
             return False
@@ -168,7 +173,8 @@ class Runner:
         reason = f"{self.name}@{number}: {made.steps} steps on {made.examples} examples, loss {loss}"
         if edited:
             reason += f"; {edited} corrections were answered in memories instead"
-        self._advance(notes.now, "gate", reason, {"update": msgspec.to_builtins(made), **_remedies(notes.now)}, candidate=number)
+        reason += "".join(f"; {count} left out, {why}" for why, count in made.left_out.items())
+        self._advance(notes.now, "gate", reason, {"update": msgspec.to_builtins(made), **edits.remedied(notes.now)}, candidate=number)
         return True
 
     def _edited(self, now: Deployed, described: Description, items: list[dict[str, Any]], notes: Notes) -> tuple[list[dict[str, Any]], int]:
@@ -243,6 +249,23 @@ class Runner:
         traffic = outcomes.Traffic(self.api, now, since, described.settle, self.clock(), self.known, cap=cap)
         return self._conclude(now, described, asked, outcomes.of_canary(traffic, asked))
 
+    def why_not(self, revision: int, error: Exception) -> str:
+        """Why the server refuses the work that was begun at a revision. Raises Unavailable for what is to be tried again."""
+        self._tries = (revision, self._tries[1] + 1 if self._tries[0] == revision else 1)
+        return refusals.reason_of(error, self._tries[1])
+
+    def _refused(self, state: str, error: Exception) -> bool:
+        """Ends the cycle whose work in `state` the server refused: it would again, at each start."""
+        if state not in ASKED and not isinstance(error, tinker.TinkerError):
+            raise error
+        now = read(self.api, self.name)
+        reason = f"{state}: {self.why_not(now.revision, error)}"
+        if state not in ASKED:
+            raise Unavailable(reason) from error
+        if now.state == state:
+            self._end(now, "rejected", reason, {})
+        return now.state != state
+
     # -- what follows ------------------------------------------------------------------------------------------------------
 
     def due(self, now: Deployed, described: Description) -> str:
@@ -254,7 +277,7 @@ class Runner:
         labels = self._labels(now, described)
         if triggers.labels and labels >= triggers.labels:
             return f"{labels} new labels, {triggers.labels} asked"
-        if triggers.at and labels and began < _latest(triggers.at, self.clock()):
+        if triggers.at and labels and began < descriptions.latest(triggers.at, self.clock()):
             return f"it is past {triggers.at}, and there are {labels} new labels"
         return ""
 
@@ -364,20 +387,7 @@ def _asks(verdict: Verdict) -> bool:
     return last.name == "owner" and last.result == "wait" and verdict.reason == last.reason
 
 
-def _remedies(now: Deployed) -> dict[str, Any]:
-    """What became of corrections of answers in memories, for the history; nothing where there were none."""
-    return {"remedies": now.cycle["remedies"]} if now.cycle.get("remedies") else {}
-
-
 def _candidate(now: Deployed) -> str:
     if now.candidate is None:
         raise InternalError(f"deployment {now.name} is in {now.state!r} without a candidate")
     return now.candidate
-
-
-def _latest(at: str, now: float) -> float:
-    """The last time that it was `at` ("HH:MM") here, in Unix seconds."""
-    moment = datetime.fromtimestamp(now)
-    hour, minute = map(int, at.split(":"))
-    today = moment.replace(hour=hour, minute=minute, second=0, microsecond=0)
-    return (today if today <= moment else today - timedelta(days=1)).timestamp()

@@ -91,11 +91,18 @@ class Notes:
 
 
 class Tokens:
-    """Texts and conversations as a model's tokens, and back, by the server's own tokenizer and template."""
+    """Texts and conversations as a model's tokens, and back, by the server's own tokenizer and template. `context`: how many of them the
+    model reads on this server."""
 
     def __init__(self, api: Api, model: str):
         self.api, self.model = api, model
-        self.end = int(api.post("/v1/tokenize", {"model": model, "prompt": "", "add_special_tokens": False})["end_token"])
+        told = api.post("/v1/tokenize", {"model": model, "prompt": "", "add_special_tokens": False})
+        cached = api.get("/v1/capabilities")["limits"]["kv_tokens"]
+        self.end, self.context = int(told["end_token"]), min(int(told["max_model_len"]), int(cached or told["max_model_len"]))
+
+    def room(self, prompt: Sequence[int]) -> int:
+        """How many tokens may follow a prompt, sampled or trained on: the last one is never read."""
+        return self.context - len(prompt) + 1
 
     def prompt(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         """What a conversation's next answer continues."""

@@ -16,7 +16,7 @@ import msgspec
 
 from everlearn.errors import Conflict, NotFound, Overloaded
 from everlearn.loop import general, grpo, lesson, paraphrase, preference
-from everlearn.loop.description import Description
+from everlearn.loop.description import Description, Pull
 from everlearn.loop.lesson import Example, Recipe, Step
 from everlearn.loop.preference import Preference, Said, Thumb
 from everlearn.loop.service import Api, Deployed, Tokens, path_of
@@ -24,6 +24,9 @@ from everlearn.loop.service import Api, Deployed, Tokens, path_of
 SAVE_EVERY = 10  # optimizer steps
 SCORED_AT_ONCE = 64
 UNEARNED = "reward_not_earned"  # an error's code: there is no reward model that has earned to be a reward
+TOO_LONG = "too_long"  # another one: all that is to be learned is longer than the model's context
+LONGER = "longer than the model's context"  # why something is left out
+NO_ROOM = "with too little room for an answer"
 KEPT_SECONDS = 7 * 86_400  # how long the weights between are there for whoever goes on
 REHEARSED_TOKENS = 24
 WORDED_EVERY = 5  # questions
@@ -47,7 +50,8 @@ class Correction(msgspec.Struct, frozen=True):
 
 
 class Made(msgspec.Struct, frozen=True):
-    """A trained version: where its weights are, and what they cost. Losses are those of the first and the last step, in nats per token."""
+    """A trained version: where its weights are, and what they cost. Losses are those of the first and the last step, in nats per token.
+    `left_out`: how much couldn't be learned from, by reason."""
 
     path: str
     examples: int
@@ -55,6 +59,7 @@ class Made(msgspec.Struct, frozen=True):
     tokens: int
     first_loss: float | None
     last_loss: float | None
+    left_out: dict[str, int] = {}
 
 
 def corrections(items: Sequence[dict[str, Any]], new: int, replay: int) -> list[Correction]:
@@ -71,52 +76,63 @@ def corrections(items: Sequence[dict[str, Any]], new: int, replay: int) -> list[
 def wordings(
     sampler: Any, tokens: Tokens, questions: Sequence[str], number: int, seed: int, on_question: Callable[[int], None] = lambda _: None
 ) -> list[list[str]]:
-    """Up to `number` other wordings of each question, as everlearn/loop/paraphrase.py lets them through. `on_question`: is told of how many
-    questions all are sampled."""
+    """Up to `number` other wordings of each question, as everlearn/loop/paraphrase.py lets them through; the model isn't asked for those of
+    a question that is too long to be asked about. `on_question`: is told of how many questions all are sampled."""
     if not number:
         return [[] for _ in questions]
-    asks = [ask for question in questions for ask in paraphrase.requests(question, number)]
-    prompts = [tokens.prompt(ask) for ask in asks]
     # Of a sampled text only what stands before its first question mark is looked at.
     stop = [tokens.end, *tokens.answer("?")[:-1][-1:]]
-    sent = lesson.send(sampler, prompts, stop, paraphrase.MAX_TOKENS, 0, 0.8, seed, paraphrase.each(number))
-    texts: list[str] = []
-    for place, future in enumerate(sent, 1):
-        texts += [tokens.text(answer.tokens) for answer in future.result().sequences]
-        if place * len(questions) % len(sent) == 0:
-            on_question(place * len(questions) // len(sent))
-    num = len(texts) // max(len(questions), 1)
-    return [
-        paraphrase.chosen(question, texts[place * num : (place + 1) * num], number) if question else []
-        for place, question in enumerate(questions)
-    ]
+    asked: list[list[Any]] = []
+    for question in questions:
+        prompts = [tokens.prompt(ask) for ask in paraphrase.requests(question, number)]
+        short = all(tokens.room(prompt) >= paraphrase.MAX_TOKENS for prompt in prompts)
+        own, each = seed + sum(map(len, asked)), paraphrase.each(number)
+        asked.append(lesson.send(sampler, prompts, stop, paraphrase.MAX_TOKENS, 0, 0.8, own, each) if short else [])
+    found = []
+    for place, (question, sent) in enumerate(zip(questions, asked, strict=True), 1):
+        texts = [tokens.text(answer.tokens) for future in sent for answer in future.result().sequences]
+        found.append(paraphrase.chosen(question, texts, number) if question else [])
+        on_question(place)
+    return found
+
+
+def fitting(tokens: Tokens, learned: Sequence[Correction]) -> list[Correction]:
+    """Those that the model can read whole."""
+    return [one for one in learned if len(tokens.answer(one.answer)) <= tokens.room(one.prompt)]
 
 
 def examples_of(tokens: Tokens, learned: Sequence[Correction], others: dict[str, list[str]]) -> list[Example]:
-    """Every correction in every wording. `others`: by record id."""
+    """Every correction in every wording; what is longer than the context is left out. `others`: by record id."""
     examples = []
     for correction in learned:
         answer = tokens.answer(correction.answer)
+        if len(answer) > tokens.room(correction.prompt):
+            continue
         examples.append(Example(correction.prompt, answer))
         for wording in others.get(correction.record_id, []):
             asked = [*correction.messages[:-1], {**correction.messages[-1], "content": wording}]
-            examples.append(Example(tokens.prompt(asked), answer))
+            prompt = tokens.prompt(asked)
+            if len(answer) <= tokens.room(prompt):
+                examples.append(Example(prompt, answer))
     return examples
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """What is to be trained, and how: `teach(trainer, on_step, begin, save, every)` does it in `steps` optimizer steps."""
+    """What is to be trained, and how: `teach(trainer, on_step, begin, save, every)` does it in `steps` optimizer steps. `left_out`: by
+    reason."""
 
     teach: Callable[..., Any]
     examples: int
     steps: int
+    left_out: dict[str, int] = {}
 
 
 def make(
     api: Api, service: Any, now: Deployed, described: Description, items: Sequence[dict[str, Any]], note: Note,
     say: Callable[[str], None] = lambda _: None, clock: Callable[[], float] = time.time,
 ) -> Made:  # fmt: skip
-    """Trains what the cycle is to learn, from where it stands. Raises Overloaded (code "budget") where the cycle's budget is used up."""
+    """Trains what the cycle is to learn, from where it stands. Raises Overloaded (code "budget") where the cycle's budget is used up, and
+    Conflict (code TOO_LONG) where all of it is longer than the context."""
     tokens, update = Tokens(api, now.base_model), described.update
     recipe = Recipe(update.rank, update.learning_rate, update.epochs, update.batch, update.rehearsed, update.seed)
     if update.method == "sft":
@@ -128,7 +144,15 @@ def make(
     saved = now.cycle.get("saved", {"step": 0, "path": "", "tokens": 0})
     if saved["step"] < plan.steps:
         saved = _train(open_trainer(api, service, now, described, recipe, saved["path"]), now, described, plan, saved, note, say, clock)
-    return Made(saved["path"], plan.examples, plan.steps, saved["tokens"], *saved.get("losses", [None, None]))
+    losses = saved.get("losses", [None, None])
+    return Made(saved["path"], plan.examples, plan.steps, saved["tokens"], *losses, left_out=plan.left_out)
+
+
+def _left_out(reason: str, before: int, after: int) -> dict[str, int]:
+    """Raises Conflict (code TOO_LONG) where nothing is left."""
+    if not after:
+        raise Conflict(f"nothing is left to learn from: {before} of {before} left out, {reason}", code=TOO_LONG)
+    return {reason: before - after} if before > after else {}
 
 
 def _of_corrections(
@@ -137,7 +161,9 @@ def _of_corrections(
 ) -> Plan:  # fmt: skip
     update, cycle = described.update, now.cycle
     untaught = service.create_sampling_client(base_model=now.base_model).result()
-    learned = corrections(items, int(cycle.get("labels", 0)), update.replay)
+    every = corrections(items, int(cycle.get("labels", 0)), update.replay)
+    learned = fitting(tokens, every)
+    left_out = _left_out(LONGER, len(every), len(learned))
     # Sent first and fetched last: the server answers general questions beside other wordings.
     general_prompts = _general(tokens) if update.rehearsed else []
     sent = lesson.send(untaught, general_prompts, [tokens.end], REHEARSED_TOKENS, lesson.ALTERNATIVES)
@@ -158,6 +184,7 @@ def _of_corrections(
         lambda trainer, *progress: lesson.teach(trainer, examples, rehearsal, recipe, *progress),
         len(examples),
         lesson.num_steps(examples, recipe),
+        left_out,
     )
 
 
@@ -170,11 +197,14 @@ def _of_preferences(
         ids = item.get(f"{side}_token_ids") or tokens.answer(str(item[side][0]["content"]))
         return Said(item["prompt_token_ids"], ids)
 
-    learned: Sequence[Any] = (
+    every: Sequence[Any] = (
         [Preference(said(item, "chosen"), said(item, "rejected")) for item in items]
         if described.update.method == "dpo"
         else [Thumb(said(item, "completion"), bool(item["label"])) for item in items]
     )
+    # One token less than to train on: to score the answer's last one the model reads it.
+    learned = [one for one in every if all(len(answer.answer) < tokens.room(answer.prompt) for answer in one.answers)]
+    left_out = _left_out(LONGER, len(every), len(learned))
     begins = _begins(api, now, described)
     made = service.create_sampling_client(model_path=begins) if begins else service.create_sampling_client(base_model=now.base_model)
     known, beta = preference.referred(made.result(), learned), described.update.beta
@@ -182,6 +212,7 @@ def _of_preferences(
         lambda trainer, *progress: preference.teach(trainer, known, recipe, beta, *progress),
         len(learned),
         preference.num_steps(learned, recipe),
+        left_out,
     )
 
 
@@ -194,8 +225,10 @@ def _of_rewards(
     newest = sorted(items, key=lambda item: max(item["feedback_ids"], default=""), reverse=True)
     corrected = [one for one in newest if one["corrected"] is not None][: described.update.replay]
     replay = [Example(one["prompt_token_ids"], tokens.answer(str(one["corrected"]))) for one in corrected]
+    replay = [one for one in replay if len(one.answer) <= tokens.room(one.prompt)]
     rehearsal = rehearsed(service, now, tokens) if recipe.rehearsed else []
-    states = [one["prompt_token_ids"] for one in items]
+    states = [one["prompt_token_ids"] for one in items if has_room(tokens, pull, one["prompt_token_ids"])]
+    left_out = _left_out(NO_ROOM, len(items), len(states))
     path = path_of(api, now.champion)
     made = service.create_sampling_client(model_path=path) if path else service.create_sampling_client(base_model=now.base_model)
     reference = made.result()
@@ -203,7 +236,13 @@ def _of_rewards(
         lambda trainer, *progress: grpo.teach(trainer, reference, score, states, replay, rehearsal, recipe, pull, [tokens.end], *progress),
         len(states),
         pull.steps,
+        left_out,
     )
+
+
+def has_room(tokens: Tokens, pull: Pull, state: Sequence[int]) -> bool:
+    """Whether an answer may be sampled there and scored whole."""
+    return pull.answer_tokens < tokens.room(state)
 
 
 def reward_version(api: Api, name: str) -> str | None:
