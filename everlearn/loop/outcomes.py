@@ -1,6 +1,8 @@
 """What the gate is told of traffic: feedback and guardrails of both arms, one outcome for each unit of chance, in order of arrival.
 
-An episode belongs to the arm that answered it first. Where chance assigned episodes each is an outcome; where it assigned a user, as it
+An episode belongs to the arm that answered it first, and ends for it where the other one answers: when the candidate's share grows, some go
+over to it. What is said of the answers behind that, and what they are, counts for nobody: the first arm didn't give them, and to the other
+one only those come that go on for long. Where chance assigned episodes each is an outcome; where it assigned a user, as it
 does where the client names no episodes, that user's first episode with an arm is: what the same person says again says less than what
 another says, and a test that took all of it for new would be surer than it may be. Of each source the words about its first
 `feedback.source_cap` episodes count, and each outcome of people's words is told with who said it, so that the gate can see what hangs on
@@ -68,19 +70,25 @@ class Traffic:
         records = [row for row in found if row["model"] in arms and row["created_at"] <= end]
         self.shadows: Episode = [row for row in records if row["route"] == SHADOW]
         self.episodes: dict[str, Episode] = {}
+        self.over: dict[str, dict[str, Any]] = {}  # the first answer of the other arm, where an episode has one
         for row in records:
             if row["route"] not in (SHADOW, EMBEDDINGS):
-                self.episodes.setdefault(row.get("episode_id") or row["id"], []).append(row)
+                rows = self.episodes.setdefault(episode := row.get("episode_id") or row["id"], [])
+                if rows and row["model"] != rows[0]["model"]:
+                    self.over.setdefault(episode, row)
+                elif episode not in self.over:
+                    rows.append(row)
         self.arms = {episode: arms[rows[0]["model"]] for episode, rows in self.episodes.items()}
+        counted = {row["id"] for rows in self.episodes.values() for row in rows}
         words: Episode = []
         self.tools: dict[str, Episode] = {}
         for row in pages(api, "/v1/feedback", since, counts=True):
             episode = row["target"]["episode_id"]
-            if row["created_at"] > end:
+            if row["created_at"] > end or not self._concerns(row, counted):
                 continue
-            if episode in self.arms and (value := self._value(row)) is not None:
+            if (value := self._value(row)) is not None:
                 words.append({**row, "worth": value})
-            if episode in self.arms and row["kind"] == "outcome" and row.get("value") is not None:
+            if row["kind"] == "outcome" and row.get("value") is not None:
                 self.tools.setdefault(episode, []).append(row)
         self.said: dict[str, Episode] = {}
         places = [(source_of(row), row["target"]["episode_id"]) for row in words]
@@ -89,6 +97,15 @@ class Traffic:
                 self.said.setdefault(episode, []).append(row)
         self.spoke = Counter(source for episode, rows in self.said.items() for source in {source_of(row) for row in rows})
         self.units = {episode: episode if each else unit_of(episode, rows[0]) for episode, rows in self.episodes.items()}
+
+    def _concerns(self, row: dict[str, Any], counted: set[str]) -> bool:
+        """Whether a word is about the arm that its episode belongs to: about one of its answers (`counted`), or about the episode, before
+        the other arm had answered there."""
+        episode, record = row["target"]["episode_id"], row["target"]["record_id"]
+        if record or episode not in self.episodes:
+            return record in counted
+        other = self.over.get(episode)
+        return other is None or row["created_at"] <= other["created_at"] + other["seconds"]
 
     def _feedback(self) -> list[Told]:
         order = sorted((rows[0]["created_at"], rows[0]["id"], episode) for episode, rows in self.said.items())
@@ -144,13 +161,14 @@ class Traffic:
         return kept
 
     def _rate(self) -> list[Told]:
-        """1 for an episode that got feedback in time, 0 for one that got none; those whose time isn't over are left out.
+        """1 for an episode that got feedback in time, 0 for one that got none; those whose time isn't over are left out, and those that
+        went over to the other arm within it: they had less time than others.
 
         Both enter when their time is over, also those with feedback: entering when it comes, they would be all that is known of an arm
         whose share has just grown. What has entered stays, with its value.
         """
         now = int(self.until)  # rows have whole seconds: in the present one more may come
-        order = sorted((self._settled(episode), episode) for episode in self.episodes)
+        order = sorted((at, episode) for episode in self.episodes if (at := self._settled(episode)) is not None)
         over = [(episode, self._said_by(episode, at), at) for at, episode in order if at < now]
         return self._firsts((episode, float(said), self._spoke_by(episode, at) if said else None) for episode, said, at in over)
 
@@ -199,15 +217,17 @@ class Traffic:
             kept[row["id"]] = MEASURES[name](self, row)
         return kept[row["id"]]
 
-    def _settled(self, episode: str) -> float:
-        """When the episode's time for feedback is over: `settle` after its last answer, or the last before so long a pause."""
+    def _settled(self, episode: str) -> float | None:
+        """When the episode's time for feedback is over: `settle` after its last answer, or the last before so long a pause. None where the
+        other arm answered before."""
         first, *others = (float(row["created_at"]) for row in self.episodes[episode])
         over = first + self.settle
         for answered in others:
             if answered > over:
                 break
             over = answered + self.settle
-        return over
+        other = self.over.get(episode)
+        return None if other is not None and other["created_at"] <= over else over
 
     def _said_by(self, episode: str, time: float) -> bool:
         return episode in self.said and float(self.said[episode][0]["created_at"]) <= time

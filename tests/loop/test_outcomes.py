@@ -150,5 +150,45 @@ def test_an_outcome_is_theirs_on_whom_its_mean_hangs() -> None:
     assert sorted(one.source or "" for one in rate) == ["ana"] * 5 + ["eve"], "of those who spoke in time"
 
 
+def about(at: int, row: dict[str, Any], value: float) -> dict[str, Any]:
+    """A word about one answer."""
+    said = thumb(at, row["episode_id"]) | {"id": f"f{at:06}-{row['id']}", "value": value}
+    return said | {"target": {**said["target"], "record_id": row["id"]}}
+
+
+def test_an_episode_ends_for_its_arm_where_the_other_one_answers() -> None:
+    """The share has grown at 100: "goes" was the champion's until then, "stays" is the candidate's. What is said of the later answers of
+    the one counts for neither, whenever it comes; what was known before doesn't change."""
+    goes = [answer(10, "goes", 1, tokens=8), answer(110, "goes", 2, tokens=100), answer(120, "goes", 1, tokens=100)]
+    stays = [answer(20, "stays", 2, tokens=8), answer(115, "stays", 2, tokens=10)]
+    bad = [about(at, row, 0.0) for at, row in ((130, goes[1]), (131, goes[2]))]
+    whole = [thumb(95, "goes"), thumb(140, "goes") | {"value": 0.0}]
+    later = [about(135, goes[0], 0.5), about(136, stays[1], 1.0)]
+    records = sorted([*goes, *stays], key=lambda row: row["created_at"])
+    before = feedback_of(traffic(records, [*bad, *whole, *later], 100.0))
+    assert before == (Outcome(False, 1.0),)
+    found = traffic(records, [*bad, *whole, *later], 1000.0)
+    assert feedback_of(found) == (Outcome(False, 0.75), Outcome(True, 1.0)), "a late word about the first answer is about the first arm"
+    assert feedback_of(traffic(records, bad, 1000.0)) == (), "the champion didn't say that, and to the candidate chance didn't give it"
+    told = guardrails(found, ["length", "feedback_rate"])
+    assert told["length"] == (Outcome(False, 8.0), Outcome(True, 9.0))
+    assert told["feedback_rate"] == (Outcome(True, 1.0),), "it had less time to be spoken of than others"
+
+
+def test_an_episode_whose_time_was_over_stays_in_the_rate() -> None:
+    records = [answer(10, "goes", 1), answer(500, "goes", 2)]
+    for until in (200.0, 1000.0):
+        assert guardrails(traffic(records, [thumb(50, "goes"), thumb(505, "goes")], until), ["feedback_rate"])["feedback_rate"] == (
+            Outcome(False, 1.0),
+        )
+
+
+def test_words_about_answers_from_before_are_nobody_s() -> None:
+    """Said in the canary, of what the champion had answered before it began: no word about either arm's answers in it."""
+    before, since = answer(10, "e", 1), answer(110, "e", 2)
+    rows = Rows([before, since], [about(120, before, 0.0), about(121, since, 1.0)], 300.0)
+    assert feedback_of(Traffic(rows, NOW, 100.0, 50.0, 300.0)) == (Outcome(True, 1.0),)
+
+
 def says(at: int, episode: str, who: str, value: float) -> dict[str, Any]:
     return thumb(at, episode) | {"id": f"f{at:06}-{who}", "source_id": who, "value": value}

@@ -12,6 +12,9 @@ import httpx
 import openai
 import pytest
 
+from everlearn.cli.client import Client
+from everlearn.loop import outcomes
+from everlearn.loop.service import read
 from tests.live import AT_ONCE, KEY, LiveServer
 from tests.loop.conftest import train
 
@@ -78,6 +81,33 @@ def test_a_candidate_answers_a_sticky_share_of_the_episodes(http: httpx.Client, 
     assert 4 <= sum(version.endswith("@2") for version, _ in first.values()) <= 20
     assert first == {episode: ask(client, deployed, episode) for episode in first}, "whoever talks with it goes on talking with it"
     assert ask(client, f"{deployed}@1", "e0")[0].endswith("@1"), "a version that is named is that version"
+
+
+def test_what_an_episode_hears_when_the_share_has_grown_isn_t_booked_on_who_began_it(
+    http: httpx.Client, client: openai.OpenAI, server: LiveServer, deployed: str
+) -> None:
+    def says(episode: str, good: bool) -> str:
+        """Asks, and judges the answer; which version gave it."""
+        raw = client.chat.completions.with_raw_response.create(
+            model=deployed, messages=ASK, temperature=0, max_tokens=12, extra_headers={"x-everlearn-episode": episode}
+        )
+        told = {"record_id": raw.headers["x-everlearn-record"], "kind": "boolean", "value": good, "source_id": episode}
+        http.post("/v1/feedback", json=told).raise_for_status()
+        return raw.headers["x-everlearn-version"]
+
+    began = time.time()
+    advance(http, deployed, "gate", candidate=2)
+    advance(http, deployed, "canary", share=0.3)
+    first = {f"g{number}": says(f"g{number}", True) for number in range(16)}
+    advance(http, deployed, "canary", share=1.0)
+    assert {says(episode, False) for episode in first} == {f"{deployed}@2"}
+    api = Client(server.url, KEY)
+    found = outcomes.Traffic(api, read(api, deployed), began, 0.0, time.time())
+    told = outcomes.evident(found.told(["length"]))["feedback"]
+    both = [[one.value for one in told if one.candidate == arm] for arm in (False, True)]
+    assert len(both[0]) == sum(version.endswith("@1") for version in first.values()) > 0
+    assert set(both[0]) == {1.0}, "the champion was liked, and has said nothing else"
+    assert set(both[1]) == {0.5} and len(both[0]) + len(both[1]) == 16, "each episode is one outcome"
 
 
 def test_without_an_id_an_episode_is_its_user_or_how_it_began(http: httpx.Client, client: openai.OpenAI, deployed: str) -> None:

@@ -130,7 +130,7 @@ def test_tools_that_failed_are_counted_by_episode() -> None:
 
 def test_a_demonstration_of_what_was_answered_is_approval() -> None:
     """A clerk sends answers, edited or as they were."""
-    rows = [answer(at, one, 1 + at % 2) for at, one in enumerate("abcd", 1)]
+    rows = [answer(at, one, 1 + at % 2) | {"id": one} for at, one in enumerate("abcd", 1)]
     sent = [
         thumb(at, one)
         | {"kind": "demonstration", "answer": text, "target": {"episode_id": one, "record_id": one, "choice": choice, "span": span}}
