@@ -26,7 +26,7 @@ from everlearn.loop import description as descriptions
 from everlearn.loop import edits, measure, outcomes, refusals, rule, update
 from everlearn.loop.continuous import MOVES, Mover
 from everlearn.loop.description import Description
-from everlearn.loop.evidence import Evidence
+from everlearn.loop.evidence import Evidence, digest
 from everlearn.loop.gate import Verdict, decide
 from everlearn.loop.rule import Rule
 from everlearn.loop.service import Api, Deployed, Notes, deployed, pages, read, route, source_cap
@@ -41,6 +41,7 @@ KINDS = {  # of the labels that it learns from
     "grpo": ["boolean", "float", "preference", "demonstration"],
 }
 ASKED = ("update", "gate")  # states in which models are trained, or asked
+WAITING = ("asks", "verdict", "rule")  # what a cycle has while a person's word is missing
 RETRIES = 5  # when somebody else was faster, again and again
 
 
@@ -211,9 +212,14 @@ class Runner:
         return True
 
     def gate(self, now: Deployed, described: Description) -> bool:
-        if now.cycle.get("asks"):  # all is shown, and a person's word is missing: asking it all again would show the same
-            return False
-        candidate = _candidate(now)
+        wanted, candidate = rule.rule_of(described.gate), _candidate(now)
+        if now.cycle.get(
+            "asks"
+        ):  # all is shown, and a person's word is missing: under the same rule asking it all again would show the same
+            if now.cycle["verdict"]["rule_sha256"] == digest(wanted):
+                return False
+            self.say("the rule has changed: deciding anew")
+            now = self._note(now, {key: value for key, value in now.cycle.items() if key not in WAITING})
         asked = now.cycle.get("asked", now.cycle.get("dataset") if described.update.method == "sft" else None)
         if asked is None:  # all are asked what users corrected, also one that learned from thumbs, or that was trained elsewhere
             made = self._dataset(now, described, "sft")
@@ -222,7 +228,6 @@ class Runner:
         self.say(f"asking {candidate} and {now.champion} the same questions")
         found = (self._items(asked, split, "evaluate") if asked else [] for split in ("train", "heldout"))
         trained, held_out = (edits.left(items, now.cycle.get("remedies", {})) for items in found)
-        wanted = rule.rule_of(described.gate)
         shown = measure.offline(self.api, self.service, now, candidate, trained, held_out, wanted)
         return self._conclude(now, described, wanted, shown)
 
@@ -294,7 +299,8 @@ class Runner:
             self._end(now, "rejected", verdict.reason, told)
             return False
         if verdict.decision == "hold":
-            if now.cycle.get("asks") != verdict.reason:
+            known = now.cycle.get("verdict", {}).get("rule_sha256")
+            if (now.cycle.get("asks"), known) != (verdict.reason, verdict.rule_sha256):
                 self._note(now, {**now.cycle, "asks": verdict.reason, "verdict": told["verdict"], "rule": told["rule"]})
             return False
         return self._continue(now, described, asked, found, verdict, told)

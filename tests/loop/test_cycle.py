@@ -164,8 +164,29 @@ def test_a_rule_that_asks_waits_for_a_person(server: LiveServer, http: httpx.Cli
     assert (waiting.state, waiting.candidate) == ("gate", "asking@1") and "person" in waiting.cycle["asks"]
     assert runner.run().revision == waiting.revision, "it is asked once"
     assert http.post("/v1/deployments/asking/promote", json={"rule": True}).json()["error"]["code"] == "conflict"
+    stricter = {**DESCRIPTION, "gate": {**gate, "corrections": {"min_right": 0.8}}}
+    http.patch("/v1/deployments/asking", json={"description": stricter}).raise_for_status()
+    again = runner.run()
+    assert (again.state, again.candidate) == ("gate", "asking@1") and again.cycle["rule"]["corrections"]["min_right"] == 0.8
+    assert runner.run().revision == again.revision, "and under the new rule once more"
     http.post("/v1/deployments/asking/promote", json={"reason": "reads well"}).raise_for_status()
     assert user.asks_all(1) == 1.0
+
+
+def test_a_candidate_that_waits_for_a_person_is_judged_by_a_rule_that_changed(server: LiveServer, http: httpx.Client, parts: Any) -> None:
+    runner, user = parts("rethought", {"base": "tiny", "gate": {"owner": "maria"}})
+    http.post("/v1/adapters", json={"name": "rethought", "path": train(server, "who is it?", "the lazy dog")}).raise_for_status()
+    for gate, ended in (({"kl": {"most": 1e-9}}, "rejected"), ({"promote": "automatic", "kl": {"most": 50.0}}, "promoted")):
+        http.patch("/v1/deployments/rethought", json={"description": {"base": "tiny", "gate": {"owner": "maria"}}}).raise_for_status()
+        runner.enter(1)
+        assert runner.run().cycle["asks"]
+        http.patch(
+            "/v1/deployments/rethought", json={"description": {"base": "tiny", "gate": {"owner": "maria", **gate}}}
+        ).raise_for_status()
+        now = runner.run()
+        last = events(http, "rethought")[-1]
+        assert (now.state, last["kind"]) == ("collect", ended) and "asks" not in now.cycle and replayed(last)
+    assert user.ask("who is it?")
 
 
 def test_a_cycle_ends_with_its_budget_and_with_nothing_to_learn(http: httpx.Client, parts: Any) -> None:
