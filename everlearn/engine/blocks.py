@@ -14,10 +14,12 @@ from everlearn.engine.sequence import Sequence
 class Blocks:
     def __init__(self, pool: BlockPool, cache: KVCache, states: StateCache):
         self.pool, self.cache, self.states, self.size = pool, cache, states, pool.block_size
+        self.forks: dict[Sequence, None] = {}  # that wait for their turn and hold their siblings' blocks meanwhile; the youngest is last
 
     def match(self, sequence: Sequence, coming: set[bytes]) -> bool:
         """Takes what the prefix cache holds for a sequence without blocks. False if the next block is in `coming`: it is being
         computed for a neighbour, and a step later it is free; or if no state is free."""
+        self.forks.pop(sequence, None)
         if sequence.blocks:
             return True
         if self.states.num_slots:
@@ -71,6 +73,7 @@ class Blocks:
             self.pool.share(block)
         fork = sequence.fork(index)
         fork.state = state if self.states.num_slots else None
+        self.forks[fork] = None
         return fork
 
     def coming(self, sequence: Sequence, stop: int) -> list[bytes]:
@@ -93,6 +96,7 @@ class Blocks:
         for block in reversed(sequence.blocks):
             self.pool.release(block)
         sequence.blocks, sequence.computed = [], 0
+        self.forks.pop(sequence, None)
         if sequence.state is not None:
             self.states.release(sequence.state)
             sequence.state = None

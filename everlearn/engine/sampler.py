@@ -67,7 +67,7 @@ class Sampler:
         self.compiling: list[Request] = []
         self.requests: dict[str, Request] = {}
         self.running: list[Sequence] = []
-        self.begun: deque[Sequence] = deque()  # lost their blocks, or were forked from a prompt: they go before all others
+        self.begun: deque[Sequence] = deque()  # ran and lost their blocks: they go before all others
         self.waiting: FairQueue[Sequence] = FairQueue()
         self.deadlines: list[tuple[float, str]] = []  # a heap; entries of requests that have ended are passed over
         self.streaming: dict[str, Request] = {}  # requests that want to hear of this step
@@ -220,10 +220,10 @@ class Sampler:
         return True
 
     def _reserve(self, sequence: Sequence, stop: int) -> bool:
-        """Gives the sequence every block it needs to compute up to `stop`. Others lose theirs for it, youngest first; False if the
-        sequence itself was the youngest."""
+        """Gives the sequence every block it needs to compute up to `stop`. Others lose theirs for it, those that wait before those
+        that run and youngest first; False if the sequence itself was the youngest."""
         while self.blocks.missing(sequence, stop) > self.pool.num_free:
-            victim = next((s for s in reversed(self.begun) if s.blocks), None) or self.running[-1]
+            victim = next(reversed(self.blocks.forks), None) or self.running[-1]
             self._preempt(victim)
             if victim is sequence:
                 return False
@@ -302,7 +302,7 @@ class Sampler:
         self.blocks.computed(sequence, chunk.stop)
 
     def _samples(self, sequence: Sequence) -> list[Sequence]:
-        """The sequences that draw from this one's logits: itself, and at the end of a prompt the request's other samples."""
+        """The sequences that draw from this one's logits: itself, and at a prompt's end the other samples, next in their lane."""
         request = sequence.request
         if sequence.generated or len(request.sequences) == request.command.num_samples:
             return [sequence]

@@ -135,7 +135,7 @@ class Sequence:
         self.state: int | None = None  # its slot, where layers keep a state of the whole sequence
         self.stops: StopStrings | None = None
         self.stop_reason = ""
-        self.begun = False  # waits again, or was forked from a computed prompt
+        self.begun = False  # ran, lost its blocks and waits again
         self.num_told, self.end_told = 0, False
         self.counts: TokenCounts | None = None
         self.follower: Follower | None = None  # where it stands in its grammar
@@ -208,7 +208,6 @@ class Sequence:
     def fork(self, index: int) -> Sequence:
         """Another sample of the same computed prompt. The caller takes a reference on every block."""
         other = Sequence(self.request, index)
-        other.begun = True
         other.blocks, other.computed, other.digests = list(self.blocks), self.computed, list(self.digests)
         other.routes = list(self.routes)
         return other

@@ -163,11 +163,15 @@ def test_samples_without_a_free_state_compute_the_prompt_again(model: Model) -> 
     if model.name != "qwen3_5":
         pytest.skip("no states to run out of, or the same ones")
     prompt = rows_of(9, [12])[0].tolist()
-    asked = [request("many", prompt, max_tokens=6, num_samples=5), request("other", prompt[:7], max_tokens=6)]
+    asked = [
+        request("many", prompt, max_tokens=6, num_samples=5),
+        request("other", prompt[:7], max_tokens=6),
+        request("stranger", prompt[:9], max_tokens=6, num_samples=5, cache_salt="another tenant"),
+    ]
     roomy, tight = make_sampler(model.base), make_sampler(model.base, max_batch=2)
     expected, answers = run(roomy, *asked), run(tight, *asked)
     assert tight.states.num_slots == 2 and sorted(tight.states.free) == [0, 1]
-    for key, count in (("many", 5), ("other", 1)):
+    for key, count in (("many", 5), ("other", 1), ("stranger", 5)):
         for index in range(count):
             assert tokens_of(answers[key], index) == tokens_of(expected[key], index)
 
