@@ -224,6 +224,9 @@ class Feed:
         if generation != self.dispatcher.engine.generation:
             return self.wake.set()
         run, base_seq = replay.run, -1
+        again = [entry.seq for entry in replay.entries if entry.status != "pending" and entry.seq > 0]
+        if again:  # seq 0 makes the run: where that fails there is none
+            self.dispatcher.engine.send(protocol.Replay(run.run_id, again))
         if replay.snapshot is not None:
             base_seq = replay.snapshot.seq
             with around("restore.send"):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from everlearn.engine.protocol import (
     Load,
     OptimStep,
     Publish,
+    Replay,
     Restore,
     RestoreFailed,
     Sample,
@@ -39,6 +39,7 @@ from everlearn.engine.protocol import (
     TakeSnapshot,
     Unload,
 )
+from everlearn.engine.run import QUEUED, Run
 from everlearn.engine.sampler import Sampler
 from everlearn.engine.scheduler import SAMPLE, TRAIN, Scheduler
 from everlearn.engine.trainer import Job, Trainer
@@ -50,7 +51,6 @@ from everlearn.models.load import BaseModel, load_base, pick_device
 from everlearn.types import DoneResult, LoraSpec, OptimStepResult, Result, SavedResult
 
 log = logging.getLogger(__name__)
-QUEUED = ForwardBackward | OptimStep | Save | Publish | Load | TakeSnapshot
 CPU_MICRO_BATCH, GPU_MICRO_BATCH = 512, 8192
 RECENT_SECONDS = 2.0
 COMPILING_WAIT = 0.005
@@ -71,19 +71,6 @@ class Served:
         self.sampler = Sampler(base, settings, self.bank)
 
 
-class Run:
-    """A training run's adapter and its queue; `job` is its forward_backward that is in the trainer."""
-
-    def __init__(self, adapter: TrainingAdapter):
-        self.adapter = adapter
-        self.queue: deque[QUEUED] = deque()
-        self.job: Job | None = None
-        self.seconds_since_snapshot = 0.0
-        self.steps_since_snapshot = 0
-        self.snapshot_running = False
-        self.last_job = 0.0
-
-
 class Engine:
     """`emit` is called with events from this thread and from the writer's; it must be thread-safe."""
 
@@ -93,6 +80,7 @@ class Engine:
         self.catalog = Catalog(settings)
         self.served: dict[str, Served] = {}
         self.runs: dict[str, Run] = {}
+        self.replays: dict[str, list[int]] = {}  # of runs that are about to be made again
         self.writer = persist.Writer()
         self.scheduler = Scheduler(settings.engine.sampling_share)
         self.optimizer_steps = 0
@@ -130,8 +118,11 @@ class Engine:
                 self._complete(command.request_id, DoneResult())
             case Restore():
                 self._restore(command)
+            case Replay():
+                self.replays[command.model_id] = command.seqs
             case Unload():
                 self.runs.pop(command.model_id, None)
+                self.replays.pop(command.model_id, None)
             case Shutdown():
                 self.stopping = True
             case Load() if command.create:
@@ -155,7 +146,7 @@ class Engine:
         served = self.serve(base_name)
         shapes = served.base.adapter_shapes(lora)
         adapter = TrainingAdapter(model_id, tenant, served.base.info.name, lora, shapes, self.device, self.dtype)
-        self.runs[model_id] = Run(adapter)
+        self.runs[model_id] = Run(adapter, self.replays.pop(model_id, ()))
         return self.runs[model_id]
 
     def _restore(self, command: Restore) -> None:
@@ -169,14 +160,18 @@ class Engine:
             self.emit(RestoreFailed(command.model_id, f"{type(error).__name__}: {error}"))
 
     def _advance(self, run: Run) -> None:
-        """Works off the run's queue up to the next forward_backward, which goes to the trainer."""
+        """Works off the run's queue up to the next forward_backward, which goes to the trainer. Of a lost run nothing is run."""
         while run.queue and run.job is None:
             command = run.queue.popleft()
+            if run.lacks(command):
+                self._lose(run, f"request {run.replays[0]}, which succeeded before, has not come again")
+            if run.lost:
+                continue
             try:
                 self._execute(run, command)
             except Exception as error:
                 self._fail(getattr(command, "request_id", ""), error)
-                self._applied(run, command)
+                self._applied(run, command, succeeded=False)
 
     def _execute(self, run: Run, command: QUEUED) -> None:
         adapter = run.adapter
@@ -213,12 +208,19 @@ class Engine:
         run.seconds_since_snapshot = float("inf")  # a snapshot soon, so that the checkpoint it came from may be deleted
         self._complete(command.request_id, DoneResult())
 
-    def _applied(self, run: Run, command: QUEUED) -> None:
+    def _applied(self, run: Run, command: QUEUED, succeeded: bool = True) -> None:
         if isinstance(command, TakeSnapshot):
             return
-        run.adapter.seq = command.seq
-        if isinstance(command, OptimStep):
+        if not run.settle(command.seq, succeeded):
+            self._lose(run, f"request {command.seq} succeeded before and fails in the replay")
+        elif isinstance(command, OptimStep):
             self._maybe_snapshot(run)
+
+    def _lose(self, run: Run, problem: str) -> None:
+        """The adapter lacks an effect that the log says it has. What has been sent already, 64 requests maybe, must not run upon it."""
+        if not run.lost:
+            run.lost = True
+            self.emit(RestoreFailed(run.adapter.model_id, problem))
 
     # --- snapshots and folders ---
 
@@ -312,7 +314,7 @@ class Engine:
             run.job = None
             run.last_job = time.monotonic()
             run.seconds_since_snapshot += job.seconds
-            run.adapter.seq = job.command.seq
+            self._applied(run, job.command, succeeded=job.result is not None)
             self._advance(run)
 
     # --- answers ---

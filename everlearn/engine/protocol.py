@@ -39,6 +39,15 @@ class Restore(Command, tag="restore"):
     folder: str
 
 
+class Replay(Command, tag="replay"):
+    """Before `model_id` is made again (`Restore`, `Create`, or `Load` with `create`): its requests `seqs` succeeded before and come once
+    more, in this order. Where one of them fails or is missing, the adapter isn't what the log says: the engine reports `RestoreFailed`,
+    and nothing of the run that comes after it is run, answered or becomes a snapshot until it is made anew. Answers no request_id."""
+
+    model_id: str
+    seqs: list[int]
+
+
 class ForwardBackward(Command, tag="forward_backward"):
     """Loss and gradient (added to the accumulator unless `forward_only`)."""
 
@@ -141,7 +150,8 @@ class Shutdown(Command, tag="shutdown"):
     """Finish what runs, then exit 0."""
 
 
-AnyCommand = Create | Restore | ForwardBackward | OptimStep | Save | Publish | Load | Unload | Sample | Cancel | TakeSnapshot | Shutdown
+Lifecycle = Create | Restore | Replay | Unload | TakeSnapshot
+AnyCommand = Lifecycle | ForwardBackward | OptimStep | Save | Publish | Load | Sample | Cancel | Shutdown
 
 
 class Event(msgspec.Struct, frozen=True, tag_field="event"):
@@ -217,7 +227,7 @@ class Snapshotted(Event, tag="snapshotted"):
 
 
 class RestoreFailed(Event, tag="restore_failed"):
-    """`Restore` of `model_id` failed: the engine does not hold the run, and commands for it fail."""
+    """`Restore` of `model_id` failed: the engine does not hold the run, and commands for it fail. Or what `Replay` announced did."""
 
     model_id: str
     message: str

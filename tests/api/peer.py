@@ -55,7 +55,7 @@ class Peer:
                 continue
             command = p.decode_command(self.socket.recv())
             name = type(command).__name__
-            told = {k: getattr(command, k) for k in ("request_id", "model_id", "seq", "folder") if hasattr(command, k)}
+            told = {k: getattr(command, k) for k in ("request_id", "model_id", "seq", "seqs", "folder") if hasattr(command, k)}
             self.heard.write(json.dumps({"op": name, "pid": os.getpid(), **told}) + "\n")
             self.heard.flush()
             if isinstance(command, p.Shutdown):
@@ -76,6 +76,8 @@ class Peer:
                 self.emit(p.RestoreFailed(command.model_id, "as you wished"))
             case p.Restore():
                 self.states[command.model_id] = json.loads((Path(command.folder) / "state.json").read_text())
+            case p.OptimStep() if (self.home / "loses").exists():
+                self.emit(p.RestoreFailed(command.model_id, "request 1, which succeeded before, has not come again"))
             case p.Unload():
                 self.states.pop(command.model_id, None)
             case p.ForwardBackward():

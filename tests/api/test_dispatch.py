@@ -93,6 +93,7 @@ def test_a_snapshot_shortens_the_replay(tmp_path: Path) -> None:
             await r.step(model, 9)
             assert await r.effects(model, 9) == list(range(10))
             assert [(h["op"], h.get("seq")) for h in r.heard() if h["pid"] == pid] == [
+                ("Replay", None),
                 ("Restore", None),
                 ("OptimStep", 8),
                 ("OptimStep", 9),
@@ -122,7 +123,7 @@ def test_a_new_server_goes_on_where_the_old_one_died(tmp_path: Path) -> None:
             assert isinstance(await r.outcome(f"{sampler}:0"), Done)
             await r.step(idle, 2)
             assert await r.effects(idle, 2) == [0, 1, 2]
-            replayed = [h["seq"] for h in r.heard() if h["pid"] == r.engine.pid and h.get("model_id") == model and h["op"] != "Create"]
+            replayed = [h["seq"] for h in r.heard() if h["pid"] == r.engine.pid and h.get("model_id") == model and "seq" in h]
             assert replayed[:2] == [1, 2]
 
     asyncio.run(second(*asyncio.run(first())))
@@ -390,6 +391,50 @@ def test_a_replay_that_fails_is_never_trained_upon(tmp_path: Path) -> None:
             assert "fails in the replay: as you wished" in (await r.failed(f"{model}:3"))["message"]
             assert await r.effects(other, 2) == [0, 1, 2]
             (tmp_path / "no-replay").unlink()
+            await r.step(model, 4)
+            assert await r.effects(model, 4) == [0, 1, 2, 4]
+
+    asyncio.run(go())
+
+
+def test_the_engine_is_told_what_succeeded_before(tmp_path: Path) -> None:
+    """So that it stops at the first of these that fails. What has an effect and no answer, or failed before, may fail."""
+
+    async def go() -> None:
+        async with rig(tmp_path) as r:
+            model = await r.create()
+            await r.forward(model, 1)
+            await r.forward(model, 2, wish="fail")
+            await r.forward(model, 3, only=True)
+            await r.step(model, 4)
+            assert await r.effects(model, 4) == [0, 1, 4]
+            await r.forward(model, 5, wish="slow", seconds=3)
+            await r.kill()
+            await r.up()
+            assert isinstance(await r.outcome(f"{model}:5"), Done)
+            replays = [(h["model_id"], h["seqs"]) for h in r.heard() if h["op"] == "Replay"]
+            assert replays == [(model, [1, 4])]
+            ops = [h["op"] for h in r.heard() if h["pid"] == r.engine.pid]
+            assert ops == ["Replay", "Create", "ForwardBackward", "OptimStep", "ForwardBackward"]
+
+    asyncio.run(go())
+
+
+def test_a_run_that_the_engine_loses_in_a_replay_is_given_up(tmp_path: Path) -> None:
+    """The engine stops at a request that is missing or fails, and says so itself: the run's answers say nothing of it then."""
+
+    async def go() -> None:
+        async with rig(tmp_path) as r:
+            model = await r.create()
+            await r.step(model, 1)
+            await r.step(model, 2)
+            await r.outcome(f"{model}:2")
+            await r.kill()
+            await r.up()
+            (tmp_path / "loses").touch()
+            await r.step(model, 3)
+            assert "has not come again" in (await r.failed(f"{model}:3"))["message"]
+            (tmp_path / "loses").unlink()
             await r.step(model, 4)
             assert await r.effects(model, 4) == [0, 1, 2, 4]
 

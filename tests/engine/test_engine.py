@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from everlearn.engine.protocol import (
     Load,
     OptimStep,
     Publish,
+    Replay,
     Restore,
     RestoreFailed,
     Sample,
@@ -174,6 +175,119 @@ def test_a_run_that_can_not_be_restored_is_not_in_the_engine(bench: Bench, tmp_p
     assert "ses:train:5" not in bench.engine.runs
     after = bench.ask(OptimStep("o", "ses:train:5", 4, AdamParams()), Failed)
     assert isinstance(after, Failed) and after.code == "not_found"
+
+
+class Log:
+    """A run of a load, two gradients and two updates as its log holds it, and its state after them."""
+
+    def __init__(self, model: Path, home: Path):
+        self.model, self.home, self.name = model, home, "ses:train:0"
+        self.created = Create("c", self.name, "t", "tiny", LORA)
+        bench = Bench(model, home)
+        bench.ask(self.created)
+        self.start = home / "start"
+        bench.ask(Save("save", self.name, 1, str(self.start), optimizer=True))
+        self.commands = [
+            ForwardBackward("r2", self.name, 2, random_datums(1, [9, 12]), "cross_entropy", {}),
+            Load("r3", self.name, 3, "t", "tiny", LORA, str(self.start), optimizer=True),
+            ForwardBackward("r4", self.name, 4, random_datums(2, [10, 17, 10]), "cross_entropy", {}),
+            OptimStep("r5", self.name, 5, AdamParams(learning_rate=1e-2)),
+            ForwardBackward("r6", self.name, 6, random_datums(3, [10, 17]), "cross_entropy", {}),
+            OptimStep("r7", self.name, 7, AdamParams(learning_rate=1e-2)),
+        ]
+        for command in self.commands:
+            bench.ask(command)
+        self.params = bench.params(self.name).clone()
+
+    def again(self, left_out: int = 0, arm: Callable[[Bench], None] = lambda bench: None) -> Bench:
+        """A new engine that snapshots after every update gets all of it at once, as a feed sends it; and a version to publish."""
+        bench = Bench(self.model, self.home, snapshot_min_steps=1, snapshot_overhead=1e9)
+        bench.engine.accept(Replay(self.name, [command.seq for command in self.commands]))
+        bench.engine.accept(self.created)
+        arm(bench)
+        for command in self.commands:
+            if command.seq != left_out:
+                bench.engine.accept(command)
+        bench.engine.accept(Publish("p", self.name, 8, "v8", str(self.home / "v8")))
+        while bench.engine.step() == 0.0:
+            pass
+        bench.engine.accept(TakeSnapshot(self.name))
+        bench.engine.writer.close()
+        return bench
+
+
+@pytest.fixture
+def logged(tiny_model: Path, tmp_path: Path) -> Log:
+    return Log(tiny_model, tmp_path)
+
+
+def test_a_replay_that_succeeds_is_the_run(logged: Log) -> None:
+    bench = logged.again()
+    said = list(drain(bench))
+    assert [e.request_id for e in said if isinstance(e, Completed)] == ["c", "r2", "r3", "r4", "r5", "r6", "r7", "p"]
+    assert [e.seq for e in said if isinstance(e, Snapshotted)][-1] >= 5 and not any(isinstance(e, RestoreFailed) for e in said)
+    assert torch.equal(bench.params(logged.name), logged.params)
+
+
+@pytest.mark.parametrize("fault", ["gradient", "load"])
+def test_nothing_is_run_or_kept_after_a_replay_that_fails(logged: Log, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    """What succeeded before the crash fails now, and what follows is in the engine already: none of it may change the adapter, become a
+    version, or a snapshot of a state that the log doesn't know."""
+
+    def arm(bench: Bench) -> None:
+        """The device runs out of memory in the second gradient, or the checkpoint is gone."""
+        head, calls = bench.engine.served["tiny"].base.head, iter(range(100))
+        backward = head.backward
+
+        def short_of_memory(*args: object) -> object:
+            if next(calls) == 1:
+                raise torch.OutOfMemoryError("injected")
+            return backward(*args)  # type: ignore[arg-type]
+
+        if fault == "gradient":
+            monkeypatch.setattr(head, "backward", short_of_memory)
+        else:
+            logged.start.rename(logged.home / "elsewhere")
+
+    before, failed, number = (["c", "r2", "r3"], "r4", 4) if fault == "gradient" else (["c", "r2"], "r3", 3)
+    bench = logged.again(arm=arm)
+    said = list(drain(bench))
+    assert [e.request_id for e in said if isinstance(e, Completed)] == before
+    assert [e.request_id for e in said if isinstance(e, Failed)] == [failed]
+    (lost,) = [e for e in said if isinstance(e, RestoreFailed)]
+    assert lost.model_id == logged.name and f"request {number} " in lost.message
+    assert not any(isinstance(e, Snapshotted) for e in said) and not (logged.home / "snapshots").exists()
+    assert not (logged.home / "v8").exists() and "v8" not in bench.engine.served["tiny"].bank.versions
+
+
+def test_a_replayed_request_that_never_comes_is_missed(logged: Log) -> None:
+    """The socket's thread answers what can't be read (logged by another version of everlearn); the engine must not go on without it."""
+    said = list(drain(logged.again(left_out=4)))
+    assert [e.request_id for e in said if isinstance(e, Completed)] == ["c", "r2", "r3"]
+    assert [e.message for e in said if isinstance(e, RestoreFailed)] == ["request 4, which succeeded before, has not come again"]
+    assert [e.seq for e in said if isinstance(e, Snapshotted)] == [] and not (logged.home / "v8").exists()
+
+
+def test_a_lost_run_can_be_made_again(logged: Log) -> None:
+    """And of what has no answer yet, a request that fails is only that."""
+    bench = Bench(logged.model, logged.home)
+
+    def make_again() -> None:
+        bench.engine.accept(Unload(logged.name))
+        bench.engine.accept(Replay(logged.name, [2, 3, 4, 5, 6]))
+        bench.ask(logged.created)
+        bench.ask(logged.commands[0])
+
+    make_again()
+    aside = logged.start.rename(logged.home / "elsewhere")
+    bench.ask(logged.commands[1], Failed)
+    aside.rename(logged.start)
+    make_again()
+    for command in logged.commands[1:-1]:
+        bench.ask(command)
+    bench.ask(ForwardBackward("long", logged.name, 7, random_datums(3, [5000]), "cross_entropy", {}), Failed)
+    bench.ask(OptimStep("r8", logged.name, 8, AdamParams(learning_rate=1e-2)))
+    assert torch.equal(bench.params(logged.name), logged.params)
 
 
 def test_a_damaged_checkpoint_changes_nothing(bench: Bench) -> None:
