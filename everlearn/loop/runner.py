@@ -213,9 +213,8 @@ class Runner:
 
     def gate(self, now: Deployed, described: Description) -> bool:
         wanted, candidate = rule.rule_of(described.gate), _candidate(now)
-        if now.cycle.get(
-            "asks"
-        ):  # all is shown, and a person's word is missing: under the same rule asking it all again would show the same
+        if now.cycle.get("asks"):
+            # All is shown, and a person's word is missing: under the same rule, asking it all again would show the same.
             if now.cycle["verdict"]["rule_sha256"] == digest(wanted):
                 return False
             self.say("the rule has changed: deciding anew")

@@ -144,8 +144,8 @@ def make(
     saved = now.cycle.get("saved", {"step": 0, "path": "", "tokens": 0})
     if saved["step"] < plan.steps:
         saved = _train(open_trainer(api, service, now, described, recipe, saved["path"]), now, described, plan, saved, note, say, clock)
-    losses = saved.get("losses", [None, None])
-    return Made(saved["path"], plan.examples, plan.steps, saved["tokens"], *losses, left_out=plan.left_out)
+    first, last = saved.get("losses", [None, None])
+    return Made(saved["path"], plan.examples, plan.steps, saved["tokens"], first, last, plan.left_out)
 
 
 def _left_out(reason: str, before: int, after: int) -> dict[str, int]:
