@@ -14,6 +14,7 @@ from everlearn.errors import EverlearnError, Forbidden, InvalidRequest, TooLarge
 TRIES = 3  # of what the server failed at, until that is as good as refused
 LATER = (408, 409, 429)  # statuses of requests that may be answered later
 PERHAPS = (404, 410)  # of what a server that was restarted may have lost, and what is begun anew may find again
+PASSING = ("conflict", "cancelled")  # codes of errors that are a 400 to the SDK, which would send a 409 again, and that pass as well
 REFUSED = (tinker.TinkerError, InvalidRequest, TooLarge, Unsupported)  # what work may raise that is to be judged here
 LENGTH = 500  # of a message, in a line of the history
 
@@ -25,14 +26,14 @@ def reason_of(error: Exception, tries: int = TRIES) -> str:
         return f"the server refused it: {error.message[:LENGTH]}"
     told = str(getattr(error, "message", error))[:LENGTH]
     if isinstance(error, tinker.APIStatusError):
-        told = _message(error)
+        told, code = _told(error)
         if error.status_code == 401:
             raise Unauthenticated(told) from error
         if error.status_code == 403:
             raise Forbidden(told) from error
         if error.status_code in LATER or error.status_code >= 500:
             raise Unavailable(told) from error
-        if error.status_code in PERHAPS and tries < TRIES:
+        if (error.status_code in PERHAPS or code in PASSING) and tries < TRIES:
             raise Unavailable(f"{told}; once more") from error
         return f"the server refused it: {told}"
     if isinstance(error, tinker.RequestFailedError):
@@ -44,8 +45,9 @@ def reason_of(error: Exception, tries: int = TRIES) -> str:
     raise Unavailable(f"no answer of the server: {told}") from error
 
 
-def _message(error: tinker.APIStatusError) -> str:
-    """The server's own words, where it has some."""
+def _told(error: tinker.APIStatusError) -> tuple[str, str]:
+    """The server's own words, where it has some, and its code."""
     body = error.body if isinstance(error.body, dict) else {}
-    inner = body.get("error")
-    return str(inner["message"] if isinstance(inner, dict) and inner.get("message") else error.message)[:LENGTH]
+    found = body.get("error")
+    inner = found if isinstance(found, dict) else {}
+    return str(inner.get("message") or error.message)[:LENGTH], str(inner.get("code") or "")

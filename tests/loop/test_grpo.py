@@ -18,10 +18,12 @@ from everlearn.loop.description import Pull
 from everlearn.loop.lesson import Recipe
 from everlearn.loop.moving import moving_of
 from everlearn.loop.runner import Runner
-from everlearn.loop.service import read
+from everlearn.loop.service import Tokens, read
+from everlearn.loop.update import NO_ROOM
 from tests.api.test_reward_models import Product
 from tests.live import KEY, LiveServer
 from tests.loop.test_cycle import events
+from tests.loop.test_long import filling
 
 pytestmark = [pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"), pytest.mark.timeout(900)]
 groups = st.lists(st.lists(st.tuples(st.floats(0, 1), st.integers(1, 64)), min_size=2, max_size=6), min_size=1, max_size=5)
@@ -140,12 +142,16 @@ def test_a_reward_model_that_has_earned_it_makes_a_version(server: LiveServer, h
     product = Product(server, "pulled", gate=gate, update=update)
     product.thumbs(24, n=8)
     product.newest(lambda one: one["earned"])
+    long = filling(Tokens(Client(server.url, KEY), "tiny"), 5)  # behind it no answer of six tokens has room
+    for number in range(6):
+        product.post("/v1/feedback", {"record_id": product.ask(long, f"pulled-long-{number}"), "kind": "boolean", "value": True})
     with tinker.ServiceClient(base_url=server.url, api_key=KEY) as service:
         runner = Runner(Client(server.url, KEY), service, "pulled")
         runner.begin("by hand")
         now = runner.run()
     told = events(http, "pulled")
     assert (now.champion, told[-1]["kind"]) == ("pulled@1", "promoted"), told[-1]["reason"]
+    assert next(event for event in told if event["state"] == "gate")["evidence"]["update"]["left_out"] == {NO_ROOM: 1}
     made = next(event["evidence"]["dataset"] for event in told if event["state"] == "update")
     found = http.get(f"/v1/datasets/{made['id']}").json()
     assert found["form"] == "prompts" and found["reward_version"].startswith("rm_") and len(found["versions"]) == 1

@@ -153,8 +153,8 @@ def test_what_the_server_refuses_ends_what_was_tried_and_the_watch_goes_on(new_s
 def test_which_errors_are_waited_for() -> None:
     request = httpx.Request("POST", "http://localhost/api/v1/asample")
 
-    def status(code: int) -> tinker.APIStatusError:
-        response = httpx.Response(code, request=request, json={"error": {"message": f"it is {code}"}})
+    def status(code: int, name: str = "") -> tinker.APIStatusError:
+        response = httpx.Response(code, request=request, json={"error": {"message": f"it is {code}", "code": name}})
         return tinker.APIStatusError("told", response, response.json())
 
     failed = [tinker.RequestFailedError("it broke", "r1", category) for category in ("user", "server")]
@@ -166,7 +166,7 @@ def test_which_errors_are_waited_for() -> None:
             refusals.reason_of(status(code))
     for error in (status(400), status(413), failed[0], InvalidRequest("it is 400")):
         assert refusals.reason_of(error, 1).startswith("the server refused it: it")
-    for error in (status(404), failed[1]):
+    for error in (status(404), status(400, "conflict"), failed[1]):
         with pytest.raises(Unavailable, match="once more"):
             refusals.reason_of(error, refusals.TRIES - 1)
         assert "it" in refusals.reason_of(error, refusals.TRIES)
