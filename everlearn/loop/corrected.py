@@ -46,6 +46,11 @@ def right(question: str, mistake: str, correction: str, answer: str) -> float:
     return float(_enough(wanted, found)) if wanted else float(not found)
 
 
+def negated(text: str) -> bool:
+    """Whether it has a "not" in it, in one of its forms."""
+    return _denies(_spelt(text))
+
+
 def _spelt(text: str) -> list[str]:
     """Its words, those that are drawn together with a "not" written out."""
     return words(CONTRACTED.sub(lambda found: SHORT.get(found[1].lower(), found[1]) + " not", text))

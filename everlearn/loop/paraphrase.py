@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from everlearn.loop.corrected import EMPTY, words
+from everlearn.loop.corrected import EMPTY, negated, words
 
 ASK = 'Say this question in other words: "{}"'
 # Shown as a conversation: a small model that has seen three rephrases a fourth, and one that was only told to answers the question.
@@ -65,7 +65,7 @@ def same_question(question: str, other: str) -> bool:
     names = {name.lower() for name in NAME.findall(question)}
     told = [word for word in words(question) if word not in EMPTY]
     own, theirs = set(told), set(words(other)) - EMPTY
-    if not _may_ask_for(asked_for(question), asked_for(other)):
+    if not _may_ask_for(asked_for(question), asked_for(other)) or negated(question) != negated(other):
         return False
     if not own or told[-1] not in theirs or not all(re.search(rf"\b{re.escape(name)}\b", other.lower()) for name in names):
         return False

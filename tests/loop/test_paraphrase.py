@@ -54,6 +54,8 @@ def test_another_wording_asks_for_the_same_thing(question: str, other: str, same
 
 
 def test_numbers_are_names() -> None:
+    assert not same_question("Which parcels can't you ship to Norway?", "Which parcels can you ship to Norway?")
+    assert same_question("Which parcels can't you ship to Norway?", "Which parcels do you not ship to Norway?")
     assert not same_question("What costs 58 euros?", "What costs 85 euros?") and same_question(
         "What costs 58 euros?", "Which costs 58 euros?"
     )
