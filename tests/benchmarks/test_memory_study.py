@@ -35,7 +35,7 @@ def test_pieces_hold_the_evidence_of_their_questions_in_order(study: ModuleType,
     asked.append(evident("What is the code?", ("6370",), "code lab 6370", "fact", turns))
     monkeypatch.setattr(study, "PIECE", 400)
     monkeypatch.setattr(study, "model_folder", lambda name: tiny_model)
-    found = study.pieces(Case("long", turns, asked))
+    found = study.pieces([Case("long", turns, asked)])
     assert [len(piece.questions) for piece in found] == [1, 1] and sum(len(piece.turns) for piece in found) < len(turns)
     assert turns[3] in found[0].turns and turns[50] in found[1].turns
     assert found[1].turns == [turn for turn in turns if turn in found[1].turns] and found[0].name == "long-0"
