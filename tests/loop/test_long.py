@@ -101,7 +101,7 @@ def test_weights_that_move_leave_it_out_and_move_on(http: httpx.Client, parts: A
     runner, user = parts("moving-long", test_continuous.DESCRIPTION)
     say_all(user, Tokens(runner.api, "tiny"))
     noted: list[Any] = []
-    for _ in range(10):  # what was said last may be learned a move later
+    for _ in range(500):  # what was said of others' answers comes first, and what was said last may be learned a move later
         moving = moving_of(read(runner.api, "moving-long"))
         noted = [event["evidence"]["left_out"] for event in events(http, "moving-long") if event["kind"] == "noted"]
         if moving.step and noted:
