@@ -235,7 +235,7 @@ async def forget(svc: Services, who: Caller, memory_id: str, number: int | None 
 
     def write(conn: Connection, memory: Memory, window: Window) -> Memory:
         assert number is not None
-        _role_of(conn, memory, window, number)
+        _role_of(conn, memory, window, number)  # raises for what is nowhere
         gone = memories.chain(conn, who.tenant, memory_id, {number})
         while more := sharing(window, gone) - gone:  # the archive may no longer have what links them
             gone |= memories.chain(conn, who.tenant, memory_id, more)

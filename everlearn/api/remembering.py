@@ -209,7 +209,7 @@ async def _commit(
             call.memory = {**(call.memory or {}), "remembered": False}
             return None
         window = window_of(stored) if stored is not None else Window(start.budget, (), -1, window_of(start).recent, FRAME)
-        if stored is not None and _shape(stored) != _shape(start):
+        if not start.version and stored is not None and _shape(stored) != _shape(start):
             raise Conflict(f"memory {start.memory_id!r} was made otherwise meanwhile; send the request again", param="memory.id")
         base = wanted.on(stored or msgspec.structs.replace(start, version=0))
         rules = rules_of(chat, base)

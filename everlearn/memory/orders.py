@@ -55,7 +55,7 @@ def neighbours(chunks: Sequence[Chunk], place: int) -> set[int]:
 
 
 def beside(chunks: Sequence[Chunk], place: int) -> tuple[int, ...]:
-    """What the chunk's `beside` is once it is answered: also what those in sight and it itself, were written beside."""
+    """What the chunk's `beside` is once it is answered: also what those in sight, and it itself, were written beside."""
     seen = {turn for chunks in _around(chunks, place) for chunk in chunks for turn in chunk.beside}
     return tuple(sorted(seen | neighbours(chunks, place) | {*chunks[place].beside})[-BESIDE:])
 
