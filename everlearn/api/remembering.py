@@ -124,14 +124,17 @@ def said_in(turn: Turn, draw: Draw) -> list[Said]:
             raise Unsupported("a memory holds what is said in texts: no images, no tool calls and their results", param="messages")
         if not storable(content):
             raise InvalidRequest("a message holds NUL or half a surrogate pair, which no memory takes; leave it out", param="messages")
-        before = next((one for one in found if one.role == SYSTEM), None) if role == SYSTEM else None
-        if before is None:
-            found.append(Said(role, content))
-        else:  # a window has one system's text
-            found[found.index(before)] = Said(SYSTEM, f"{before.text}\n\n{content}")
+        found.append(Said(role, content))
     if not found or found[-1].role != "user":
         raise InvalidRequest("the last message of a chat in a memory must be the user's; the others are in the memory", param="messages")
-    return found
+    return _with_one_system(found)
+
+
+def _with_one_system(said: Sequence[Said]) -> list[Said]:
+    """A window has one system's text: what all of them say, where the first stood."""
+    joined = Said(SYSTEM, "\n\n".join(one.text for one in said if one.role == SYSTEM))
+    first = next((place for place, one in enumerate(said) if one.role == SYSTEM), -1)
+    return [joined if place == first else one for place, one in enumerate(said) if place == first or one.role != SYSTEM]
 
 
 def put(rules: Turns, window: Window, said: Sequence[Said]) -> tuple[Window, list[plans.Rewrite]]:

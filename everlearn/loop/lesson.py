@@ -21,6 +21,7 @@ from everlearn.rl.datums import supervised
 
 ALTERNATIVES = 16  # likely next tokens that a rehearsal example remembers of each position
 Nothing = Callable[[], None]
+Room = Callable[[Sequence[int]], int]  # of a prompt, the tokens that may follow it
 
 
 class Recipe(msgspec.Struct, frozen=True):
@@ -59,15 +60,14 @@ class Step(msgspec.Struct, frozen=True):
 
 def send(
     sampler: Any, prompts: Sequence[Sequence[int]], stop: Sequence[int], max_tokens: int, alternatives: int = 0,
-    temperature: float = 0.0, seed: int | None = None, samples: int = 1, context: int | None = None,
+    temperature: float = 0.0, seed: int | None = None, samples: int = 1, room: Room | None = None,
 ) -> list[Any]:  # fmt: skip
     """Asks for an answer to each prompt, or several (`samples`), and waits for none: the server batches all that it was sent. With a seed,
-    prompt i is answered with seed + i. With the number of tokens that the model reads (`context`), answers are no longer than a prompt
-    leaves room for; there has to be some."""
+    prompt i is answered with seed + i. With `room`, answers are no longer than a prompt leaves room for; there has to be some."""
     futures = []
     for place, prompt in enumerate(prompts):
         own = None if seed is None else (seed + place) % 2**31
-        most = max_tokens if context is None else min(max_tokens, context - len(prompt) + 1)
+        most = max_tokens if room is None else min(max_tokens, room(prompt))
         params = tinker.SamplingParams(max_tokens=most, temperature=temperature, stop=list(stop), seed=own)
         futures.append(sampler.sample(tinker.ModelInput.from_ints(list(prompt)), samples, params, topk_sample_logprobs=alternatives))
     return futures
@@ -91,10 +91,10 @@ def ask(
 
 
 def ask_each(
-    samplers: Sequence[Any], prompts: Sequence[Sequence[int]], stop: Sequence[int], max_tokens: int, context: int | None = None
+    samplers: Sequence[Any], prompts: Sequence[Sequence[int]], stop: Sequence[int], max_tokens: int, room: Room | None = None
 ) -> list[list[Any]]:
-    """The most likely answers of each, all of them asked at once. `context` as in `send`."""
-    sent = [send(sampler, prompts, stop, max_tokens, context=context) for sampler in samplers]
+    """The most likely answers of each, all of them asked at once. `room` as in `send`."""
+    sent = [send(sampler, prompts, stop, max_tokens, room=room) for sampler in samplers]
     return [answers_of(futures) for futures in sent]
 
 

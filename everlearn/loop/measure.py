@@ -65,9 +65,9 @@ def sampler(api: Api, service: Any, now: Deployed, version: str) -> Any:
 def again(api: Api, tokens: Tokens, old: Any, new: Any, items: Sequence[Any]) -> tuple[Pair, ...]:
     """Each item's prompt answered by both, and judged by its correction; what is longer than the context isn't asked, nor learned."""
     asked = sorted(items, key=lambda item: max(item["feedback_ids"], default=""))[-MOST_ASKED:]
-    asked = [item for item in asked if len(tokens.answer(str(item["messages"][-1]["content"]))) <= tokens.room(item["prompt_token_ids"])]
+    asked = [item for item in asked if tokens.fits(item["prompt_token_ids"], tokens.answer(str(item["messages"][-1]["content"])))]
     prompts = [item["prompt_token_ids"] for item in asked]
-    asked_both = lesson.ask_each((old, new), prompts, [tokens.end], ANSWER_TOKENS, tokens.context)
+    asked_both = lesson.ask_each((old, new), prompts, [tokens.end], ANSWER_TOKENS, tokens.room)
     answers = [[tokens.text(answer.tokens) for answer in own] for own in asked_both]
     pairs = []
     for item, before, after in zip(asked, *answers, strict=True):

@@ -72,21 +72,23 @@ class Runner:
                     raise
                 self.say(f"somebody was faster: {error.message}")
 
-    def watch(self, poll: float) -> None:
-        """For ever: what is due now, then another look after `poll` seconds. A server that is away is waited for.
-
-        The version that serves is watched by a thread of its own: an update takes minutes, and a rollback shouldn't wait for it.
-        """
+    def watch(self, poll: float, over: threading.Event | None = None) -> None:
+        """Until `over` is set: what is due now, then another look after `poll` seconds. A server that is away is waited for. The version
+        that serves is watched by a thread of its own: an update takes minutes, and a rollback shouldn't wait for it."""
+        over = over or threading.Event()
+        guard = threading.Thread(target=self.guard.watch, args=(poll, over), name=f"watch {self.name}", daemon=True)
         self._guarded = True
-        guard = threading.Thread(target=self.guard.watch, args=(poll,), name=f"watch {self.name}", daemon=True)
         guard.start()
-        while guard.is_alive():
+        while guard.is_alive() and not over.is_set():
             try:
                 self.run()
             except Unavailable as error:
                 self.say(f"waiting: {error.message}")
-            time.sleep(poll)
-        raise InternalError(f"nobody watches what {self.name} answers any more; the error is above, and starting the runner again goes on")
+            over.wait(poll)
+        guard.join()
+        self._guarded = False
+        if not over.is_set():
+            raise InternalError(f"nobody watches what {self.name} answers any more; the error is above, and a new start goes on")
 
     def step(self) -> bool:
         """The work of the present state; whether there may be more to do at once. Does nothing while the deployment is paused."""
@@ -291,8 +293,7 @@ class Runner:
         told = {"verdict": msgspec.to_builtins(verdict), "rule": msgspec.to_builtins(asked), "evidence": msgspec.to_builtins(found)}
         self.say(f"{found.stage}: {verdict.decision}: {verdict.reason}")
         if verdict.decision == "promote":
-            body = {"rule": True, "reason": verdict.reason, "evidence": told, "expected": now.revision}
-            self._post(now, "promote", body)
+            self._post(now, "promote", {"rule": True, "reason": verdict.reason, "evidence": told, "expected": now.revision})
             return True
         if verdict.decision == "reject" or (verdict.decision == "hold" and not _asks(verdict)):
             self._end(now, "rejected", verdict.reason, told)
@@ -307,9 +308,8 @@ class Runner:
     def _continue(
         self, now: Deployed, described: Description, asked: Rule, found: Evidence, verdict: Verdict, told: dict[str, Any]
     ) -> bool:
-        time_now = self.clock()
         if found.stage == "offline" and asked.shadow is not None:
-            cycle = {**now.cycle, "offline": msgspec.to_builtins(found), "shadow_began": time_now}
+            cycle = {**now.cycle, "offline": msgspec.to_builtins(found), "shadow_began": self.clock()}
             self._advance(now, "shadow", verdict.reason, told, shadow=described.shadow.share, cycle=cycle)
             return True
         if found.stage == "canary":
@@ -320,7 +320,7 @@ class Runner:
         if not verdict.share:
             return False
         offline = now.cycle.get("offline") or msgspec.to_builtins(found)
-        cycle = {**now.cycle, "offline": offline, "canary_began": time_now, "step": verdict.step}
+        cycle = {**now.cycle, "offline": offline, "canary_began": self.clock(), "step": verdict.step}
         self._advance(now, "canary", verdict.reason, told, share=verdict.share, cycle=cycle)
         return True
 

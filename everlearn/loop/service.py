@@ -104,6 +104,10 @@ class Tokens:
         """How many tokens may follow a prompt, sampled or trained on: the last one is never read."""
         return self.context - len(prompt) + 1
 
+    def fits(self, prompt: Sequence[int], answer: Sequence[int]) -> bool:
+        """Whether the model can be trained on the whole answer behind this prompt."""
+        return len(answer) <= self.room(prompt)
+
     def prompt(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         """What a conversation's next answer continues."""
         return list(self.api.post("/v1/tokenize", {"model": self.model, "messages": list(messages)})["tokens"])

@@ -98,7 +98,7 @@ def wordings(
 
 def fitting(tokens: Tokens, learned: Sequence[Correction]) -> list[Correction]:
     """Those that the model can read whole."""
-    return [one for one in learned if len(tokens.answer(one.answer)) <= tokens.room(one.prompt)]
+    return [one for one in learned if tokens.fits(one.prompt, tokens.answer(one.answer))]
 
 
 def examples_of(tokens: Tokens, learned: Sequence[Correction], others: dict[str, list[str]]) -> list[Example]:
@@ -106,14 +106,11 @@ def examples_of(tokens: Tokens, learned: Sequence[Correction], others: dict[str,
     examples = []
     for correction in learned:
         answer = tokens.answer(correction.answer)
-        if len(answer) > tokens.room(correction.prompt):
+        if not tokens.fits(correction.prompt, answer):
             continue
-        examples.append(Example(correction.prompt, answer))
-        for wording in others.get(correction.record_id, []):
-            asked = [*correction.messages[:-1], {**correction.messages[-1], "content": wording}]
-            prompt = tokens.prompt(asked)
-            if len(answer) <= tokens.room(prompt):
-                examples.append(Example(prompt, answer))
+        *before, question = correction.messages
+        worded = [tokens.prompt([*before, {**question, "content": wording}]) for wording in others.get(correction.record_id, [])]
+        examples += [Example(prompt, answer) for prompt in (correction.prompt, *worded) if tokens.fits(prompt, answer)]
     return examples
 
 
@@ -225,7 +222,7 @@ def _of_rewards(
     newest = sorted(items, key=lambda item: max(item["feedback_ids"], default=""), reverse=True)
     corrected = [one for one in newest if one["corrected"] is not None][: described.update.replay]
     replay = [Example(one["prompt_token_ids"], tokens.answer(str(one["corrected"]))) for one in corrected]
-    replay = [one for one in replay if len(one.answer) <= tokens.room(one.prompt)]
+    replay = [one for one in replay if tokens.fits(one.prompt, one.answer)]
     rehearsal = rehearsed(service, now, tokens) if recipe.rehearsed else []
     states = [one["prompt_token_ids"] for one in items if has_room(tokens, pull, one["prompt_token_ids"])]
     left_out = _left_out(NO_ROOM, len(items), len(states))

@@ -8,6 +8,7 @@ request of a user meets.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -43,16 +44,16 @@ class Watch:
         self._since: tuple[int, float | None] = (-1, None)  # of which revision, and when its champion came
         self._record: tuple[float, dict[str, list[Told]]] = (0.0, {})  # of which promotion, and by guardrail
 
-    def watch(self, poll: float) -> None:
-        """For ever, every `poll` seconds. Errors are told, and the next look is taken all the same."""
-        while True:
+    def watch(self, poll: float, over: threading.Event) -> None:
+        """Every `poll` seconds, until `over` is set. Errors are told, and the next look is taken all the same."""
+        while not over.is_set():
             try:
                 now = read(self.api, self.name)
                 if not now.paused:
                     self.look(now)
             except EverlearnError as error:
                 self.say(f"watching: {error.message}")
-            time.sleep(poll)
+            over.wait(poll)
 
     def look(self, now: Deployed) -> bool:
         """Whether the version that serves was found worse than the one before, and that one serves again."""

@@ -132,7 +132,8 @@ def test_what_the_server_refuses_ends_what_was_tried_and_the_watch_goes_on(new_s
         runner, lines = deploy("refused", DESCRIPTION), list[str]()
         runner.begin("by hand")
         runner.say = runner.guard.say = lines.append
-        watching = threading.Thread(target=runner.watch, args=(0.1,), daemon=True)
+        over = threading.Event()
+        watching = threading.Thread(target=runner.watch, args=(0.1, over), daemon=True)
         watching.start()
         deadline = time.monotonic() + 120
         while read(runner.api, "refused").state != "collect":
@@ -142,6 +143,9 @@ def test_what_the_server_refuses_ends_what_was_tried_and_the_watch_goes_on(new_s
         assert last["kind"] == "rejected" and "refused" in last["reason"] and "rank" in last["reason"]
         time.sleep(0.5)
         assert watching.is_alive() and any(one.name == "watch refused" for one in threading.enumerate()), "what serves is still watched"
+        over.set()
+        watching.join(60)
+        assert not any(one.name == "watch refused" for one in threading.enumerate()), "both end when they are told to"
 
         moves = deploy("unmoved", test_continuous.DESCRIPTION)
         now = moves.run()
