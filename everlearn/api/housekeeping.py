@@ -25,7 +25,6 @@ log = logging.getLogger(__name__)
 STATUS_SECONDS = 10.0
 SWEEP_SECONDS = 60.0
 SWEEP_AT_LEAST = 5.0  # between two sweeps that snapshots ask for
-SESSION_SILENCE = 7 * 86_400.0  # a run whose session has been silent this long is unloaded for good
 
 
 class Housekeeping:
@@ -71,7 +70,7 @@ class Housekeeping:
         await self._forget_records(now - settings.record_retention_seconds)
         await svc.write(partial(steps.forget_rollouts, before=now - settings.record_retention_seconds))
         await self._forget_histories(now - settings.record_retention_seconds)
-        for run in await svc.read(lambda conn: runs.idle_runs(conn, now - SESSION_SILENCE)):
+        for run in await svc.read(lambda conn: runs.idle_runs(conn, now - runs.SILENCE_SECONDS)):
             await svc.write(partial(runs.unload_run, tenant=run.tenant, run_id=run.run_id))
             await svc.dispatcher.forget(run.run_id)
         while await svc.write(partial(sessions.expire, before=now - settings.session_retention_seconds)) == sessions.PIECE:

@@ -50,13 +50,16 @@ def boot_sweep(db: Database, home: Path, now: float) -> int:
 
 
 def retire_versions(conn: Connection, now: float, keep: int = KEEP_VERSIONS, idle: float = IDLE_SECONDS) -> int:
-    """Marks ephemeral versions as deleted that no sampler can ask for: their session is finished, or an inflight publish replaced
-    them, or they are beyond the newest `keep` of their run and unused for `idle` seconds. How many."""
+    """Marks ephemeral versions as deleted that no sampler can ask for: their session is finished, or silent for SILENCE_SECONDS as their
+    sampler is, or an inflight publish replaced them, or they are beyond the newest `keep` of their run and unused for `idle` seconds. How
+    many."""
     versions, samplers, sessions = tables.versions, tables.samplers, tables.sessions
     complete = versions.c.state == "complete"
     rank = sa.func.row_number().over(partition_by=versions.c.run_id, order_by=versions.c.seq.desc()).label("rank")
     ranked = sa.select(versions.c.version, rank).where(complete).subquery()
-    in_use = (sessions.c.state == "active") & ((ranked.c.rank <= keep) | (samplers.c.last_used >= now - idle))
+    silent = now - runs.SILENCE_SECONDS
+    heard = (sessions.c.last_heartbeat >= silent) | (samplers.c.last_used >= silent)
+    in_use = (sessions.c.state == "active") & heard & ((ranked.c.rank <= keep) | (samplers.c.last_used >= now - idle))
     wanted = (
         sa.select(ranked.c.version)
         .join(samplers, samplers.c.version == ranked.c.version)

@@ -20,6 +20,7 @@ from everlearn.store import tables
 from everlearn.types import LoraSpec
 
 LIVE_STATES = ("creating", "live")
+SILENCE_SECONDS = 7 * 86_400.0  # a session without a heartbeat for so long is taken to be over
 TELEMETRY_SWEEP = 100  # small reports between two looks at how many there are
 SAMPLER = sa.select(tables.samplers).where(tables.samplers.c.sampler_id == sa.bindparam("id"))
 

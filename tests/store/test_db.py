@@ -201,6 +201,15 @@ def test_reads_do_not_wait_for_the_writer(db: Database) -> None:
     held.result(10)
 
 
+def test_a_read_sees_one_state(db: Database) -> None:
+    def twice(conn: sa.Connection) -> tuple[int, int]:
+        before = len(keys.list_keys(conn, "a"))
+        db.write(lambda other: keys.create(other, "a", "meanwhile")).result(10)
+        return before, len(keys.list_keys(conn, "a"))
+
+    assert db.read(twice) == (0, 0) and count_keys(db) == 1
+
+
 def test_a_store_of_the_first_schema_is_taken_over(store_url: str) -> None:
     open_database(store_url).close()
     engine = make_engine(store_url)

@@ -100,6 +100,17 @@ def test_ephemeral_versions_go_when_nobody_can_ask_for_them(db: Database, tmp_pa
     assert not any(folder.exists() for folder in folders)
 
 
+def test_ephemeral_versions_of_a_client_that_fell_silent_go(db: Database, tmp_path: Path) -> None:
+    """A script that was killed never said that its session is finished."""
+    run = new_run(db)
+    request = publish_entry(run, 1, 1, "v-1", "snapshot")
+    folder = checkpoints.version_folder(tmp_path, "v-1")
+    finish(db, append(db, msgspec.structs.replace(request, meta={**request.meta, "folder": make(folder)})), SAVED)
+    later = time.time() + runs.SILENCE_SECONDS
+    assert garbage.collect(db, later - 60) == 0
+    assert garbage.collect(db, later + 60) == 1 and not folder.exists()
+
+
 def test_boot_keeps_what_rows_name_and_removes_the_rest(db: Database, tmp_path: Path) -> None:
     run = new_run(db)
     kept = save(db, tmp_path, run, 1, "ck")

@@ -50,6 +50,8 @@ def test_what_is_sent_again_has_no_second_effect(raw: Raw) -> None:
     assert step[0] == step[1] and raw.result(step[0]["request_id"]) == raw.result(step[0]["request_id"])
     save = [raw.ok("/save_weights_for_sampler", model_id=run, seq_id=3, sampling_session_seq_id=70) for _ in range(2)]
     assert save[0] == save[1]
+    # the SDK draws another number for each try
+    assert raw.ok("/save_weights_for_sampler", model_id=run, seq_id=3, sampling_session_seq_id=71) == save[0]
     assert raw.result(save[0]["request_id"])["sampling_session_id"] == f"{raw.session}:sample:70"
     asked = [raw.ok("/asample", **sample(f"{raw.session}:sample:70", 0)) for _ in range(2)]
     assert asked[0] == asked[1] and len(asked[0]["sample_sequence_ids"]) == 1

@@ -385,6 +385,8 @@ def test_checkpoints_are_listed_published_aged_and_deleted(rest, training) -> No
     rest.delete_checkpoint_from_tinker_path(path).result()
     with pytest.raises(tinker.NotFoundError):
         rest.delete_checkpoint(training.model_id, "weights/passing").result()
+    rest.delete_checkpoint_from_tinker_path(training.save_state("publish").result().path).result()
+    assert "weights/publish" not in [item.checkpoint_id for item in rest.list_checkpoints(training.model_id).result().checkpoints]
 
 
 def test_sessions_are_listed_moved_and_searched(rest, training, sampler) -> None:

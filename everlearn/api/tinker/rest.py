@@ -115,6 +115,8 @@ async def publish(request: Request, run_id: str, checkpoint_id: str) -> Response
 
 @router.delete("/training_runs/{run_id}/checkpoints/{checkpoint_id:path}/publish", status_code=204, dependencies=CHANGES)
 async def unpublish(request: Request, run_id: str, checkpoint_id: str) -> Response:
+    if checkpoint_id in checkpoints.KINDS:  # a checkpoint of the name "publish" is to go
+        return await delete_checkpoint(request, run_id, f"{checkpoint_id}/publish")
     return await set_public(request, path_of(run_id, checkpoint_id), False)
 
 

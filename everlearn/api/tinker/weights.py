@@ -82,7 +82,7 @@ async def save_weights_for_sampler(request: Request) -> dict[str, Any]:
     """Persistent under a name (`path`), or ephemeral: a sampler (`sampling_session_seq_id`) whose weights have no name."""
     form = await places.read(request, forms.SaveForSampler)
     svc = services(request)
-    ticket = Ticket(svc, caller(request), form.model_id, checks.seq(form.seq_id), checks.fingerprint(form))
+    ticket = Ticket(svc, caller(request), form.model_id, checks.seq(form.seq_id), checks.fingerprint(known_by(form)))
 
     async def prepare() -> Prepared:
         check_sampler_form(form)
@@ -102,6 +102,12 @@ async def save_weights_for_sampler(request: Request) -> dict[str, Any]:
         return protocol.Publish(ticket.request_id, ticket.model_id, ticket.seq, version, str(folder), form.user_metadata or {}), meta
 
     return await ticket.answer(prepare)
+
+
+def known_by(form: forms.SaveForSampler) -> forms.SaveForSampler:
+    """The part by which a save that is sent again is known: the SDK draws another sampler's number for each try, and takes the sampler
+    that the answer names."""
+    return form if form.sampling_session_seq_id is None else msgspec.structs.replace(form, sampling_session_seq_id=0)
 
 
 def check_sampler_form(form: forms.SaveForSampler) -> None:
