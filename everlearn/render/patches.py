@@ -49,14 +49,15 @@ def read_vision(folder: Path, config: dict[str, Any]) -> VisionInfo | None:
 
 
 def _in_patches(found: dict[str, Any], tower: dict[str, Any], config: dict[str, Any]) -> dict[str, int]:
-    """Qwen3-VL: an image keeps its shape. Its bounds of pixels where a folder has no preprocessor_config.json are the makers'."""
+    """Qwen3-VL: an image keeps its shape. Its bounds of pixels where a folder has no preprocessor_config.json are the makers';
+    `min_pixels` and `max_pixels` go before `size`, as in transformers."""
     size = found.get("size") or {}
     return {
         "patch": int(found.get("patch_size") or tower["patch_size"]),
         "merge": int(found.get("merge_size") or tower["spatial_merge_size"]),
         "frames": int(found.get("temporal_patch_size") or tower["temporal_patch_size"]),
-        "min_pixels": int(size.get("shortest_edge") or found.get("min_pixels") or 65536),
-        "max_pixels": int(size.get("longest_edge") or found.get("max_pixels") or 16777216),
+        "min_pixels": int(found.get("min_pixels") or size.get("shortest_edge") or 65536),
+        "max_pixels": int(found.get("max_pixels") or size.get("longest_edge") or 16777216),
     }
 
 

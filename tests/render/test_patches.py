@@ -122,21 +122,33 @@ def test_a_broken_file_is_refused():
         patches_of(ImageSpan(0, 2, 2, saved(3, 64, 64)[:90]), QWEN)
 
 
+CONFIG = {
+    "model_type": "qwen3_vl",
+    "vision_config": {"patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2},
+    "image_token_id": 7,
+    "vision_start_token_id": 8,
+    "vision_end_token_id": 9,
+}
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_settings_come_from_the_folder(tmp_path: Path, nested: bool):
-    config = {
-        "model_type": "qwen3_vl",
-        "vision_config": {"patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2},
-        "image_token_id": 7,
-        "vision_start_token_id": 8,
-        "vision_end_token_id": 9,
-    }
-    plain = read_vision(tmp_path, config)
+    plain = read_vision(tmp_path, CONFIG)
     assert plain == VisionInfo(16, 2, 2, 65536, 16777216, [0.5] * 3, [0.5] * 3, 7, 8, 9)
     settings = {"size": {"shortest_edge": 4096, "longest_edge": 8192}, "patch_size": 14, "image_mean": [0.1, 0.2, 0.3]}
     name = "processor_config.json" if nested else "preprocessor_config.json"
     (tmp_path / name).write_text(json.dumps({"image_processor": settings} if nested else settings))
-    assert read_vision(tmp_path, config) == VisionInfo(14, 2, 2, 4096, 8192, [0.1, 0.2, 0.3], [0.5] * 3, 7, 8, 9)
-    assert read_vision(tmp_path, {**config, "model_type": "llama"}) is None
+    assert read_vision(tmp_path, CONFIG) == VisionInfo(14, 2, 2, 4096, 8192, [0.1, 0.2, 0.3], [0.5] * 3, 7, 8, 9)
+    assert read_vision(tmp_path, {**CONFIG, "model_type": "llama"}) is None
     with pytest.raises(InvalidRequest, match="image_token_id"):
-        read_vision(tmp_path, {name: value for name, value in config.items() if name != "image_token_id"})
+        read_vision(tmp_path, {name: value for name, value in CONFIG.items() if name != "image_token_id"})
+
+
+@pytest.mark.parametrize("given", [{"min_pixels": 3136}, {"max_pixels": 200704}, {"min_pixels": 3136, "max_pixels": 200704}])
+def test_bounds_of_pixels_go_before_a_size_as_in_transformers(tmp_path: Path, given: dict[str, int]):
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    settings = {"size": {"shortest_edge": 4096, "longest_edge": 8192}, **given}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    found, theirs = read_vision(tmp_path, CONFIG), Qwen2VLImageProcessorPil.from_pretrained(tmp_path).size
+    assert (found.min_pixels, found.max_pixels) == (theirs["shortest_edge"], theirs["longest_edge"])
