@@ -17,6 +17,8 @@ class Needs(NamedTuple):
     text_arguments: bool  # joins a call's arguments as text
     entries: bool  # goes through a call's arguments and doesn't ask first whether they are an object
     one_call: bool  # shows the first call of a message, and none behind it
+    asks_none: bool  # asks whether a message's content is none
+    calls_alone: bool  # shows calls of a message only where its content is none
     efforts: frozenset[str]  # texts that it compares `reasoning_effort` with
     switches: frozenset[str]  # variables that it reads and doesn't set itself, those that every prompt has left out
 
@@ -29,6 +31,8 @@ def needs_of(tree: nodes.Template) -> Needs:
         text_arguments=_joins_arguments(tree),
         entries=_goes_through_arguments(tree),
         one_call=_takes_one_call(tree),
+        asks_none=any(_asks_none(test) for test in tree.find_all(nodes.Test)),
+        calls_alone=_shows_calls_alone(tree),
         efforts=_compared(tree, "reasoning_effort"),
         switches=frozenset(meta.find_undeclared_variables(tree)) - GIVEN,  # last, because it folds the tree's constants
     )
@@ -102,5 +106,31 @@ def _takes_one_call(tree: nodes.Template) -> bool:
         _field(node.node) == "tool_calls" and isinstance(node.arg, nodes.Const) and node.arg.value == 0
         for node in tree.find_all(nodes.Getitem)
     )
-    looped = [over for node in tree.find_all(nodes.For) for over in (node.iter, *node.iter.find_all((nodes.Getattr, nodes.Getitem)))]
-    return first and not any(_field(over) == "tool_calls" for over in looped)
+    return first and not _loops_over_calls(tree)
+
+
+def _loops_over_calls(tree: nodes.Node) -> list[nodes.For]:
+    """Loops over a message's calls, or over what a filter makes of them."""
+    fields = (nodes.Getattr, nodes.Getitem)
+    return [
+        loop for loop in tree.find_all(nodes.For) if any(_field(over) == "tool_calls" for over in (loop.iter, *loop.iter.find_all(fields)))
+    ]
+
+
+def _shows_calls_alone(tree: nodes.Template) -> bool:
+    """Every loop over calls stands under `content is none` (DeepSeek V3 and R1 as they came out)."""
+    branches = [nodes.Template(branch.body) for branch in tree.find_all(nodes.If) if _wants_none(branch.test)]
+    alone = {id(loop) for branch in branches for loop in _loops_over_calls(branch)}
+    loops = _loops_over_calls(tree)
+    return bool(loops) and all(id(loop) in alone for loop in loops)
+
+
+def _wants_none(test: nodes.Node) -> bool:
+    """`message['content'] is none`, alone or with `and`."""
+    if isinstance(test, nodes.And):
+        return _wants_none(test.left) or _wants_none(test.right)
+    return _asks_none(test)
+
+
+def _asks_none(node: nodes.Node) -> bool:
+    return isinstance(node, nodes.Test) and node.name == "none" and _field(node.node) == "content"

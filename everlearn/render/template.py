@@ -158,6 +158,14 @@ def shows_one_call(tokenizer: ChatTokenizer) -> bool:
         return False
 
 
+def shows_calls_alone(tokenizer: ChatTokenizer) -> bool:
+    """Whether the template shows calls of a message without text alone (DeepSeek V3 and R1 as they came out)."""
+    try:
+        return _compiled(_source(tokenizer, tools=True))[1].calls_alone
+    except TemplateError:
+        return False
+
+
 def switches(tokenizer: ChatTokenizer) -> frozenset[str]:
     """The variables that a request may set (enable_thinking), with tools and without: fields of messages are none, nor are texts."""
     try:
@@ -203,6 +211,8 @@ def _prepare(message: Message, needs: Needs, place: int) -> dict[str, Any]:
     if role == "developer" and "developer" not in needs.names:
         plain["role"] = "system"
     plain["content"] = _content(plain.get("content"), needs, place)
+    if needs.asks_none and plain.get("tool_calls") and not plain["content"]:
+        plain["content"] = None
     reasoning = next((plain[name] for name in REASONING if isinstance(plain.get(name), str)), None)
     if reasoning is not None:
         plain.update(dict.fromkeys(REASONING, reasoning))

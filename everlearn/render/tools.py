@@ -87,8 +87,8 @@ class ReplyParser:
 
 class ToolFormat(msgspec.Struct, frozen=True):
     """A row of the table. `native`: the model's template shows tools, so give them to `template.render`; `shows_calls`: it shows calls
-    and their results. What it doesn't show, `inject` turns into text. `one_call`: it shows one call of a message. `thinks`: the model may
-    think before it answers.
+    and their results. What it doesn't show, `inject` turns into text. `one_call`: it shows one call of a message. `calls_alone`: it shows
+    calls of a message that has no text. `thinks`: the model may think before it answers.
 
     `marks` are the strings that must reach the parser although they may be special tokens; `special` are those that the model's
     tokenizer has as one token each, `keep_ids` their ids (give them to TextStream as `keep`). Both are empty in `FORMATS`.
@@ -101,6 +101,7 @@ class ToolFormat(msgspec.Struct, frozen=True):
     native: bool = True
     shows_calls: bool = True
     one_call: bool = False
+    calls_alone: bool = False
     special: frozenset[str] = frozenset()
     keep_ids: frozenset[int] = frozenset()
     thinks: bool = False
@@ -114,6 +115,8 @@ class ToolFormat(msgspec.Struct, frozen=True):
             copies = _one_call_each(copies)
         if not self.shows_calls:
             copies = _calls_as_text(copies)
+        if self.calls_alone:
+            copies = _text_before_calls(copies)
         if tools and not self.native:
             copies = _with_section(copies, section(self.name, tools))
         return copies
@@ -226,6 +229,7 @@ def format_for(tokenizer: ChatTokenizer, architecture: str = "", model_type: str
         native=shows_tools,
         shows_calls=shows_calls,
         one_call=template.shows_one_call(tokenizer),
+        calls_alone=template.shows_calls_alone(tokenizer),
         special=frozenset(special),
         keep_ids=frozenset(special.values()),
         thinks=row.thinks or OPEN in special,
@@ -363,4 +367,15 @@ def _one_call_each(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
             said = {"role": message["role"], "content": ""} if place else message
             plain += [{**said, "tool_calls": [call]}, *results.pop(call.get("id"), [])]
         plain += [result for rest in results.values() for result in rest]  # of calls that aren't there
+    return plain
+
+
+def _text_before_calls(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The text of a message with calls as a message of its own, before one with its calls."""
+    plain: list[dict[str, Any]] = []
+    for message in messages:
+        if message.get("tool_calls") and _text_of(message.get("content")):
+            plain.append({key: value for key, value in message.items() if key != "tool_calls"})
+            message = {"role": message["role"], "content": None, "tool_calls": message["tool_calls"]}
+        plain.append(message)
     return plain

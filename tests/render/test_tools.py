@@ -121,6 +121,43 @@ def test_calls_of_a_message_come_in_turn_where_the_template_shows_one(with_token
     assert -1 < shown.find('{"city": "Bonn"}') < shown.find("rain") < shown.find("get_time") < shown.find("sun")
 
 
+# DeepSeek V3 and R1, and what was made of R1: calls are shown where there is no text. Then as later ones do it.
+ALONE = """{% for m in messages %}{% if m['role'] == 'assistant' and m['content'] is none %}A:{% for c in m['tool_calls'] %}
+{{- '<｜tool▁call▁begin｜>' + c['type'] + '<｜tool▁sep｜>' + c['function']['name'] + '\n```json\n' + c['function']['arguments'] + '\n```' }}
+{%- endfor %};{% endif %}{% if m['role'] == 'assistant' and m['content'] is not none %}A:{{ m['content'] }};{% endif %}
+{%- if m['role'] != 'assistant' %}{{ m['role'] }}:{{ m['content'] }};{% endif %}{% endfor %}"""
+EITHER = """{% for m in messages %}{% if m['role'] == 'assistant' and 'tool_calls' in m %}A:{% for c in m['tool_calls'] %}
+{%- if loop.first %}{% if m['content'] is none %}[none]{% else %}{{ m['content'] }}{% endif %}{% endif %}
+{{- '<｜tool▁call▁begin｜>' + c['type'] + '<｜tool▁sep｜>' + c['function']['name'] + '\n```json\n' + c['function']['arguments'] + '\n```' }}
+{%- endfor %};{% else %}{{ m['role'] }}:{{ m['content'] }};{% endif %}{% endfor %}"""
+BONN = '<｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n```json\n{"city": "Bonn"}\n```'
+
+
+@pytest.mark.parametrize(
+    ("source", "alone", "silent", "said"),
+    [
+        (ALONE, True, f"A:{BONN}{BONN};", f"A:I'll look.;A:{BONN}{BONN};"),
+        (EITHER, False, f"A:[none]{BONN}{BONN};", f"A:I'll look.{BONN}{BONN};"),
+    ],
+    ids=["alone", "either"],
+)
+def test_calls_are_shown_by_a_template_that_asks_whether_there_is_text(
+    with_tokens: Callable[..., ChatTokenizer], source: str, alone: bool, silent: str, said: str
+):
+    tokenizer = with_tokens(template=source)
+    format = format_for(tokenizer)
+    assert (format.name, format.shows_calls, format.calls_alone) == ("deepseek_v3", True, alone)
+
+    def shown(content: object) -> str:
+        return template.render(tokenizer, format.inject([TALK[0], {**TALK[1], "content": content}, TALK[2]], None))
+
+    for content in (None, "", []):  # a null by the OpenAI API, and how others write it
+        assert shown(content) == f"user:Weather and time?;{silent}tool:rain;"
+    for content in ("I'll look.", [{"type": "text", "text": "I'll look."}]):
+        assert shown(content) == f"user:Weather and time?;{said}tool:rain;"
+    assert template.render(tokenizer, [TALK[0], {"role": "assistant", "content": None}]).endswith("A:;" if alone else "assistant:;")
+
+
 def test_what_is_shown_of_a_call_is_what_is_read_as_one(tokenizer: ChatTokenizer):
     format = format_for(tokenizer)
     (said,) = format.inject([TALK[1]], None)
