@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 from everlearn.errors import InvalidRequest, Unsupported
 from everlearn.render import dsml as markup
-from everlearn.render.parameters import ENDS, FUNCTION_END, PARAMETER, PARAMETER_END, kinds
+from everlearn.render.parameters import ENDS, FUNCTION_END, PARAMETER, PARAMETER_END
 from everlearn.render.pythonic import PYTHON_START, SIGNS
 from everlearn.render.reasoning import CLOSE, OPEN, closed_by, opened_by
+from everlearn.render.schemas import KINDS, Parameters
 from everlearn.render.syntaxes import (
     CHANNEL,
     CONSTRAIN,
@@ -290,39 +291,55 @@ def _markup(lark: Lark, text: str) -> str:
 
 
 def _invocation(lark: Lark, tool: Signature) -> str:
-    parts = [_markup(lark, f'{markup.INVOKE} name="{tool.name}">\n')]
-    for name, schema in tool.schema.get("properties", {}).items():
-        element = lark.rule(" | ".join(_typed_elements(lark, tool, name, schema)))
-        parts.append(element if name in tool.schema.get("required", ()) else f"({element})?")
+    parts, known = [_markup(lark, f'{markup.INVOKE} name="{tool.name}">\n')], Parameters(tool.schema)
+    for name in known.schemas:
+        element = lark.rule(" | ".join(_typed_elements(lark, tool, known, name)))
+        parts.append(element if name in known.required else f"({element})?")
     return " ".join([*parts, _markup(lark, f"{markup.INVOKE_END}\n")])
 
 
-def _typed_elements(lark: Lark, tool: Signature, name: str, schema: Any) -> list[str]:
+def _typed_elements(lark: Lark, tool: Signature, known: Parameters, name: str) -> list[str]:
     """The element of a parameter as text, as JSON, or either where the schema allows both."""
-    wanted, found, end = kinds(schema), [], f"{markup.PARAMETER_END}\n"
-    if not wanted or "string" in wanted:
+    wanted, texts = _wanted(tool, known, name)
+    found, end = [], f"{markup.PARAMETER_END}\n"
+    if "string" in wanted:
         begin = _markup(lark, f'{markup.PARAMETER} name="{name}" string="true">')
-        if isinstance(schema, Mapping) and all(isinstance(value, str) for value in schema.get("enum", [0])):
-            chosen = " | ".join(literal(value) for value in schema["enum"])
-            found.append(f"{begin} ({chosen}) {_markup(lark, end)}")
+        if texts is not None:
+            found.append(f"{begin} ({' | '.join(map(literal, texts))}) {_markup(lark, end)}")
         elif _reference(lark) is None:
             value = f"VALUE{len(lark.rules)}"
             lark.rules.append(f"{value}: {_without(lark, literal(markup.PARAMETER_END))} {literal(end)}")
             found.append(f"{begin} {value}")
         else:
             found.append(f"{begin} /(?s:.*)<\\// {_markup(lark, end).removeprefix(literal('</') + ' ')}")
-    if wanted != {"string"}:
-        shared = {key: tool.schema[key] for key in ("$defs", "definitions") if key in tool.schema}
-        other = {**shared, **schema} if isinstance(schema, Mapping) else {}
+    if values := known.values(name):
         begin = _markup(lark, f'{markup.PARAMETER} name="{name}" string="false">')
-        found.append(f"{begin} {lark.json(Signature(tool.name, other, tool.strict))} {_markup(lark, end)}")
+        found.append(f"{begin} {_values(lark, tool, values)} {_markup(lark, end)}")
     return found
 
 
+def _wanted(tool: Signature, known: Parameters, name: str) -> tuple[frozenset[str], tuple[str, ...] | None]:
+    """The types that a parameter may have and the texts, None for any. Where that isn't clear they are all, but not of a strict tool."""
+    kinds, texts = known.reading(name)
+    if not kinds and tool.strict:
+        shown = json.dumps(known.schemas[name], ensure_ascii=False)[:80]
+        raise Unsupported(
+            f"parameter {name!r} of tool {tool.name!r} doesn't say of which type it is ({shown}), and this model writes texts and "
+            "other values in two ways; give it a type, or leave out strict",
+            param="tools",
+        )
+    return (kinds, texts) if kinds else (frozenset(KINDS), None)
+
+
+def _values(lark: Lark, tool: Signature, schemas: Sequence[Mapping[str, Any]]) -> str:
+    """JSON of one of these schemas."""
+    return f"({' | '.join(lark.json(Signature(tool.name, schema, tool.strict)) for schema in schemas)})"
+
+
 def _python_call(lark: Lark, tool: Signature) -> str:
-    properties, required = tool.schema.get("properties", {}), tool.schema.get("required", ())
-    must = [_keyword(lark, tool, name) for name in properties if name in required]
-    may = [_keyword(lark, tool, name) for name in properties if name not in required]
+    known = Parameters(tool.schema)
+    must = [_keyword(lark, tool, known, name) for name in known.schemas if name in known.required]
+    may = [_keyword(lark, tool, known, name) for name in known.schemas if name not in known.required]
     rest = ""  # the optional ones from the last to the first: each may be there, with a comma if something stands before it
     first = ""
     for keyword in reversed(may):
@@ -333,15 +350,12 @@ def _python_call(lark: Lark, tool: Signature) -> str:
     return f"{literal(tool.name + '(')} {inside} {literal(')')}"
 
 
-def _keyword(lark: Lark, tool: Signature, name: str) -> str:
-    schema = tool.schema["properties"][name]
+def _keyword(lark: Lark, tool: Signature, known: Parameters, name: str) -> str:
     if name != name.strip() or any(sign in name for sign in SIGNS):
         raise Unsupported(f"parameter {name!r} of tool {tool.name!r} can't be named in a call in Python's words; rename it", param="tools")
-    if kinds(schema) == {"boolean"}:
+    if known.kinds(name) == {"boolean"}:
         return lark.rule(f'{literal(f"{name}=")} ("True" | "False")')
-    shared = {key: tool.schema[key] for key in ("$defs", "definitions") if key in tool.schema}
-    own = Signature(tool.name, {**shared, **schema} if isinstance(schema, Mapping) else {}, tool.strict)
-    return lark.rule(f"{literal(f'{name}=')} {lark.json(own)}")
+    return lark.rule(f"{literal(f'{name}=')} {_values(lark, tool, [known.alone(known.schemas[name])])}")
 
 
 def _tagged(lark: Lark, calls: Sequence[str], text: bool, several: bool) -> str:
@@ -361,22 +375,21 @@ def _named_object(lark: Lark, tool: Signature, key: str) -> str:
 
 def _elements(lark: Lark, tool: Signature) -> str:
     """One element for each parameter, in the schema's order; text parameters hold any text without their end tag."""
-    required = tool.schema.get("required", ())
-    parts = [literal(f"\n{FUNCTION}{tool.name}>\n")]
-    for name, schema in tool.schema.get("properties", {}).items():
-        element = f"{literal(f'{PARAMETER}{name}>' + chr(10))} {_element_value(lark, tool, schema)}"
-        parts.append(element if name in required else f"({element})?")
+    parts, known = [literal(f"\n{FUNCTION}{tool.name}>\n")], Parameters(tool.schema)
+    for name in known.schemas:
+        element = f"{literal(f'{PARAMETER}{name}>' + chr(10))} {_element_value(lark, tool, known, name)}"
+        parts.append(element if name in known.required else f"({element})?")
     return " ".join([*parts, literal(f"{FUNCTION_END}\n")])
 
 
-def _element_value(lark: Lark, tool: Signature, schema: Any) -> str:
+def _element_value(lark: Lark, tool: Signature, known: Parameters, name: str) -> str:
     end = f"\n{PARAMETER_END}\n"
-    if isinstance(schema, Mapping) and all(isinstance(value, str) for value in schema.get("enum", [0])):
-        return f"({' | '.join(literal(value + end) for value in schema['enum'])})"
-    wanted = kinds(schema)
-    if not wanted or "string" in wanted:
-        name = f"VALUE{len(lark.rules)}"
-        lark.rules.append(f"{name}: {_without(lark, *map(literal, ENDS))} {literal(end)}")
-        return name
-    shared = {key: tool.schema[key] for key in ("$defs", "definitions") if key in tool.schema}
-    return f"{lark.json(Signature(tool.name, {**shared, **schema}, tool.strict))} {literal(end)}"
+    wanted, texts = _wanted(tool, known, name)
+    if "string" in wanted and texts is None:
+        value = f"VALUE{len(lark.rules)}"
+        lark.rules.append(f"{value}: {_without(lark, *map(literal, ENDS))} {literal(end)}")
+        return value
+    found = [literal(text + end) for text in texts or ()]
+    if values := known.values(name):
+        found.append(f"{_values(lark, tool, values)} {literal(end)}")
+    return f"({' | '.join(found)})"

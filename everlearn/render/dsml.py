@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
 
-from everlearn.render.parameters import broken_off, convert, kinds, loads
+from everlearn.render.parameters import broken_off, convert, loads
 from everlearn.render.reader import BrokenError, Marks, Reader, Step
 from everlearn.render.replies import Writer
+from everlearn.render.schemas import Parameters
 from everlearn.render.syntaxes import NAME, closed_by, commit, marked
 
 DSML = "｜DSML｜"  # one token of the model's vocabulary
@@ -50,7 +50,7 @@ def invocation(reader: Reader, out: Writer) -> Step[None]:
     name = (yield from _header(reader, "an invocation"))[0]
     if not NAME.fullmatch(name):
         raise BrokenError(f"{name[:80]!r} is not a name to call")
-    schemas = (out.tools or {}).get(name, {}).get("properties", {})
+    known = Parameters((out.tools or {}).get(name, {}))
     between, stop = "{", ""
     while True:
         if between != "{":
@@ -73,7 +73,7 @@ def invocation(reader: Reader, out: Writer) -> Step[None]:
             commit(reader, out, name)
         reader.forget()
         out.arguments(f"{between}{json.dumps(key, ensure_ascii=False)}: ")
-        stop = yield from _value(reader, out, textual, schemas.get(key))
+        stop = yield from _value(reader, out, textual, known.kinds(key))
         if not stop:
             return
         if stop != PARAMETER_END:
@@ -91,9 +91,8 @@ def _header(reader: Reader, what: str) -> Step[tuple[str, str | None]]:
     return found[1], found[2]
 
 
-def _value(reader: Reader, out: Writer, textual: str | None, schema: Any) -> Step[str]:
+def _value(reader: Reader, out: Writer, textual: str | None, wanted: frozenset[str]) -> Step[str]:
     """A parameter's value; the mark that ended it, "" at the end of the text. Where the tag doesn't say what it is, the schema does."""
-    wanted = kinds(schema)
     if textual == "true" or (textual is None and wanted == {"string"}):
         out.arguments('"')
         stop = yield from reader.until(_ENDS, lambda piece: out.arguments(json.dumps(piece, ensure_ascii=False)[1:-1]))

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from pydantic_core import from_json
 
 from everlearn.render.reader import BrokenError, Marks, Reader, Step
 from everlearn.render.replies import Writer
+from everlearn.render.schemas import KINDS, Parameters
 
 PARAMETER, PARAMETER_END, FUNCTION_END = "<parameter=", "</parameter>", "</function>"
 # A missing end tag is seen by what can only come after it, at the beginning of a line.
 ENDS = (PARAMETER_END, "\n" + PARAMETER, "\n" + FUNCTION_END)
 _ENDS = Marks(*ENDS)
-KINDS: dict[str, type | tuple[type, ...]] = {
-    "integer": int, "number": (int, float), "boolean": bool, "object": dict, "array": list, "string": str, "null": type(None),
-}  # fmt: skip
 
 
-def parameters(reader: Reader, out: Writer, commit: Callable[[], None], schemas: Mapping[str, Any]) -> Step[None]:
+def parameters(reader: Reader, out: Writer, commit: Callable[[], None], known: Parameters) -> Step[None]:
     """Elements up to `</function>`. Writes them as one JSON object, strings as they come; `commit` is called at the first."""
     between, stop = "{", ""
     while True:
@@ -47,7 +45,7 @@ def parameters(reader: Reader, out: Writer, commit: Callable[[], None], schemas:
             commit()
         reader.forget()
         out.arguments(f"{between}{json.dumps(name, ensure_ascii=False)}: ")
-        stop = yield from _value(reader, out, kinds(schemas.get(name)))
+        stop = yield from _value(reader, out, known.kinds(name))
         if not stop:
             return
         if stop != PARAMETER_END:
@@ -77,20 +75,6 @@ def _value(reader: Reader, out: Writer, wanted: frozenset[str]) -> Step[str]:
     if stop:
         out.arguments('"')
     return stop
-
-
-def kinds(schema: Any) -> frozenset[str]:
-    """The JSON types that `schema` allows; none where it doesn't say."""
-    if not isinstance(schema, Mapping):
-        return frozenset()
-    given = schema.get("type")
-    found = {given} if isinstance(given, str) else set(given) if isinstance(given, list) else set()
-    for key in ("anyOf", "oneOf"):
-        for option in schema.get(key) or ():
-            found |= kinds(option)
-    for value in [*schema.get("enum", ()), *([schema["const"]] if "const" in schema else ())] if not found else ():
-        found |= {name for name, kind in KINDS.items() if isinstance(value, kind) and (name == "boolean") == isinstance(value, bool)}
-    return frozenset(found)
 
 
 def convert(text: str, wanted: frozenset[str]) -> str:

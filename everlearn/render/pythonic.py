@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
 
-from everlearn.render.parameters import broken_off, convert, kinds, loads
+from everlearn.render.parameters import broken_off, convert, loads
 from everlearn.render.reader import BrokenError, Marks, Reader, Step
 from everlearn.render.replies import Writer
+from everlearn.render.schemas import Parameters
 from everlearn.render.syntaxes import NAME, calls_by_line, commit
 
 PYTHON_START, PYTHON_END = "<|python_start|>", "<|python_end|>"
@@ -62,7 +62,7 @@ def call(reader: Reader, out: Writer, known: bool) -> Step[None]:
     name, stop = yield from word(reader)
     if stop != "(" or not NAME.fullmatch(name) or (known and out.tools is not None and name not in out.tools):
         raise BrokenError(f"{name[:80]!r} is not a name to call")
-    schemas = (out.tools or {}).get(name, {}).get("properties", {})
+    wanted = Parameters((out.tools or {}).get(name, {}))
     between = "{"
     while True:
         yield from reader.space()
@@ -72,7 +72,7 @@ def call(reader: Reader, out: Writer, known: bool) -> Step[None]:
             out.arguments("{}" if between == "{" else "}")
             return
         key, stop = yield from word(reader)
-        if stop != "=" or not (key.isidentifier() or key in schemas):
+        if stop != "=" or not (key.isidentifier() or key in wanted.schemas):
             if between == "{":
                 raise BrokenError("arguments are written name=value")
             out.problems.append(f"an argument that isn't written name=value: {key[:80]!r}")
@@ -82,7 +82,7 @@ def call(reader: Reader, out: Writer, known: bool) -> Step[None]:
             commit(reader, out, name)
         out.arguments(f"{between}{json.dumps(key, ensure_ascii=False)}: ")
         text, stop = yield from value(reader)
-        out.arguments(as_json(text, schemas.get(key)) if stop else broken_off(text, quoted=True))
+        out.arguments(as_json(text, wanted.kinds(key)) if stop else broken_off(text, quoted=True))
         if not stop:
             return
         between = ", "
@@ -121,8 +121,8 @@ def value(reader: Reader) -> Step[tuple[str, str]]:
     return "".join(pieces), ""
 
 
-def as_json(text: str, schema: Any) -> str:
-    """A literal of Python as JSON; what is none is text, or what the schema makes of it."""
+def as_json(text: str, wanted: frozenset[str]) -> str:
+    """A literal of Python as JSON; what is none is text, or what is `wanted`."""
     text = text.strip()
     written = "".join(
         json.dumps(_unescaped(string[1:-1]), ensure_ascii=False) if string else WORDS.get(name, name) if name else _BRACKETS.get(sign, sign)
@@ -131,7 +131,7 @@ def as_json(text: str, schema: Any) -> str:
     try:
         loads(written)
     except (ValueError, RecursionError):
-        return convert(text, kinds(schema))
+        return convert(text, wanted)
     return written
 
 

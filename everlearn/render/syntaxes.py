@@ -15,6 +15,7 @@ from everlearn.render.parameters import parameters
 from everlearn.render.reader import BrokenError, Emit, Marks, Reader, Step
 from everlearn.render.reasoning import CLOSE, opened_by, thoughts
 from everlearn.render.replies import Writer
+from everlearn.render.schemas import Parameters
 
 Parser = Callable[[Reader, Writer, str], Step[None]]  # (reader, writer, the prompt's text); reads a whole reply
 Call = Callable[[Reader, Writer, str], Step[None]]  # (reader, writer, the mark that was taken); reads what follows the mark
@@ -223,8 +224,8 @@ def function_call(reader: Reader, out: Writer, mark: str) -> Step[None]:
         raise BrokenError("<function= without a name")
     yield from reader.space()
     if (yield from reader.peek()) != "{":
-        schema = (out.tools or {}).get(name, {}).get("properties", {})
-        return (yield from parameters(reader, out, lambda: commit(reader, out, name), schema))
+        known = Parameters((out.tools or {}).get(name, {}))
+        return (yield from parameters(reader, out, lambda: commit(reader, out, name), known))
     commit(reader, out, name)
     yield from reader.value(out.arguments, Marks(FUNCTION_END))
     yield from closed_by(reader, out, FUNCTION_END)

@@ -15,6 +15,7 @@ from everlearn.render.tokenizer import ChatTokenizer
 from everlearn.render.tools import FORMATS
 from everlearn.types import Grammar
 from tests.engine.harness import WITHOUT_XGRAMMAR, load_tiny
+from tests.render import test_schemas
 from tests.render.test_callgrammar import BAD, EITHER, FAMILY, GOOD, NAMED, OWN, TOOLS, Bound, reply
 
 pytestmark = WITHOUT_XGRAMMAR
@@ -84,3 +85,15 @@ def test_a_mark_is_no_text_though_the_tokenizer_does_not_call_it_special(with_to
     assert kit.takes(grammar, "hello world " + reply("hermes", GOOD[0]))
     assert not kit.takes(grammar, 'Hi <tool_call>{"name": "drop_tables", "arguments": {"x": 1}}\n</tool_call>')
     assert not kit.takes(grammar, "Hi " + reply("hermes", GOOD[0]).replace("get_weather", "drop_tables"))
+
+
+@pytest.mark.parametrize("family", ["qwen3_coder", "deepseek_v32"])
+@pytest.mark.parametrize("name", ["at", "till", "colour", "fill", "name", "kind", "mode", "note"])
+def test_a_parameter_that_refers_to_a_schema_is_held_to_it(kits: Callable[..., Kit], family: str, name: str):
+    kit = kits(family, False)
+    schema = {**test_schemas.SCHEMA, "properties": {name: test_schemas.SCHEMA["properties"][name]}, "required": [name]}
+    grammar = kit.format.grammar([test_schemas.tool(schema)], "required", False)
+    for value in test_schemas.GOOD[name]:
+        assert kit.takes(grammar, test_schemas.called(family, {name: value})), value
+    for value in test_schemas.BAD.get(name, []):
+        assert not kit.takes(grammar, test_schemas.called(family, {name: value})), value
