@@ -1,7 +1,7 @@
 """What a tool's schema says of its parameters, for formats that write each by itself: which there are, of which types, and which texts.
 
-A schema is a client's: it may refer to parts of itself in circles and be as deep as it likes, so that reading gives up at MAX_DEPTH, and
-reads what is referred to once.
+A schema is a client's: it may refer to parts of itself in circles, be as deep as it likes and no schema at all, so that reading gives up at
+MAX_DEPTH, reads what is referred to once, and takes a keyword of another form than its own for nothing.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Parameters:
         """Schemas of a parameter's values that are no strings: a value has one of them."""
         schema = self._followed(self.schemas[name])
         beside = set(schema) - NOTES if isinstance(schema, Mapping) else set()
-        key = next((key for key in ("anyOf", "oneOf") if beside == {key}), None)
+        key = next((key for key in ("anyOf", "oneOf") if beside == {key} and _listed(schema, key)), None)
         options = [self._followed(option) for option in schema[key]] if key else [schema]
         found = [self._narrowed(option) for option in {id(option): option for option in options}.values() if self._has_values(option)]
         if key and len(found) > (MAX_ALTERNATIVES if key == "anyOf" else 1):
@@ -101,14 +101,15 @@ class Parameters:
         """Parameters of an object's schema, of what it refers to, and of all that it joins."""
         if not isinstance(schema, Mapping) or depth > MAX_DEPTH:
             return
-        for name, own in (schema.get("properties") or {}).items():
+        properties = schema.get("properties")
+        for name, own in (properties if isinstance(properties, Mapping) else {}).items():
             self.schemas[name] = {"allOf": [self.schemas[name], own]} if name in self.schemas else own
-        self.required |= set(schema.get("required") or ())
+        self.required |= {name for name in _listed(schema, "required") if isinstance(name, str)}
         reference = schema.get("$ref")
         if isinstance(reference, str) and reference not in seen:
             seen.add(reference)
             self._collect(self._target(reference), seen, depth + 1)
-        for part in schema.get("allOf") or ():
+        for part in _listed(schema, "allOf"):
             self._collect(part, seen, depth + 1)
 
     def _reading(self, schema: Any, depth: int) -> Reading:
@@ -119,14 +120,14 @@ class Parameters:
         parts = []
         if "type" in schema:
             parts.append(_of_types(schema["type"]))
-        if "enum" in schema or "const" in schema:
+        if "const" in schema or isinstance(schema.get("enum"), list):
             parts.append(_of_values([schema["const"]] if "const" in schema else schema["enum"]))
         if isinstance(reference := schema.get("$ref"), str):
             parts.append(self._referred(reference, depth + 1))
-        parts += [self._reading(part, depth + 1) for part in schema.get("allOf") or ()]
+        parts += [self._reading(part, depth + 1) for part in _listed(schema, "allOf")]
         for key in ("anyOf", "oneOf"):
-            if schema.get(key):
-                parts.append(_either([self._reading(option, depth + 1) for option in schema[key]]))
+            if options := _listed(schema, key):
+                parts.append(_either([self._reading(option, depth + 1) for option in options]))
         return _both(parts) if parts or set(schema) - NOTES else ANYTHING
 
     def _referred(self, reference: str, depth: int) -> Reading:
@@ -149,8 +150,12 @@ class Parameters:
         return found
 
 
+def _listed(schema: Mapping[str, Any], key: str) -> list[Any]:
+    return found if isinstance(found := schema.get(key), list) else []
+
+
 def _of_types(given: Any) -> Reading:
-    kinds = {given} if isinstance(given, str) else set(given) if isinstance(given, list) else set()
+    kinds = {kind for kind in (given if isinstance(given, list) else [given]) if isinstance(kind, str)}
     return _reading(kinds | ({"integer"} if "number" in kinds else set()), None)
 
 

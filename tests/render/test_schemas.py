@@ -174,3 +174,18 @@ def test_texts_stream_where_a_reference_says_that_they_are():
     stream = FORMATS["qwen3_coder"].stream([tool(SCHEMA)])
     written = [getattr(delta, "arguments", "") for delta in stream.feed("<tool_call>\n<function=draw>\n<parameter=name>\n42 is")]
     assert "".join(written) == '{"name": "42 is'
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"properties": [1]},
+        {"required": True},
+        {"allOf": {"x": 1}},
+        *({"properties": {"a": {key: odd}}} for key in ("type", "enum", "anyOf", "allOf", "$ref") for odd in (None, 5, {"x": 1}, [["x"]])),
+    ],
+)
+def test_what_is_no_schema_holds_a_value_to_nothing(schema: dict[str, Any]) -> None:
+    """A tool that isn't strict may come with any: what was called is read all the same."""
+    known = Parameters(schema)
+    assert all(isinstance(known.kinds(name), frozenset) for name in known.schemas) and not known.required
