@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import sys
 from collections.abc import Callable
@@ -18,18 +19,35 @@ from typing import Any
 from everlearn.rewards.cage import isolate, restrict_calls, restrict_files
 
 MEMORY_BYTES = 2 << 30
+DELIMITED = re.compile(r"(?<!\\)(?:\$|\\\(|\\\[)|\\boxed")
+SPACED = r"[-+]?\d{1,3}(?: \d{3})+(?:\.\d+)?"  # 12 500
+WORDED = re.compile(rf"{SPACED}|(?=.*[A-Za-z]{{3}})(?:[A-Za-z]{{2,}}:?\s+)*(?:{SPACED}|[-+]?[\d.,]*\d)%?(?:\s+[A-Za-z]{{2,}})*\.?")
 
 
 def maths(answer: str, wanted: str) -> dict[str, Any]:
     """math-verify's judgement; `parsed` is false where it finds no mathematics in the answer. Its own time limits are ours already."""
     from math_verify import parse, verify
 
-    gold = parse(wanted, parsing_timeout=None) or parse(f"${wanted}$", parsing_timeout=None)
+    gold = _gold(wanted)
     if not gold:
         raise ValueError(f"the wanted answer {wanted[:100]!r} is no mathematics")
-    found = parse(answer, parsing_timeout=None)
+    found = gold if answer.strip() == wanted.strip() else parse(answer, parsing_timeout=None)
     equal = bool(found) and bool(verify(gold, found, timeout_seconds=None, raise_on_error=True))
     return {"parsed": bool(found), "equal": equal, "found": str(found[0])[:200] if found else ""}
+
+
+def _gold(wanted: str) -> list[Any]:
+    """What the wanted answer is. Of bare LaTeX math-verify reads one number and no more, so it is put between delimiters; one number among
+    words (`18 eggs`) or in groups (`12 500`), a power in Python's spelling and what has delimiters stand as they are."""
+    from math_verify import parse
+
+    bare, delimited = wanted, f"${wanted}$"
+    as_it_stands = DELIMITED.search(wanted) or WORDED.fullmatch(wanted.strip()) or "**" in wanted
+    for text in (bare, delimited) if as_it_stands else (delimited, bare):
+        found: list[Any] = parse(text, parsing_timeout=None)
+        if any(not isinstance(one, str) for one in found):  # a string alone is what could not be read
+            return found
+    return []
 
 
 def schema(answer: str, wanted: dict[str, Any]) -> dict[str, Any]:
