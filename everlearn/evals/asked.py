@@ -135,7 +135,7 @@ def _row(path: Path, number: int, line: str) -> Instructed | Question:
             return msgspec.convert(msgspec.to_builtins(found), Instructed)
         answer = row["answer"]
         if isinstance(answer, str) and "####" in answer:  # as GSM8K has it: the way there, and then the number
-            return Question(key, row["question"], [answer.rpartition("####")[2].strip()], number=True)
+            return Question(key, row["question"], [_gold(answer.rpartition("####")[2])], number=True)
         question = Question(key, row["question"], answer if isinstance(answer, list) else [str(answer)])
         return msgspec.convert(msgspec.to_builtins(question), Question)
     except (ValueError, KeyError, TypeError, AttributeError, InvalidRequest) as error:
@@ -144,6 +144,14 @@ def _row(path: Path, number: int, line: str) -> Instructed | Question:
             f"{error}; correct it or take it out",
             param="data",
         ) from None
+
+
+def _gold(text: str) -> str:
+    """A number's text without signs of currency and percent. Raises ValueError where it is no number: no answer could ever be right."""
+    found = text.strip().strip("$\u20ac\u00a3%").strip()
+    if read_number(found) is None:
+        raise ValueError(f"{text.strip()[:100]!r} behind #### is no number")
+    return found
 
 
 def _try(row: Instructed) -> None:

@@ -20,10 +20,11 @@ from everlearn.rewards.sandbox import SandboxLimits, run_code
 from everlearn.rewards.verifiers import Verifiers
 
 # Nothing is given back once it is taken (?+, ++, *+): a text of n characters costs n steps from each place where a number may begin.
+SIGN = r"(?:(?<![\w%)])[-+])?+"  # behind these it is a dash: 3-4, 2024-11-25, 10%-20%
 NUMBER = re.compile(
-    r"[-+]?+(?:[0-9]{1,3}+(?:,[0-9]{3})++(?![0-9])|[0-9]++)(?:\.[0-9]++)?+(?:[eE][-+]?+[0-9]{1,3})?+|[-+]?+\.[0-9]++", re.ASCII
+    rf"{SIGN}(?:[0-9]{{1,3}}+(?:,[0-9]{{3}})++(?![0-9])|[0-9]++)(?:\.[0-9]++)?+(?:[eE][-+]?+[0-9]{{1,3}})?+|{SIGN}\.[0-9]++"
 )
-FRACTION = re.compile(rf"({NUMBER.pattern})\s*+/\s*+({NUMBER.pattern})", re.ASCII)
+FRACTION = re.compile(rf"({NUMBER.pattern})\s*+/\s*+({NUMBER.pattern})")
 CUT_OFF = re.compile(r"[-+0-9.,eE/\s]*+", re.ASCII)  # what may belong to a number that began before
 LANGUAGE = re.compile(r"[\w+-]*[ \t\r]*")
 MAX_ANSWER = 100_000  # characters; a longer one is wrong, unread
@@ -45,7 +46,7 @@ def number(answer: str, wanted: float | Fraction, weight: float = 1.0, tolerance
     """`number`: weight if the answer is that number, within `tolerance`; compared as fractions, so 0.1 is 1/10.
 
     The answer is a number and nothing else, or with `anywhere` the last number in its last 1000 characters. 1,234.5 and 1e3 and 3/4
-    are numbers.
+    are numbers. A hyphen behind a letter or a digit is no sign: `3-4 days` ends with 4.
     """
     found = read_number(answer, anywhere)
     if found is None:
@@ -57,7 +58,7 @@ def number(answer: str, wanted: float | Fraction, weight: float = 1.0, tolerance
 
 def read_number(text: str, anywhere: bool = False) -> Fraction | None:
     """The number that a text is, or with `anywhere` the last one in its last 1000 characters; None where there is none."""
-    text = text.strip()
+    text = text.strip().replace("\u2212", "-")
     if anywhere:
         tail = text[-MAX_TAIL:]
         tail = tail if len(text) <= MAX_TAIL else CUT_OFF.sub("", tail, count=1)

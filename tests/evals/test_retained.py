@@ -143,6 +143,13 @@ def test_a_folder_of_one_s_own(tmp_path: Path):
     assert len(few) == 5 and few == read_suite([folder], ours=False, limit=5).sets[2].rows and set(few) < set(text.rows)
 
 
+@pytest.mark.parametrize("gold", ["$5", "5", "5%", "\u20ac 5", "5.00"])
+def test_an_amount_behind_the_sign_of_gsm8k_is_its_number(tmp_path: Path, gold: str):
+    (tmp_path / "maths.jsonl").write_text(json.dumps({"question": "How much?", "answer": f"2 and 3.\n#### {gold}"}))
+    (question,) = read_suite([tmp_path], ours=False).sets[0].rows
+    assert isinstance(question, Question) and question.right("She pays $5.") and not question.right("She pays $6.")
+
+
 def test_pieces_lose_no_words():
     text = "One.\n\n\nTwo words.\n\n" + "long " * 3000 + "\n\nEnd."
     assert " ".join(pieces(text)).split() == text.split()
@@ -158,6 +165,7 @@ def test_pieces_lose_no_words():
         '{"prompt": "a", "instruction_id_list": ["no:such"], "kwargs": [{}]}',
         '{"question": 1, "answer": "a"}',
         '{"prompt": 1, "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}',
+        '{"question": "a", "answer": "3 and 4.\\n#### seven"}',
     ],
 )
 def test_rows_that_are_none_are_named(tmp_path: Path, line: str):

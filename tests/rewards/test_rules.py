@@ -61,6 +61,33 @@ def test_the_last_number_is_looked_for_at_the_end():
 
 
 @pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("It takes 3-4 days", 4),
+        ("on 2024-11-25", 25),
+        ("COVID-19", 19),
+        ("no caf\u00e9-5", 5),
+        ("10%-20%", 20),
+        ("(3)-4", 4),
+        ("pages 3-1/2", Fraction(1, 2)),
+        ("x=-5", -5),
+        ("it is -5.", -5),
+        ("$-5$", -5),
+        ("(-.5)", Fraction(-1, 2)),
+        ("1e-3", Fraction(1, 1000)),
+        ("It is \u22125", -5),
+        ("-3/-4", Fraction(3, 4)),
+    ],
+)
+def test_a_hyphen_behind_a_word_or_a_number_is_no_sign(text: str, value: Fraction):
+    assert read_number(text, anywhere=True) == value
+
+
+def test_the_minus_of_typesetters_is_a_minus():
+    assert read_number("\u22125") == -5 and number("\u22120.5", -0.5).value == 1.0
+
+
+@pytest.mark.parametrize(
     "text", ["9" * 100_000, "9 " * 50_000, "1,234" * 20_000, "9" + " " * 100_000, "```" * 33_000, "```a\n" * 25_000, "`" * 99_999]
 )
 def test_long_answers_cost_no_more_than_their_length(text: str):
