@@ -26,6 +26,9 @@ PIECE = 400  # characters of a piece of text, at most, but for a paragraph that 
 LONGEST_PIECE = 4000
 SHORT_PIECE = 20
 GRADED = 2000  # characters of an answer that are looked at for the words that were wanted
+# What stands before and behind a number's text that is no part of another number (3.7, 7/8, 1,7, -7); 7.0 is 7, and dates have three.
+BEFORE_DIGIT = r"(?:(?<![0-9][.,/])|(?<=[0-9][./][0-9][./])|(?<=[0-9][./][0-9][0-9][./]))(?<!(?<![\w%)])-)"
+BEHIND_DIGIT = r"(?:(?![,/][0-9]|\.0*[1-9])|(?=([./])[0-9]{1,2}\1[0-9]))"
 
 
 class Instructed(msgspec.Struct, frozen=True):
@@ -40,7 +43,7 @@ class Instructed(msgspec.Struct, frozen=True):
 
 
 class Question(msgspec.Struct, frozen=True):
-    """Right is an answer that holds one of `answers` as whole words; with `number`, one whose last number is that number."""
+    """Right is an answer that holds one of `answers` as whole words and whole numbers; with `number`, one whose last number is that."""
 
     id: str
     question: str
@@ -51,8 +54,14 @@ class Question(msgspec.Struct, frozen=True):
         if self.number:
             found = read_number(answer, anywhere=True)
             return found is not None and found == read_number(self.answers[0])
-        text = answer[:GRADED].casefold()
-        return any(re.search(rf"(?<!\w){re.escape(one.casefold())}(?!\w)", text) for one in self.answers)
+        text = answer[:GRADED].casefold().replace("\u2212", "-")
+        return any(_pattern(one.casefold().replace("\u2212", "-")).search(text) for one in self.answers)
+
+
+def _pattern(wanted: str) -> re.Pattern[str]:
+    before = BEFORE_DIGIT if wanted[:1].isdigit() else ""
+    behind = BEHIND_DIGIT if wanted[-1:].isdigit() else ""
+    return re.compile(rf"(?<!\w){before}{re.escape(wanted)}(?!\w){behind}")
 
 
 class Piece(msgspec.Struct, frozen=True):

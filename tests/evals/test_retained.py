@@ -143,6 +143,24 @@ def test_a_folder_of_one_s_own(tmp_path: Path):
     assert len(few) == 5 and few == read_suite([folder], ours=False, limit=5).sets[2].rows and set(few) < set(text.rows)
 
 
+@pytest.mark.parametrize(
+    ("wanted", "right", "wrong"),
+    [
+        ("7", ["7", "It is 7.", "7, I think", "(7)", "$7", "6-7", "week 1: 7", "+7", "7.0", "$7.00"], ["3.7", "7.5", "-7", "\u22127", "7/8", "1/7", "1,7", "7.05", "77"]),
+        ("7 km", ["some 7 km"], ["3.7 km", "-7 km"]),
+        ("-7", ["It is -7.", "It is \u22127."], ["7", "6-7", "-7.5"]),
+        ("1,000", ["1,000 days"], ["1,000.5", "21,000", "1,000,000"]),
+        ("3.5", ["3.5.", "about 3.5 m"], ["3.55", "13.5", "-3.5"]),
+        ("1969", ["in 1969.", "1969-07-20", "20.7.1969", "07/20/1969", "1969/07/20", "1968-1969"], ["1969.5", "1969/70", "68/1969"]),
+        ("route 66", ["On Route 66, west"], ["route 66.5", "route 6"]),
+        ("twenty-four", ["Twenty-four."], ["twenty-fourth"]),
+    ],
+)  # fmt: skip
+def test_a_wanted_number_is_no_part_of_another(wanted: str, right: list[str], wrong: list[str]):
+    question = Question("k", "How many?", [wanted])
+    assert [text for text in right if not question.right(text)] == [text for text in wrong if question.right(text)] == []
+
+
 @pytest.mark.parametrize("gold", ["$5", "5", "5%", "\u20ac 5", "5.00"])
 def test_an_amount_behind_the_sign_of_gsm8k_is_its_number(tmp_path: Path, gold: str):
     (tmp_path / "maths.jsonl").write_text(json.dumps({"question": "How much?", "answer": f"2 and 3.\n#### {gold}"}))
