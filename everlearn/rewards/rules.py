@@ -9,12 +9,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import numbers
 import re
+import textwrap
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-from everlearn.errors import Unsupported
+from everlearn.errors import InvalidRequest, Unsupported
 from everlearn.rewards.reward import Part
 from everlearn.rewards.sandbox import SandboxLimits, run_code
 from everlearn.rewards.verifiers import Verifiers
@@ -128,12 +130,13 @@ async def code(
     """`code`: weight if the function in the answer gives the wanted value for every case (arguments, value); `partial`: its share of them.
 
     The code is the answer's last fenced block, or the answer. It runs in a sandbox, which gets the arguments and never the values that
-    are wanted, so that it can't just print them. Code that raises, hangs or ends itself is wrong.
+    are wanted, so that it can't just print them. Code that raises, hangs or ends itself is wrong. Arguments and values go through JSON, so
+    keys of dicts become text. Raises InvalidRequest for a wanted value that has no place in JSON.
     """
+    wanted = [_through_json(value) for _, value in cases]
     if len(answer) > MAX_ANSWER:
         return Part("code", 0.0, f"{len(answer)} characters; {MAX_ANSWER} are read")
     outcome = await run_code(code_in(answer), [(function, list(arguments)) for arguments, _ in cases], limits=limits)
-    wanted = [value for _, value in cases]
     right = [_same(result.get("value"), value) for result, value in zip(outcome.results, wanted, strict=False) if "value" in result]
     share = sum(right) / len(cases) if cases else 0.0
     earned = share if partial else float(share == 1.0)
@@ -144,18 +147,42 @@ async def code(
 
 
 def code_in(answer: str) -> str:
-    """The last block between lines of fences (```), whatever language it names; the answer itself where there is none."""
+    """The last block between lines of fences (```), whatever language it names; the answer itself where there is none.
+
+    A block may be indented, as in a list: its lines lose what all of them are indented by, and it ends at a fence that stands no more than
+    three columns to the right of the one that it began with.
+    """
     found = answer
     block: list[str] | None = None
+    column = 0
     for line in answer.split("\n"):
         if block is None:
-            _, fence, language = line.rpartition("```")
-            block = [] if fence and LANGUAGE.fullmatch(language) else None
-        elif line.startswith("```"):
-            found, block = "".join(f"{one}\n" for one in block), None
+            before, fence, language = line.rpartition("```")
+            block, column = ([] if fence and LANGUAGE.fullmatch(language) else None), len(before)
+        elif line.lstrip(" \t").startswith("```") and line.index("`") <= column + 3:
+            text = "".join(f"{one}\n" for one in block)
+            found, block = textwrap.dedent(text) if text[:1].isspace() else text, None
         else:
             block.append(line)
     return found
+
+
+def _through_json(value: Any) -> Any:
+    """A wanted value as a function's would come back: keys are text, numbers of other types are int or float."""
+    try:
+        return json.loads(json.dumps(value, default=_plain, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequest(
+            f"cases: the wanted value {_short(repr(value))} can't be equal to what a function gives, which comes back as JSON ({error}); "
+            "want numbers, strings, lists and dicts of those",
+            param="cases",
+        ) from None
+
+
+def _plain(value: Any) -> int | float:
+    if not isinstance(value, numbers.Number):
+        raise TypeError(f"{type(value).__name__} is none of its types")
+    return int(value) if value == int(value) else float(value)  # type: ignore[call-overload, arg-type]
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -272,6 +272,36 @@ def test_code():
 
 
 @pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        ("1. Do:\n   ```python\n   if x:\n       y()\n   ```\n2. Done.", "if x:\n    y()\n"),
+        ("- ```py\n  x = 1\n\n  y = 2\n  ```\n- well", "x = 1\n\ny = 2\n"),
+        ("\t```\n\tx = 1\n\t```\nend", "x = 1\n"),
+        ("   ```\n   x = 1\n```\nend", "x = 1\n"),
+        ("```\nx = 1\n  ```\nend", "x = 1\n"),
+        ("```\n    x = 1\n```", "x = 1\n"),
+        ("  ```\n  a = 1\n  ```\n```\nb = 2\n```\n", "b = 2\n"),
+        ('```\ndef f():\n    """\n    ```\n    f()\n    ```\n    """\n    \n```\n', 'def f():\n    """\n    ```\n    f()\n    ```\n    """\n    \n'),
+    ],
+)  # fmt: skip
+def test_a_block_may_be_indented(answer: str, code: str):
+    assert code_in(answer) == code
+
+
+def test_wanted_values_are_compared_as_json():
+    cases = [([1], {1: 2}), ([True], {True: (2, None)}), ([2], {2: Fraction(1, 2)})]
+    answer = "def f(x): return {x: 2 if x == 1 and x is not True else [2, None] if x is True else 0.5}"
+    try:
+        assert asyncio.run(code(answer, "f", cases)) == Part("code", 1.0, "3 of 3 cases")
+        assert asyncio.run(code(answer, "f", [([1], {1: 3})])).value == 0.0
+    except Unsupported as error:
+        pytest.skip(str(error))
+    for wanted in ({1, 2}, {(1, 2): 3}, 1j, float("inf")):
+        with pytest.raises(InvalidRequest, match="the wanted value .* comes back as JSON"):
+            asyncio.run(code(answer, "f", [([1], wanted)]))
+
+
+@pytest.mark.parametrize(
     ("answer", "word"),
     [
         ("no code at all", "SyntaxError"),
