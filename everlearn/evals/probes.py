@@ -14,7 +14,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -28,8 +27,7 @@ PROBE_STEPS = 100
 
 
 class Tower:
-    """`features` of photos, each computed once. Images are prepared as the folder's preprocessor_config.json says: resized, its middle cut
-    out where there is a crop_size, each channel less its mean and divided by its deviation."""
+    """`features` of photos, each computed once. Images are prepared as transformers does by the folder's preprocessor_config.json."""
 
     def __init__(self, folder: Path):
         from transformers import AutoModel
@@ -48,7 +46,7 @@ class Tower:
         if self.model.main_input_name != "pixel_values":
             raise Unsupported(f"{folder} is a {config.model_type}, which reads no pixels alone; name a vision tower", param="baseline")
         self.model.eval().requires_grad_(False)
-        self.resize, self.crop, self.mean, self.std = _settings(folder, config)
+        self.prepare = _processor(folder, config)
         self.kept: dict[bytes, torch.Tensor] = {}
 
     def features(self, files: Sequence[bytes]) -> torch.Tensor:
@@ -64,31 +62,37 @@ class Tower:
     def _pixels(self, file: bytes) -> torch.Tensor:
         with Image.open(BytesIO(file)) as opened:
             image = opened.convert("RGB")
-        width, height = self.resize or _shortest(image.size, self.crop[0])
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-        left, top = (width - self.crop[0]) // 2, (height - self.crop[1]) // 2
-        values_hwc = np.asarray(image.crop((left, top, left + self.crop[0], top + self.crop[1])), dtype=np.float32) / 255
-        return torch.from_numpy(((values_hwc - self.mean) / self.std).astype(np.float32)).permute(2, 0, 1).unsqueeze(0)
+        pixels: torch.Tensor = self.prepare(image, return_tensors="pt")["pixel_values"]
+        return pixels
 
 
-def _shortest(size: tuple[int, int], side: int) -> tuple[int, int]:
-    """The size whose shorter side is an eighth longer than what is cut out, as is usual: 256 for 224."""
-    scale = side * 8 / 7 / min(size)
-    return max(side, round(size[0] * scale)), max(side, round(size[1] * scale))
+def _processor(folder: Path, config: Any) -> Any:
+    """transformers' image processor, in Pillow and NumPy, that the folder or its kind of model names.
 
+    Where neither names one, settings are read by those keys that are common to all: `size` of one number is the shorter side's, and what
+    isn't said is bicubic, with means and deviations of 0.5. Without settings the shorter side becomes an eighth longer than the model's
+    square, which is cut out of the middle: 256 for 224.
+    """
+    from transformers import IMAGE_PROCESSOR_MAPPING, AutoImageProcessor
+    from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 
-def _settings(folder: Path, config: Any) -> tuple[tuple[int, int] | None, tuple[int, int], np.ndarray, np.ndarray]:
-    """What is resized to (None: the shorter side alone counts), what is cut out of it, mean and deviation."""
     path = folder / "preprocessor_config.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    given = found.get("size")
-    size: dict[str, Any] = given if isinstance(given, dict) else {}
-    side = int(getattr(config, "image_size", 224) or 224)
-    crop = found.get("crop_size") or size
-    cut = (int(crop.get("width") or side), int(crop.get("height") or side)) if isinstance(crop, dict) else (int(crop), int(crop))
-    resize = (int(size["width"]), int(size["height"])) if size.get("width") and not found.get("crop_size") else None
-    mean, std = (np.array(found.get(name) or [0.5] * 3, dtype=np.float32) for name in ("image_mean", "image_std"))
-    return resize, cut, mean, std
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        named = found.get("image_processor_type") or found.get("feature_extractor_type") or type(config) in IMAGE_PROCESSOR_MAPPING
+        if found and named:
+            return AutoImageProcessor.from_pretrained(folder, config=config, backend="pil", local_files_only=True, trust_remote_code=False)
+        settings = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_center_crop": bool(found.get("crop_size")), **found}
+        if not found.get("size"):
+            side = int(getattr(config, "image_size", 224) or 224)
+            settings |= {
+                "size": {"shortest_edge": round(side * 8 / 7)},
+                "crop_size": found.get("crop_size") or side,
+                "do_center_crop": True,
+            }
+        return BitImageProcessorPil(**settings)
+    except (OSError, ValueError, TypeError, AttributeError, ImportError) as error:
+        raise Unsupported(f"{path}: images can't be prepared as it says: {str(error)[:200]}", param="baseline") from error
 
 
 # --- classifiers: features of the shots [N, D], their classes [N], features of the tests -> classes of the tests ---

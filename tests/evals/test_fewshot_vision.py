@@ -9,7 +9,9 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -169,6 +171,52 @@ def test_any_tower_of_transformers_can_be_probed(tmp_path: Path):
     assert Tower(tmp_path / "dino").features(files).shape == (3, 16)
 
 
+HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+CUT = {"height": 28, "width": 28}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "size", "resample"),
+    [
+        ("CLIPVisionConfig", {"size": 28, "crop_size": 28, "feature_extractor_type": "CLIPFeatureExtractor"}, (44, 28), "BICUBIC"),
+        ("CLIPVisionConfig", {"size": {"shortest_edge": 28}, "crop_size": CUT, "image_processor_type": "CLIPImageProcessor"}, (44, 28), "BICUBIC"),
+        ("ViTConfig", {"size": 28}, (28, 28), "BILINEAR"),
+        ("ViTConfig", {"size": CUT, "resample": 3, "image_processor_type": "ViTImageProcessor"}, (28, 28), "BICUBIC"),
+        ("Dinov2Config", {"size": {"shortest_edge": 40}, "crop_size": CUT, "image_processor_type": "BitImageProcessor"}, (64, 40), "BICUBIC"),
+        ("Dinov2Config", {"size": {"shortest_edge": 40}, "crop_size": CUT, "resample": 2}, (64, 40), "BILINEAR"),
+        ("lite", {"size": CUT}, (28, 28), "BICUBIC"),
+        ("lite", {"size": {"shortest_edge": 40}, "crop_size": 28}, (64, 40), "BICUBIC"),
+        ("lite", {}, (51, 32), "BICUBIC"),
+    ],
+)  # fmt: skip
+def test_a_tower_s_images_are_prepared_as_its_settings_say(
+    tmp_path: Path, kind: str, settings: dict[str, Any], size: tuple[int, int], resample: str
+):
+    import transformers
+
+    from everlearn.evals.probes import Tower
+
+    folder = tmp_path / "tower"
+    if kind == "lite":
+        make_tiny_tower(folder)
+        given = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**given, "image_size": 28}))
+    else:
+        config = getattr(transformers, kind)(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+        )
+        transformers.AutoModel.from_config(config).save_pretrained(folder)
+    (folder / "preprocessor_config.json").unlink(missing_ok=True)
+    if settings:
+        (folder / "preprocessor_config.json").write_text(json.dumps({**settings, **HALF}))
+    image, file = Image.effect_noise((320, 200), 80).convert("RGB"), BytesIO()
+    image.save(file, "PNG")
+    left, top = (size[0] - 28) // 2, (size[1] - 28) // 2
+    wanted_hwc = np.asarray(image.resize(size, Image.Resampling[resample]).crop((left, top, left + 28, top + 28)), np.float32) / 127.5 - 1
+    found = Tower(folder)._pixels(file.getvalue())
+    assert found[0].permute(1, 2, 0).numpy() == pytest.approx(wanted_hwc, abs=1e-5)
+
+
 # --- what is refused, before anything is trained ---
 
 
@@ -208,6 +256,11 @@ def test_models_that_read_text_alone_and_broken_photos_are_refused(data: Path, t
         Probe(f"linear-probe:{tmp_path}", {})
     with pytest.raises(Unsupported, match="reads no pixels"):
         Probe(f"linear-probe:{text}", {})
+    tower = make_tiny_tower(tmp_path / "tower")
+    for settings in ('{"image_processor_type": "NoSuchImageProcessor"}', "[]", "{"):
+        (tower / "preprocessor_config.json").write_text(settings)
+        with pytest.raises(Unsupported, match=r"preprocessor_config\.json: images can't be prepared as it says"):
+            Probe(f"linear-probe:{tower}", {})
 
 
 def test_the_prompt_is_the_models_own(lite: Path):
