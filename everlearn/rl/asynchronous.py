@@ -93,7 +93,7 @@ class _Steps:
         learner = self.learner
         taken: list[Played] = []
         sent: list[Sent] = []
-        advantages: list[list[list[float]]] = []
+        data_G: list[list[types.Datum]] = []
         row: Metrics = {"groups/dropped": 0.0, "tokens/dropped": 0.0, "seconds/playing": 0.0}
         for part in range(1, self.pace.minibatches + 1):
             begin, waiting = len(taken), time.monotonic()
@@ -102,12 +102,12 @@ class _Steps:
             row["seconds/playing"] += time.monotonic() - waiting
             groups = [one.group for one in taken[begin:]]
             self._record(taken[begin : begin + SHOWN_GROUPS] if part == 1 else [], step)
-            own = learner.compare(groups)
-            advantages += own
-            if data := [datum for members in learner.data_of(groups, own) for datum in members]:
+            part_G = learner.data_of(groups, learner.compare(groups))
+            data_G += part_G
+            if data := [datum for members in part_G for datum in members]:
                 sent.append(learner.send(data))
         groups = [one.group for one in taken]
-        row |= measures.of_rollouts(groups, advantages) | self._staleness(taken, step)
+        row |= measures.of_rollouts(groups) | measures.of_batch(data_G) | self._staleness(taken, step)
         learner.check_failures(groups)
         if row["groups/dropped"]:
             log.info("step %d: %d groups were more than %d versions old and dropped", step, row["groups/dropped"], self.pace.staleness)

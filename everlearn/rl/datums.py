@@ -10,7 +10,7 @@ T axis: positions of a datum. Position i predicts token i + 1, so inputs lose th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -58,14 +58,19 @@ def datums_of(
 
 
 def datums_of_group(
-    group: TrajectoryGroup, advantages_GT: Sequence[Sequence[float]], provenance: bool = False, sequence_mask: bool = False
+    group: TrajectoryGroup,
+    advantages_GT: Sequence[Sequence[float]],
+    provenance: bool = False,
+    sequence_mask: bool = False,
+    always: Collection[int] = (),
 ) -> list[types.Datum]:
-    """Those of all members that have an advantage other than 0 in any turn; the rest has nothing to say."""
+    """Those of all members that have an advantage other than 0 in any turn; to a policy gradient the rest has nothing to say. Members in
+    `always` come too, for losses that act on all that was sampled: where they have no advantages, with 0."""
     return [
         datum
-        for trajectory, own in zip(group.trajectories_G, advantages_GT, strict=True)
-        if any(own)
-        for datum in datums_of(trajectory, own, provenance, sequence_mask)
+        for index, (trajectory, own) in enumerate(zip(group.trajectories_G, advantages_GT, strict=True))
+        if any(own) or index in always
+        for datum in datums_of(trajectory, own or [0.0] * len(trajectory.transitions), provenance, sequence_mask)
     ]
 
 

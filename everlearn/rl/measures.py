@@ -24,8 +24,8 @@ from everlearn.rl.trajectory import TrajectoryGroup
 CAP = 20.0  # of a log-ratio, as the losses have it
 
 
-def of_rollouts(groups: Sequence[TrajectoryGroup], advantages: Sequence[Sequence[Sequence[float]]] | None = None) -> dict[str, float]:
-    """Rewards by part, lengths, failures, collapsed groups. `advantages`: for each group what `advantages_of` gave."""
+def of_rollouts(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
+    """Rewards by part, lengths, failures, collapsed groups."""
     found: dict[str, float] = {name: float(value) for name, value in count(groups).items()}
     scored = [(group, index) for group in groups for index in group.scored]
     if scored:
@@ -42,9 +42,12 @@ def of_rollouts(groups: Sequence[TrajectoryGroup], advantages: Sequence[Sequence
         found["seconds/episode_max"] = max(group.trajectories_G[index].seconds for group, index in scored)
     compared = [[group.reward(index).total for index in group.scored] for group in groups]
     found["groups/collapsed"] = float(np.mean([is_collapsed(rewards) for rewards in compared])) if compared else 0.0
-    if advantages is not None:
-        found["groups/trained"] = float(sum(any(any(own) for own in members) for members in advantages))
     return found
+
+
+def of_batch(data_G: Sequence[Sequence[Any]]) -> dict[str, float]:
+    """How many groups are trained on: those of which there is a datum."""
+    return {"groups/trained": float(sum(map(bool, data_G)))}
 
 
 def of_training(data: Sequence[Any], outputs: Sequence[Mapping[str, Any]]) -> dict[str, float]:

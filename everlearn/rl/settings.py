@@ -14,6 +14,7 @@ from everlearn.rl.values import GAE, ValueFunction
 
 Distance: TypeAlias = Literal["base", "sampler"]
 DISTANCES: tuple[str, ...] = get_args(Distance)
+PULLS = ("kl_coeff", "entropy_coeff")  # keys of loss_config that act on all sampled tokens, advantage or not
 DECOUPLED = ("importance_sampling", "ppo", "cispo", "gspo")  # losses that take old_logprobs
 
 
@@ -67,6 +68,11 @@ class Settings(msgspec.Struct, frozen=True):
     ptx_weight: float = 0.0
     ptx_batch: int = 8
     pace: Pace | None = None
+
+    @property
+    def pulls(self) -> bool:
+        """Whether answers without advantage are trained on too: the loss says something of them, or a term that was asked for does."""
+        return self.loss == "mirror_descent" or any(self.loss_config.get(name) for name in PULLS)
 
     def check(self) -> Settings:
         """Itself. Raises InvalidRequest for what can't be meant."""

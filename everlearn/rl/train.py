@@ -94,7 +94,7 @@ def _step(learner: Learner, dataset: Dataset, step: int, sampler_of: SamplerOf |
     played = time.monotonic()
     write_records(learner.folder / "rollouts.jsonl", groups[:SHOWN_GROUPS], learner.decode, step=step)
     advantages = None if settings.estimator == GAE else learner.compare(groups)
-    row |= measures.of_rollouts(groups, advantages)
+    row |= measures.of_rollouts(groups)
     if isinstance(sampler, AgentServer):
         row |= agent_metrics([group.trajectories_G[index] for group in groups for index in group.scored])
     learner.check_failures(groups)
@@ -201,7 +201,7 @@ class Learner:
         return [advantages_of(group, self.settings.estimator, mask_over_long=self.settings.mask_over_long) for group in groups]
 
     def train(self, groups: list[TrajectoryGroup], advantages: list[list[list[float]]] | None, step: int) -> Metrics:
-        """A batch. Each substep takes every so-manieth group, so that all have about as many; one without anything to learn is left out.
+        """A batch. Each substep takes every so-manieth group, so that all have about as many; one without anything to train on is left out.
         Without advantages the value head is asked for them, once for all substeps."""
         substeps, temperature = self.settings.substeps, temperature_at(self.settings.temperature, step)
         row = self.distance(groups, temperature)
@@ -211,6 +211,7 @@ class Learner:
             row |= found
         else:
             data_G = self.data_of(groups, advantages, temperature)
+            row |= measures.of_batch(data_G)
         made = step * substeps * self.settings.epochs
         for number, substep in enumerate(list(range(substeps)) * self.settings.epochs):
             if data := [datum for members in data_G[substep::substeps] for datum in members]:
@@ -220,9 +221,14 @@ class Learner:
     def data_of(
         self, groups: Sequence[TrajectoryGroup], advantages: Sequence[list[list[float]]], temperature: float = 1.0
     ) -> list[list[types.Datum]]:
-        """For each group its datums, with all that the loss wants to know of the weights as they are now, and what was sampled."""
-        provenance = self.settings.loss == "stable_reinforce"
-        data_G = [datums_of_group(group, own, provenance, sequence_mask=True) for group, own in zip(groups, advantages, strict=True)]
+        """For each group its datums, with all that the loss wants to know of the weights as they are now, and what was sampled. Answers
+        without advantage are among them where the loss pulls."""
+        settings = self.settings
+        provenance = settings.loss == "stable_reinforce"
+        data_G = [
+            datums_of_group(group, own, provenance, True, group.taught(settings.mask_over_long) if settings.pulls else ())
+            for group, own in zip(groups, advantages, strict=True)
+        ]
         self._complete(data_G, temperature)
         return data_G
 
@@ -244,8 +250,10 @@ class Learner:
         return Sent(data, self.client.forward_backward(self._asked(data), self.settings.loss, config or None))
 
     def _asked(self, data: Sequence[types.Datum]) -> list[types.Datum]:
-        """As the loss takes them. A mask that it can do without may be unknown to it, or change what it corrects and measures."""
-        masked = self.settings.loss in MASKED or self.settings.estimator == GAE
+        """As the loss takes them. A mask that it can do without may be unknown to it, or change what it corrects and measures; without
+        one, terms act on tokens with an advantage alone."""
+        settings = self.settings
+        masked = settings.loss in MASKED or settings.estimator == GAE or (settings.pulls and settings.loss != "stable_reinforce")
         return list(data) if masked else [without_mask(datum) for datum in data]
 
     def update(self, sent: Sequence[Sent], number: int) -> Metrics:

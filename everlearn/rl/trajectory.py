@@ -119,6 +119,10 @@ class TrajectoryGroup(msgspec.Struct, frozen=True):
         """Indices of the members that have a score."""
         return [index for index, trajectory in enumerate(self.trajectories_G) if trajectory.failure is None]
 
+    def taught(self, mask_over_long: bool = False) -> list[int]:
+        """Indices of the members that may be trained on; `mask_over_long` leaves out those whose answer was cut off."""
+        return [index for index in self.scored if not (mask_over_long and self.trajectories_G[index].truncated)]
+
     @property
     def num_failed(self) -> int:
         return len(self.trajectories_G) - len(self.scored)

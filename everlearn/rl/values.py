@@ -89,10 +89,7 @@ def valued(
     over all sampled tokens: the mean value, the share of the variance of what was earned that values explain before they are trained on
     it (1 is all; absent where everything earned the same), and mean and standard deviation of the advantages before any standardising.
     """
-    episodes_G = [
-        [_episode(group, index) for index in group.scored if not (mask_over_long and group.trajectories_G[index].truncated)]
-        for group in groups
-    ]
+    episodes_G = [[_episode(group, index) for index in group.taught(mask_over_long)] for group in groups]
     episodes = [episode for members in episodes_G for episode in members]
     if not episodes:
         return [[] for _ in groups], {"groups/trained": 0.0}

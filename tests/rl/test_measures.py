@@ -28,15 +28,16 @@ def test_rollouts_are_measured_by_part_and_failures_are_only_counted():
     failed = Trajectory([turn([-100.0] * 9, 50.0)], Failure("timeout", "late"), 99.0)
     first = TrajectoryGroup([good, other, failed], [Reward((Part("place", 2.0),)), Reward(), Reward()])
     same = TrajectoryGroup([good, good], [Reward(), Reward()])
-    found = measures.of_rollouts([first, same], [[[1.0], [-1.0], []], [[], []]])
+    found = measures.of_rollouts([first, same])
     assert found["episodes"] == 5 and found["failed"] == found["failed/timeout"] == 1
     assert found["reward/hit"] == 0.75 and found["reward/place"] == 0.5 and found["reward/total"] == 1.25
     assert found["env/right"] == 0.75 and found["truncated"] == 0.25
     assert found["tokens/sampled"] == 7 and found["tokens/mean"] == 1.75 and found["tokens/max"] == 2
     assert found["entropy"] == pytest.approx((3 * (1.0 + 2.0) + 3.0) / 7)
-    assert found["groups/collapsed"] == 0.5 and found["groups/trained"] == 1 and found["seconds/episode_max"] == 2.0
+    assert found["groups/collapsed"] == 0.5 and found["seconds/episode_max"] == 2.0
     empty = measures.of_rollouts([TrajectoryGroup([failed], [Reward()])])
     assert empty["failed"] == 1 and "reward/total" not in empty and empty["groups/collapsed"] == 1.0
+    assert measures.of_batch([[object(), object()], []]) == {"groups/trained": 1.0}
 
 
 def test_the_distance_of_policies_is_its_formula():
