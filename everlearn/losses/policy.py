@@ -68,6 +68,8 @@ def gspo(logprobs_T: Tensor, inputs: Inputs, config: Config, segments: Segments)
     """GSPO-token (Zheng et al., 2025, arXiv 2507.18071). With M the datum's tokens where sequence_ratio_mask is not 0:
 
     s = exp(mean over M of (logp - q)), s_t = sg(s) exp(logp - sg(logp)), loss_t = -min(s_t A, clip(s_t, low, high) A).
+    The paper's objective has one term min(s A, clip(s, low, high) A) for each sequence, so its token form divides by |M|. This is a sum, as
+    every loss: send A / |M| for the paper's gradient, or a sequence weighs as much as it is long.
     Where M is empty (all of its tokens were left out: replayed routes that aren't known), s = 1.
     """
     mask_T = (inputs["sequence_ratio_mask"] != 0).to(logprobs_T.dtype)

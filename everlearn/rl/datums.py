@@ -96,6 +96,13 @@ def sampled_of(datum: types.Datum) -> np.ndarray:
     return datum.loss_fn_inputs[MASK].to_numpy() != 0
 
 
+def by_length(datum: types.Datum) -> types.TensorData:
+    """The datum's advantages divided by how many of its tokens were sampled, so that a sum over these is a mean: an answer weighs
+    the same however long it is. Of a datum with `sequence_mask`."""
+    advantages = datum.loss_fn_inputs["advantages"].to_numpy() / max(int(sampled_of(datum).sum()), 1)
+    return types.TensorData.from_numpy(advantages.astype(np.float32))
+
+
 def without_mask(datum: types.Datum) -> types.Datum:
     """The same datum for a loss that takes no `sequence_ratio_mask`, or would do something else with it."""
     inputs = {name: value for name, value in datum.loss_fn_inputs.items() if name != MASK}

@@ -23,7 +23,7 @@ from everlearn.rl import measures
 from everlearn.rl.advantages import advantages_of
 from everlearn.rl.agent_runs import AgentHost
 from everlearn.rl.agents import AgentServer, agent_metrics
-from everlearn.rl.datums import datums_of_group, without_mask
+from everlearn.rl.datums import by_length, datums_of_group, without_mask
 from everlearn.rl.env import Dataset
 from everlearn.rl.policy import TinkerPolicy, seed_of
 from everlearn.rl.ptx import Ptx
@@ -233,9 +233,13 @@ class Learner:
         return data_G
 
     def _complete(self, data_G: list[list[types.Datum]], temperature: float = 1.0) -> None:
-        """Adds what the loss wants to know of the weights as they are now."""
+        """Adds what the loss wants to know of the weights as they are now. For `gspo`, whose objective has one term for each sequence, the
+        advantages of a datum are divided by its length."""
         loss = self.settings.loss
         data = [datum for members in data_G for datum in members]
+        if loss == "gspo":
+            for datum in data:
+                datum.loss_fn_inputs["advantages"] = by_length(datum)
         if data and self.settings.decoupled:
             outputs = self.client.forward(self._asked(data), loss, at(temperature)).result().loss_fn_outputs
             for datum, output in zip(data, outputs, strict=True):
