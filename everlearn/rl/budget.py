@@ -2,7 +2,8 @@
 
 Around any group whose environments answer to `step`, those of others included. The environment judges what the budget holds: of an
 answer that goes beyond it, the tokens up to it; then the episode is over, and the reward has the part `budget`. So a right answer
-that comes too late earns nothing but the penalty. What was sampled stays what it was: all of it is trained on.
+that comes too late earns nothing but the penalty, and a group that compares its members sees no more of it. What was sampled stays what it
+was: all of it is trained on.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class Budgeted(EnvGroup):
     async def compute_group_rewards(
         self, trajectory_group: list[Trajectory], env_group: Sequence[Env]
     ) -> Sequence[tuple[Reward | float, Metrics]]:
-        return await self.group.compute_group_rewards(trajectory_group, [env.env for env in env_group if isinstance(env, _BudgetedEnv)])
+        within = [_within(trajectory, self.budget.tokens) for trajectory in trajectory_group]
+        return await self.group.compute_group_rewards(within, [env.env for env in env_group if isinstance(env, _BudgetedEnv)])
 
     async def cleanup(self) -> None:
         await self.group.cleanup()
@@ -92,3 +94,17 @@ class _BudgetedEnv:
             episode_done=True,
             metrics={**result.metrics, "budget/used": self.spent / self.budget.tokens, "budget/over": float(over)},
         )
+
+
+def _within(trajectory: Trajectory, tokens: int) -> Trajectory:
+    """The episode as its environment saw it: of the last answer, what the budget held."""
+    over = trajectory.num_tokens - tokens
+    if over <= 0:
+        return trajectory
+    *before, last = trajectory.transitions
+    left, action = len(last.action.tokens) - over, last.action
+    versions = None if action.versions is None else action.versions[:left]
+    cut = msgspec.structs.replace(
+        action, tokens=action.tokens[:left], logprobs=action.logprobs[:left], stop_reason="length", versions=versions
+    )
+    return msgspec.structs.replace(trajectory, transitions=[*before, msgspec.structs.replace(last, action=cut)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ from everlearn.errors import InvalidRequest
 from everlearn.rewards.reward import Part, Reward
 from everlearn.rl.budget import Budget, Budgeted
 from everlearn.rl.datums import datums_of
-from everlearn.rl.env import SameTask, StepResult
+from everlearn.rl.env import Env, Metrics, SameTask, StepResult
+from everlearn.rl.envs.verifiers import VerifiersEnv, VerifiersGroup
 from everlearn.rl.policy import TinkerPolicy
 from everlearn.rl.rollouts import play_now
+from everlearn.rl.trajectory import Action, Trajectory, Transition
 
 
 class Echo:
@@ -65,6 +68,59 @@ def test_a_margin_draws_answers_in_before_they_are_cut_off():
 def test_budgets_that_cannot_be_meant(wrong: Budget):
     with pytest.raises(InvalidRequest):
         Budgeted(SameTask(Echo, 1), wrong)
+
+
+class Shortest(SameTask):
+    """Pays for few tokens, and keeps what it was shown."""
+
+    async def compute_group_rewards(
+        self, trajectory_group: list[Trajectory], env_group: Sequence[Env]
+    ) -> Sequence[tuple[Reward | float, Metrics]]:
+        self.shown = trajectory_group
+        return [(-float(one.num_tokens), {}) for one in trajectory_group]
+
+
+def test_what_compares_a_group_sees_what_the_budget_held():
+    seen = tinker.ModelInput.from_ints([20])
+    first = Action([1, 2, 3], [-1.0] * 3)
+    long = Action([4, 5, 6], [-1.0, -2.0, -3.0], versions=["a", "a", "b"])
+    members = [Trajectory([Transition(seen, first), Transition(seen, last)], seconds=2.0) for last in (long, Action([4, 5], [-1.0] * 2))]
+    inner = Shortest(Echo, 2)
+    rewards = asyncio.run(Budgeted(inner, Budget(5)).compute_group_rewards(members, []))
+    cut, whole = inner.shown
+    assert cut.transitions[0] == members[0].transitions[0] and cut.seconds == 2.0
+    assert cut.transitions[1].action == Action([4, 5], [-1.0, -2.0], "length", versions=["a", "a"])
+    assert whole is members[1] and [reward for reward, _ in rewards] == [-5.0, -5.0]
+    assert members[0].num_tokens == 6, "what is trained on stays as it was"
+
+
+def test_an_environment_that_its_budget_ended_is_rendered_before_it_is_scored():
+    """verifiers makes the completion, which its rubric reads, when a rollout is cleaned up; once, and before the scores."""
+
+    class Rubric:
+        async def score_group(self, states: list[dict[str, Any]]) -> None:
+            for state in states:
+                state |= {"reward": float(len(state["completion"])), "metrics": {}}
+
+    class Theirs:
+        rubric = Rubric()
+
+        async def cleanup(self, state: dict[str, Any]) -> None:
+            assert "completion" not in state
+            state["completion"] = "said"
+
+    async def play() -> list[float]:
+        group = VerifiersGroup(Theirs(), {}, 2, None)  # type: ignore[arg-type]
+        envs = await group.make_envs()
+        for env in envs:
+            assert isinstance(env, VerifiersEnv)
+            env.state = {}
+        await envs[0].clean_up()  # type: ignore[attr-defined]
+        found = await group.compute_group_rewards([], envs)
+        await group.cleanup()
+        return [Reward.of(reward).total for reward, _ in found]
+
+    assert asyncio.run(play()) == [4.0, 4.0]
 
 
 def test_each_task_has_its_own_on_a_server(policy: TinkerPolicy):

@@ -138,7 +138,9 @@ class VerifiersGroup(EnvGroup):
     async def compute_group_rewards(
         self, trajectory_group: list[Trajectory], env_group: Sequence[Env]
     ) -> Sequence[tuple[Reward | float, Metrics]]:
-        states = [env.state for env in env_group if isinstance(env, VerifiersEnv)]
+        envs = [env for env in env_group if isinstance(env, VerifiersEnv)]
+        await asyncio.gather(*(env.clean_up() for env in envs))  # those that a budget ended have no completion yet
+        states = [env.state for env in envs]
         raised: list[str] = []
         _raised.set(raised)
         await self.env.rubric.score_group(states)
