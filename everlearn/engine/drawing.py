@@ -11,11 +11,13 @@ import numpy as np
 import torch
 
 from everlearn.engine.edits import Edits, Pairs
+from everlearn.engine.faults import OUT_OF_MEMORY, as_error
 from everlearn.engine.logits import Draws, noise_keys, pick, top_logprobs
 from everlearn.engine.masks import Masks
 from everlearn.engine.scoring import LOGIT_ROWS, MISSING_LOGPROB
 from everlearn.engine.sequence import Request, Sequence
-from everlearn.errors import InvalidRequest
+from everlearn.errors import EverlearnError, InvalidRequest
+from everlearn.models.head import Head
 
 
 class Drawn(NamedTuple):
@@ -70,6 +72,15 @@ def _draw_rows(sequences: list[Sequence], logits_NV: torch.Tensor, masks: Masks)
 def diverged(request: Request) -> InvalidRequest:
     version = request.command.version or "the base model"
     return InvalidRequest(f"{version}: the logits are not finite, its weights have diverged; sample an earlier version")
+
+
+def score(request: Request, head: Head, hidden_RD: torch.Tensor, start: int) -> EverlearnError | None:
+    """Scores rows of the request's prompt, the first of them row `start`; why it can't go on where it can't."""
+    try:
+        fine = request.scores.add(head, hidden_RD, start, request.adapter)
+    except OUT_OF_MEMORY as error:  # it takes what this request asks for, whatever else is in the step
+        return as_error(error, "while its prompt was scored", "prompt")
+    return None if fine else diverged(request)
 
 
 def edits_of(sequences: list[Sequence], allowed_NU: np.ndarray | None = None) -> Edits | None:

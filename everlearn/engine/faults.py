@@ -15,6 +15,8 @@ import torch
 
 from everlearn.errors import EverlearnError, InternalError, TooLarge
 
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+
 
 def device_is_lost(error: BaseException) -> bool:
     """Whether nothing on this device will work any more."""
@@ -41,6 +43,6 @@ def as_error(error: Exception, doing: str, param: str | None = None) -> Everlear
         return error
     if isinstance(error, BrokenOff) or device_is_lost(error):
         raise error
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if isinstance(error, OUT_OF_MEMORY):
         return TooLarge(f"out of memory {doing}: {error}; send less at once", param=param)
     return InternalError(f"{type(error).__name__} {doing}: {error}")

@@ -23,6 +23,8 @@ from everlearn.engine.edits import Edits
 TILE = 256
 # Rows with top_p look at this many candidates first; a full sort of the vocabulary is the exception.
 CANDIDATES = 1024
+# Random numbers that exist at one time where a row is drawn from often: 32 MiB while they are made.
+NOISE = 1 << 22
 MASK_64 = (1 << 64) - 1
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 # Prompt alternatives use sample indices from here on, so that they share no noise with the request's own samples.
@@ -36,8 +38,8 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def noise_keys(seeds: list[int], samples: list[int], positions: list[int]) -> np.ndarray:
-    """uint64 [N]: the streams of N draws. Seeds are taken modulo 2^64."""
+def noise_keys(seeds: list[int], samples: list[int] | np.ndarray, positions: list[int] | np.ndarray) -> np.ndarray:
+    """uint64 [N]: the streams of N draws, or of another shape that the three have together. Seeds are taken modulo 2^64."""
     key = _mix(np.array([seed & MASK_64 for seed in seeds], dtype=np.uint64) + GOLDEN)
     for part in (samples, positions):
         key = _mix((key ^ np.array(part, dtype=np.uint64)) + GOLDEN)
@@ -52,18 +54,22 @@ def exponentials(keys: np.ndarray, num: int) -> np.ndarray:
 
 
 def draw(weights_NV: torch.Tensor, keys_NK: np.ndarray) -> torch.Tensor:
-    """int64 [N, K]: independent draws from each row's (unnormalised) weights, one for every key."""
+    """int64 [N, K]: independent draws from each row's (unnormalised) weights, one for every key; as many at a time as NOISE holds."""
     num_rows, vocab = weights_NV.shape
     if vocab % TILE:
         weights_NV = F.pad(weights_NV, (0, -vocab % TILE))
     tiles_NCW = weights_NV.view(num_rows, -1, TILE)
     num_tiles = tiles_NCW.shape[1]
-    noise = torch.from_numpy(exponentials(keys_NK, num_tiles + TILE)).to(weights_NV.device)
-    mass_NC = tiles_NCW.sum(dim=2)
-    tile_NK = (mass_NC.unsqueeze(1) / noise[..., :num_tiles]).argmax(dim=2)
+    mass_N1C = tiles_NCW.sum(dim=2).unsqueeze(1)
     rows_N1 = torch.arange(num_rows, device=weights_NV.device).unsqueeze(1)
-    entry_NK = (tiles_NCW[rows_N1, tile_NK] / noise[..., num_tiles:]).argmax(dim=2)
-    return (tile_NK * TILE + entry_NK).clamp_(max=vocab - 1)
+    step = max(1, NOISE // (num_rows * (num_tiles + TILE)))
+    parts = []
+    for first in range(0, keys_NK.shape[1], step):
+        noise = torch.from_numpy(exponentials(keys_NK[:, first : first + step], num_tiles + TILE)).to(weights_NV.device)
+        tile_NK = (mass_N1C / noise[..., :num_tiles]).argmax(dim=2)
+        entry_NK = (tiles_NCW[rows_N1, tile_NK] / noise[..., num_tiles:]).argmax(dim=2)
+        parts.append((tile_NK * TILE + entry_NK).clamp_(max=vocab - 1))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def truncate(weights_NV: torch.Tensor, top_ks: list[int], top_ps: list[float]) -> torch.Tensor:

@@ -20,9 +20,9 @@ import torch
 from everlearn.config import Settings
 from everlearn.engine.admission import admit
 from everlearn.engine.blocks import Blocks
-from everlearn.engine.drawing import Drawn, diverged, draw
+from everlearn.engine.drawing import Drawn, draw, score
 from everlearn.engine.fairness import FairQueue
-from everlearn.engine.faults import as_error
+from everlearn.engine.faults import OUT_OF_MEMORY, as_error
 from everlearn.engine.grammar import Grammars
 from everlearn.engine.graphs import DecodeGraphs
 from everlearn.engine.kvcache import BlockPool, KVCache, StateCache, num_blocks_for, num_states_for
@@ -114,7 +114,7 @@ class Sampler:
                 self.step_sizes[bisect_left(STEP_TOKENS, tokens)] += 1
                 try:
                     self._postprocess(chunks, *self._run(chunks))
-                except torch.OutOfMemoryError as error:
+                except OUT_OF_MEMORY as error:
                     self._fail_largest(chunks, error)
                 except Exception as error:
                     # Nothing says whose fault it was; the engine and everything outside this step live on.
@@ -271,8 +271,8 @@ class Sampler:
             self._computed(chunk)
             if not request.scores.complete:
                 first_row = stop_row - (chunk.stop - chunk.start)
-                if not request.scores.add(self.base.head, hidden_TD[first_row:stop_row], chunk.start, request.adapter):
-                    self._fail(request, diverged(request))
+                if error := score(request, self.base.head, hidden_TD[first_row:stop_row], chunk.start):
+                    self._fail(request, error)
                     continue
             if chunk.stop == sequence.num_tokens and request.max_new:
                 drawing.append((chunk, stop_row - 1))
@@ -397,4 +397,6 @@ class Sampler:
             if sequence.state is not None:
                 self._preempt(sequence)  # some layers have read their tokens and some have not
             sequence.computed = min(sequence.computed, sequence.num_tokens - 1)
-        self._fail(largest, TooLarge(f"the device ran out of memory here: {error}; shorten the prompt or lower engine.prefill_tokens"))
+        self._fail(
+            largest, TooLarge(f"memory ran out in a step with this request: {error}; shorten the prompt or lower engine.prefill_tokens")
+        )

@@ -124,9 +124,8 @@ class PromptScores:
         if params.temperature <= 0.0:
             return logits_RV.argmax(dim=1, keepdim=True).expand(num, k)
         weights_RV = ((logits_RV - logits_RV.amax(dim=1, keepdim=True)) / params.temperature).exp_()
-        positions = [row for row in range(start, start + num) for _ in range(k)]
-        keys = noise_keys([params.seed] * (num * k), [ALTERNATIVES + j for j in range(k)] * num, positions)
-        return draw(weights_RV, keys.reshape(num, k))
+        keys_RK = noise_keys([params.seed], ALTERNATIVES + np.arange(k), np.arange(start, start + num)[:, None])
+        return draw(weights_RV, keys_RK)
 
     def prompt_logprobs(self) -> Array | None:
         """float32 [P]; NaN at position 0 and before the last n."""

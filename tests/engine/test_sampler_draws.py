@@ -41,6 +41,23 @@ def test_draws_follow_the_weights(vocab: int) -> None:
         assert chi2 < common.sum() + 4 * np.sqrt(2 * common.sum())
 
 
+def test_many_draws_of_a_row_are_made_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, sizes = torch.rand(3, 2 * TILE + 9, generator=torch.Generator().manual_seed(0)), []
+    keys = noise_keys([7], np.arange(100), np.arange(3)[:, None])
+    singly = noise_keys([7] * 300, list(range(100)) * 3, [row for row in range(3) for _ in range(100)])
+    np.testing.assert_array_equal(keys.ravel(), singly)
+    whole = draw(weights, keys)
+
+    def counted(keys: np.ndarray, num: int) -> np.ndarray:
+        sizes.append(keys.size * num)
+        return exponentials(keys, num)
+
+    monkeypatch.setattr("everlearn.engine.logits.exponentials", counted)
+    monkeypatch.setattr("everlearn.engine.logits.NOISE", 10_000)
+    assert torch.equal(draw(weights, keys), whole)
+    assert max(sizes) <= 10_000 and sum(sizes) == 300 * (3 + TILE)
+
+
 def slow_truncate(weights: np.ndarray, k: int, p: float) -> np.ndarray:
     order = np.argsort(-weights, kind="stable")
     if k > 0:

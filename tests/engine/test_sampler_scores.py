@@ -9,11 +9,12 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from everlearn.engine.protocol import Failed
 from everlearn.engine.sampler import Sampler
 from everlearn.models.load import BaseModel
 from everlearn.types import Array
 from tests.engine.harness import load_tiny
-from tests.engine.sampling import make_sampler, one, prompts, reference_logprobs, request, run
+from tests.engine.sampling import make_sampler, one, prompts, reference_logprobs, request, run, tokens_of
 
 PROMPT = prompts(0, [37])[0]
 
@@ -109,6 +110,21 @@ def test_prompt_alternatives_come_from_the_tempered_distribution(base: BaseModel
     greedy = one(make_sampler(base), request("r", PROMPT[:4], temperature=0.0, prompt_alt_tokens_k=2))
     assert greedy.prompt_alt_tokens is not None
     np.testing.assert_array_equal(greedy.prompt_alt_tokens.numpy(), np.repeat(expected_PV[:3].argmax(1)[:, None], 2, axis=1))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+def test_memory_that_a_prompts_scores_lack_is_their_requests_affair(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def failing(*args: object) -> torch.Tensor:
+        raise error("injected")
+
+    monkeypatch.setattr("everlearn.engine.scoring.draw", failing)
+    asked, other = request("asked", PROMPT[:4], prompt_alt_tokens_k=9), request("other", list(range(3, 40)))
+    answers = run(make_sampler(base), asked, other)
+    refused = answers["asked"]
+    assert isinstance(refused, Failed) and (refused.code, refused.param) == ("too_large", "prompt") and "injected" in refused.message
+    assert tokens_of(answers["other"]) == tokens_of(run(make_sampler(base), other)["other"])
 
 
 def test_a_prompt_of_one_token_has_nothing_to_score(base: BaseModel) -> None:
