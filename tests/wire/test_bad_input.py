@@ -200,6 +200,8 @@ def test_bad_runs_are_refused(raw: Raw, case: str) -> None:
     [
         ({"adam_params": {"learning_rate": -1.0}}, "learning_rate"),
         ({"adam_params": {"beta1": 1.0}}, "beta1"),
+        ({"adam_params": {"eps": 0.0}}, "adam_params.eps is 0.0; it must be at least 1e-30"),
+        ({"adam_params": {"eps": 1e-50}}, "adam_params.eps"),
         ({"adam_params": {"momentum": 0.9}}, "momentum"),
         ({"optimizer_params": {"type": "dimuon", "learning_rate": 0.1}}, "dimuon"),
     ],

@@ -24,6 +24,7 @@ MAX_SEQ = 2**63 - 1
 MAX_CELLS = 10_000_000  # positions x alternatives of one sampling request
 MAX_STOPS = 64
 MAX_METADATA_BYTES = 64 * 1024
+MIN_EPS = 1e-30  # far above what float32 rounds to 0; the A of a new adapter has no gradient, and 0 / 0 is no number
 KINDS_OF_OPTIMIZER = ("adamw",)
 ROUTING = "routing"  # in loss_fn_inputs: the experts of each token, int64 [T, layers x experts of a token] (engine/routes.py)
 
@@ -128,6 +129,11 @@ def adam(form: forms.OptimStep) -> AdamParams:
         if not (math.isfinite(value) and 0 <= value < top):
             rule = "in [0, 1)" if top == 1.0 else "a finite number of at least 0"
             raise InvalidRequest(f"adam_params.{name} is {value}; it must be {rule}", param=f"adam_params.{name}")
+    if values.eps < MIN_EPS:
+        raise InvalidRequest(
+            f"adam_params.eps is {values.eps}; it must be at least {MIN_EPS}: matrices without a gradient yet are divided by it alone",
+            param="adam_params.eps",
+        )
     return AdamParams(**msgspec.structs.asdict(values))
 
 
