@@ -186,10 +186,17 @@ class Grammars:
     def _start_thread(self) -> None:
         """Called with the lock held. The stack size is the process's for a moment; a foreign thread born then has a deeper stack."""
         if self.threads < THREADS and self.lost < MAX_LOST and (found := self._next()):
-            self.threads += 1
+            made = found[1]
             before = threading.stack_size(STACK_BYTES)
-            threading.Thread(target=self._work, args=found, name=THREAD_NAME, daemon=True).start()
-            threading.stack_size(before)
+            try:
+                threading.Thread(target=self._work, args=found, name=THREAD_NAME, daemon=True).start()
+                self.threads += 1
+            except RuntimeError as error:  # limits of the system
+                self.compiling.remove(made)
+                self._forget(made)
+                made.error = Unavailable(f"no thread for compiling the {made.grammar.kind}: {error}; send this again later", param=PARAM)
+            finally:
+                threading.stack_size(before)
 
     def _work(self, tenant: str, made: Compilation) -> None:
         """A thread lives as long as something waits."""

@@ -8,6 +8,7 @@ import math
 import random
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -226,6 +227,25 @@ def test_what_is_known_anew_counts_once(base: BaseModel) -> None:
     assert grammars.known_bytes == size and grammars.known_seconds == pytest.approx(seconds - first.seconds)
     grammars._forget(again)
     assert not grammars.known and grammars.known_bytes == 0 and grammars.known_seconds == pytest.approx(0.0)
+
+
+def test_a_thread_that_the_system_refuses_costs_the_request_that_it_was_for(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    grammars, size = Grammars(base, seconds=10.0, kept=4), threading.stack_size()
+
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refused)
+        first = grammars.compile(Grammar("json_object"), "a")
+        assert isinstance(first.error, Unavailable) and "no thread for compiling the json_object" in first.error.message
+        waiting = Compilation(Grammar("regex", "a+"))
+        grammars._remember(waiting)
+        grammars.queue.append("a", waiting)
+        grammars.tend()
+        assert isinstance(waiting.error, Unavailable)
+    assert threading.stack_size() == size and not grammars.threads and not grammars.compiling and not grammars.known
+    assert compiled(grammars, Grammar("json_object")).matcher is not None
 
 
 def test_equal_grammars_are_compiled_once(base: BaseModel) -> None:
