@@ -102,7 +102,11 @@ class Routing:
 
     @torch.no_grad()  # else the first pass would keep more than the same pass computed again
     def _fitting(self, logits_TE: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> list[Rule]:
-        """The rules that give the router's weights for its choice, the closest first."""
+        """The rules that give the router's weights for its choice, the closest first. Rows that are no numbers tell nothing."""
+        finite_T = logits_TE.isfinite().all(dim=1) & weights_TK.isfinite().all(dim=1)
+        if not bool(finite_T.any()):
+            return self.rules
+        logits_TE, ids_TK, weights_TK = logits_TE[finite_T], ids_TK[finite_T], weights_TK[finite_T]
         tolerance = 1e-5 if weights_TK.dtype == torch.float32 else 2e-2
         fitting = []
         for rule in self.rules:

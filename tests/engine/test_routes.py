@@ -184,6 +184,21 @@ def test_a_rule_is_settled_on_by_tokens_that_tell_it_from_others() -> None:
     assert routing.rules == [normalised]
 
 
+@pytest.mark.parametrize("lost", [slice(1, 3), slice(None)], ids=["some", "all"])
+def test_tokens_that_are_no_numbers_tell_nothing_of_the_rule(lost: slice) -> None:
+    """An adapter that has diverged gets the error that says so."""
+    normalised, routing = RULES["softmax of the chosen"], Routing(0, 16, None, 1.0)
+    logits = torch.randn(6, 16, generator=torch.Generator().manual_seed(0))
+    ids = logits.topk(2).indices
+    logits[lost] = float("nan")
+    own = normalised(logits, ids)
+    routing.logits = logits
+    chosen, weights = routing._replay(ids, own, ids)
+    assert torch.equal(chosen, ids) and weights[lost].isnan().all()
+    torch.testing.assert_close(weights, own, equal_nan=True)
+    assert (routing.rules == [normalised]) == (lost != slice(None))
+
+
 def test_too_many_routes_are_refused_before_they_are_recorded(base: BaseModel) -> None:
     params = SamplingParams(max_tokens=40, seed=1, routing=True)
     wanted = Sample("big", "tiny", "", "", "t", Array.of(np.array(PROMPT, np.int32)), 2**22, params)
