@@ -36,7 +36,7 @@ async def capabilities(request: Request) -> dict[str, Any]:
     return {
         "object": "capabilities",
         "version": everlearn.__version__,
-        "models": [model_json(info) for info in svc.catalog.list()],
+        "models": [{**model_json(info), "kv_tokens": svc.engine.kv_tokens.get(info.name)} for info in svc.catalog.list()],
         "limits": {
             "body_bytes": settings.api.max_body_bytes,
             "request": bounds.BOUNDS,

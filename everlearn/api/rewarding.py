@@ -29,6 +29,7 @@ from sqlalchemy import Connection
 from everlearn.api import rendering
 from everlearn.api.serving import GenerationSpec
 from everlearn.api.target import Target
+from everlearn.api.turns import room_of
 from everlearn.config import engine_environ
 from everlearn.errors import Conflict, InternalError, InvalidRequest, NotFound, Unavailable
 from everlearn.loop import description, rewarded
@@ -222,7 +223,7 @@ class Rewarding:
                 raise Unavailable("the engine had no time for features; they are asked for again")
             return np.asarray(result.pooled.numpy())
 
-        room = min(base.max_context, self.svc.engine.ready.kv_tokens if self.svc.engine.ready else base.max_context)
+        room = room_of(self.svc, base)
         for ids in inputs:
             if not 1 <= len(ids) <= room or not 0 <= min(ids) <= max(ids) < base.vocab_size:
                 raise InvalidRequest(f"an input has {len(ids)} tokens; {base.name} reads 1 to {room} of its own vocabulary", param="input")

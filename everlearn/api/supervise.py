@@ -78,6 +78,7 @@ class EngineProcess:
         self.pid: int | None = None
         self.ready: protocol.Ready | None = None
         self.heartbeat: protocol.Heartbeat | None = None
+        self.kv_tokens: dict[str, int] = {}  # what the caches of the base models hold that this engine has loaded
         self.last_token_at: float | None = None  # of the first heartbeat that told of the newest sampled token
         self._step_sizes = [0] * (len(protocol.STEP_TOKENS) + 1)  # of the engines that died
         self.totals: dict[str, int] = {}  # the counters of engines that have died
@@ -174,7 +175,7 @@ class EngineProcess:
     async def _live_once(self, folder: Path) -> bool:
         """One process from start to end; returns whether it ever became ready."""
         self.generation += 1
-        self.ready = self.heartbeat = None
+        self.ready, self.heartbeat, self.kv_tokens = None, None, {}
         endpoint = f"ipc://{folder}/engine-{self.generation}"
         context = Context.instance()
         socket = context.socket(zmq.PAIR)
@@ -251,6 +252,8 @@ class EngineProcess:
         if isinstance(event, protocol.Heartbeat):
             self.last_token_at = event.unix_time if self._sampled_since(event) else self.last_token_at
             self.heartbeat = event
+        if isinstance(event, protocol.Loaded):
+            self.kv_tokens[event.base] = event.kv_tokens
         if isinstance(event, protocol.Ready):
             self.ready, self.state, self.reason = event, State.READY, "ready"
             self.tell_up()

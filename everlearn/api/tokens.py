@@ -14,7 +14,7 @@ from everlearn.api.auth import scope
 from everlearn.api.openai import checks, types
 from everlearn.api.services import Services, services
 from everlearn.api.target import Target, resolve
-from everlearn.api.turns import encode_turn
+from everlearn.api.turns import encode_turn, room_of
 from everlearn.errors import InvalidRequest
 
 router = APIRouter(prefix="/v1", tags=["tokens"], dependencies=[scope("train", "sample", "read")])
@@ -39,7 +39,8 @@ class DetokenizeForm(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 @router.post("/tokenize")
 async def tokenize(request: Request) -> dict[str, Any]:
-    """The token ids, how many they are, how many the model takes, and the token with which it ends a turn."""
+    """The token ids, how many they are, how many the model takes, how many of them this server has room for, and the token with which it
+    ends a turn."""
     form = await types.read(request, TokenizeForm)
     if (form.prompt is None) == (form.messages is None):
         raise InvalidRequest("give one of prompt and messages", param="prompt")
@@ -57,7 +58,8 @@ async def tokenize(request: Request) -> dict[str, Any]:
     else:
         ids = await rendering.encode(chat, form.prompt or "", form.add_special_tokens)
     end = chat.eos_id if chat.eos_id is not None else next(iter(target.base.eos_token_ids), None)
-    return {"object": "tokens", "tokens": ids, "count": len(ids), "max_model_len": target.base.max_context, "end_token": end}
+    most, room = target.base.max_context, room_of(svc, target.base)
+    return {"object": "tokens", "tokens": ids, "count": len(ids), "max_model_len": most, "room": room, "end_token": end}
 
 
 @router.post("/detokenize")

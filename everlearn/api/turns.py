@@ -203,8 +203,9 @@ def _spec(
 
 
 def room_of(svc: Services, base: BaseModelInfo) -> int:
-    """Tokens that a prompt and its answer may take together: what the model was made for, as far as the engine has memory for it."""
-    return base.max_context if svc.engine.ready is None else min(base.max_context, svc.engine.ready.kv_tokens)
+    """Tokens that a prompt and its answer may take together: what the model was made for, as far as the engine has memory for it. How much
+    that is of a model that isn't loaded yet nobody knows; the engine then lowers max_tokens."""
+    return min(base.max_context, svc.engine.kv_tokens.get(base.name, base.max_context))
 
 
 def _params(
@@ -240,4 +241,5 @@ def _params(
         logit_bias=draw.logit_bias,
         min_tokens=min(draw.min_tokens, room - length),
         grammar=grammar,
+        lowers=True,
     )

@@ -18,7 +18,8 @@ MOST_ROUTED = 2**28
 
 
 def admit(command: Sample, base: BaseModel, cache_tokens: int) -> int:
-    """How many tokens may be drawn: max_tokens, or what the context leaves. Raises a UserError where a rule is broken."""
+    """How many tokens may be drawn: max_tokens, or what the context (and the cache, where the request lowers it) leaves. Raises a
+    UserError where a rule is broken."""
     params, context, name = command.params, base.info.max_context, base.info.name
     prompt = command.prompt.numpy()
     if not len(prompt):
@@ -33,7 +34,14 @@ def admit(command: Sample, base: BaseModel, cache_tokens: int) -> int:
         raise InvalidRequest(f"deadline is {command.deadline}; it must be a number of seconds, or 0 for none", param="deadline")
     if len(prompt) > context:
         raise TooLarge(f"the prompt has {len(prompt)} tokens; {name} takes {context}; shorten it", param="prompt")
+    if len(prompt) > cache_tokens:
+        raise TooLarge(
+            f"the prompt has {len(prompt)} tokens; the KV cache of {name} holds {cache_tokens}; shorten it or raise engine.kv_tokens",
+            param="prompt",
+        )
     max_new = max(min(params.max_tokens, base.info.room(len(prompt))), 0)
+    if params.lowers:
+        max_new = min(max_new, cache_tokens - len(prompt) + 1)
     if len(prompt) + max_new - 1 > cache_tokens:
         raise TooLarge(
             f"prompt and max_tokens need {len(prompt) + max_new - 1} tokens of KV cache; it holds {cache_tokens}; "

@@ -27,6 +27,7 @@ from everlearn.engine.protocol import (
     Failed,
     ForwardBackward,
     Load,
+    Loaded,
     OptimStep,
     Publish,
     Replay,
@@ -93,7 +94,9 @@ class Engine:
         info = self.catalog.resolve(name)
         if info.name not in self.served:
             self.activity = f"loading {info.name}"
-            self.served[info.name] = Served(load_base(info, self.device, self.dtype, self.settings.engine.weights), self.settings)
+            served = Served(load_base(info, self.device, self.dtype, self.settings.engine.weights), self.settings)
+            self.served[info.name] = served
+            self.emit(Loaded(info.name, served.sampler.pool.num_tokens))
         return self.served[info.name]
 
     # --- commands ---

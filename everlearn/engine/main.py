@@ -129,13 +129,12 @@ def main() -> None:
     except UserError as error:
         sys.stderr.write(error.message + "\n")
         sys.exit(UNLOADABLE)
-    kv_tokens = served.sampler.stats()["kv_blocks_total"] * settings.engine.block_size
     mailbox.emit(
         Ready(
             pid=os.getpid(),
             device=str(engine.device),
             dtype=str(engine.dtype).removeprefix("torch."),
-            kv_tokens=kv_tokens,
+            kv_tokens=served.sampler.pool.num_tokens,
             models=engine.catalog.list(),
             load_seconds=time.perf_counter() - started,
             kv_token_bytes=served.sampler.token_bytes,

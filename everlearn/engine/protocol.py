@@ -170,6 +170,13 @@ class Ready(Event, tag="ready"):
     kv_token_bytes: int = 0  # what one of `kv_tokens` takes: keys and values of every layer, or its latents
 
 
+class Loaded(Event, tag="loaded"):
+    """The engine has loaded a base model, whose cache holds `kv_tokens`; it comes before all that is answered with that model."""
+
+    base: str
+    kv_tokens: int
+
+
 class TokenPart(msgspec.Struct, frozen=True, array_like=True):
     """New tokens of sample `index` and their log-probabilities; `top_ids` and `top_logprobs` hold a row for each of them where
     topk_sample_logprobs asks for it, else nothing. `stop_reason` is set with the sample's last part, which may have no tokens."""
@@ -262,7 +269,7 @@ class Heartbeat(Event, tag="heartbeat"):
     device_total_bytes: int = 0
 
 
-AnyEvent = Ready | Tokens | Completed | Failed | Snapshotted | RestoreFailed | Heartbeat
+AnyEvent = Ready | Loaded | Tokens | Completed | Failed | Snapshotted | RestoreFailed | Heartbeat
 
 encode = msgspec.msgpack.Encoder().encode
 decode_command = msgspec.msgpack.Decoder(AnyCommand).decode

@@ -97,8 +97,7 @@ class Tokens:
     def __init__(self, api: Api, model: str):
         self.api, self.model = api, model
         told = api.post("/v1/tokenize", {"model": model, "prompt": "", "add_special_tokens": False})
-        cached = api.get("/v1/capabilities")["limits"]["kv_tokens"]
-        self.end, self.context = int(told["end_token"]), min(int(told["max_model_len"]), int(cached or told["max_model_len"]))
+        self.end, self.context = int(told["end_token"]), int(told["room"])
 
     def room(self, prompt: Sequence[int]) -> int:
         """How many tokens may follow a prompt, sampled or trained on: the last one is never read."""

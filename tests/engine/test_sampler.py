@@ -163,6 +163,17 @@ def test_max_tokens_end_at_the_context(base: BaseModel) -> None:
     assert tokens_of(one(make_sampler(base), request("r", full[:9], max_tokens=0, num_samples=2)), 1) == []
 
 
+def test_max_tokens_that_were_not_asked_for_end_at_the_cache(base: BaseModel) -> None:
+    sampler, prompt = make_sampler(base, kv_tokens=128), prompts(12, [120])[0]
+    assert len(tokens_of(one(sampler, request("r", prompt, max_tokens=905, lowers=True)))) == 9
+    assert len(tokens_of(one(sampler, request("r", prompt + prompt[:8], max_tokens=897, lowers=True)))) == 1
+    with pytest.raises(TooLarge, match="lower max_tokens or raise engine.kv_tokens"):
+        sampler.add(request("r", prompt, max_tokens=10))
+    for max_tokens in (0, 5):
+        with pytest.raises(TooLarge, match="the prompt has 129 tokens; the KV cache of tiny holds 128; shorten it"):
+            sampler.add(request("r", [5] * 129, max_tokens=max_tokens, lowers=True))
+
+
 def test_sampled_top_logprobs(base: BaseModel, plain: LlamaForCausalLM) -> None:
     prompt = prompts(13, [7])[0]
     sampler = make_sampler(base)

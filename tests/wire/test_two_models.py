@@ -11,7 +11,7 @@ import pytest
 
 from tests.live import LiveServer, start_server
 from tests.tiny_vision import make_tiny_vision_model
-from tests.wire.raw import Raw
+from tests.wire.raw import Raw, sample
 from tests.wire.test_bad_input import refused
 
 
@@ -55,6 +55,29 @@ def test_the_tower_is_trained_by_setting_or_wish(live: LiveServer, raw: Raw, bas
     folder, manifest = next((folder, found) for folder, found in manifests if found.get("model_id") == run)
     assert manifest["train_vision"] is trains
     assert (b"visual.blocks.0" in (folder / "adapter.safetensors").read_bytes()[:65536]) is trains
+
+
+def test_an_answer_ends_where_the_cache_of_its_model_does(tiny_model: Path, tmp_path: Path) -> None:
+    """Also of a model that isn't loaded before it is asked. What was asked for and doesn't fit is refused."""
+    live = start_server(tmp_path, tiny_model, {"engine.kv_tokens": 256}, others={"second": tiny_model})
+    try:
+        raw, second = Raw(live.url, "tiny"), Raw(live.url, "second")
+        long = {"model": "second", "prompt": [1] * 300}
+        asked = {"params": {"max_tokens": None, "stop": []}}
+        result = raw.result(raw.ok("/asample", **sample(raw.sampler(), 0, **asked))["request_id"])
+        assert len(result["sequences"][0]["tokens"]) == 254
+        body = {"model": "second", "prompt": [1] * 200, "max_tokens": 700, "ignore_eos": True}
+        assert raw.http.post(f"{live.url}/v1/completions", json=body).json()["usage"]["completion_tokens"] == 57
+        told = raw.http.post(f"{live.url}/v1/completions", json=long).json()
+        assert told["error"]["code"] == "context_length_exceeded" and "room for 256" in told["error"]["message"]
+        told = raw.http.post(f"{live.url}/v1/tokenize", json={"model": "second", "prompt": "x"}).json()
+        assert (told["max_model_len"], told["room"]) == (1024, 256)
+        failed = second.ok("/asample", **sample(second.sampler(), 0, params={"max_tokens": 900}))["request_id"]
+        assert "lower max_tokens" in str(second.result(failed))
+        models = raw.http.get(f"{live.url}/v1/capabilities").json()["models"]
+        assert {one["id"]: one["kv_tokens"] for one in models if one["kv_tokens"]} == {"tiny": 256, "second": 256}
+    finally:
+        live.stop()
 
 
 def test_a_model_without_a_tower_is_asked_for_none(raw: Raw) -> None:

@@ -173,7 +173,7 @@ def prompt(form: forms.SampleForm, info: BaseModelInfo, reader: ImageReader, fet
 
 
 def sampling_params(form: forms.SamplingParamsForm, prompt_length: int, info: BaseModelInfo) -> SamplingParams:
-    """Without max_tokens the rest of the context is available."""
+    """Without max_tokens the rest of the context is available, as far as the model's cache holds it."""
     room = info.room(prompt_length)
     tokens = room if form.max_tokens is None else form.max_tokens
     if not 1 <= tokens <= room:
@@ -206,6 +206,7 @@ def sampling_params(form: forms.SamplingParamsForm, prompt_length: int, info: Ba
         stop_tokens=stop_tokens,
         stop_strings=stop_strings,
         routing=form.routing,
+        lowers=form.max_tokens is None,
     )
 
 
