@@ -15,6 +15,8 @@ from everlearn.types import SamplingParams
 MOST_ADDED = 1000
 # Experts' ids that one request may have recorded: 1 GiB of them.
 MOST_ROUTED = 2**28
+# Likeliest tokens that one request may have listed beside those that it draws: 1 GiB of ids and log-probabilities.
+MOST_LISTED = 2**27
 
 
 def admit(command: Sample, base: BaseModel, cache_tokens: int) -> int:
@@ -48,6 +50,8 @@ def admit(command: Sample, base: BaseModel, cache_tokens: int) -> int:
             "lower max_tokens or raise engine.kv_tokens",
             param="max_tokens",
         )
+    if command.topk_sample_logprobs and max_new:
+        max_new = _listed(command, max_new)
     if params.routing:
         _check_routing(command, base, len(prompt) + max_new)
     if any(params.stop_strings) and base.tokenizer is None:
@@ -55,6 +59,19 @@ def admit(command: Sample, base: BaseModel, cache_tokens: int) -> int:
     _check_edits(params, base.vocab_size)
     _check_targets(command, len(prompt) - 1, base.vocab_size)
     return max_new
+
+
+def _listed(command: Sample, max_new: int) -> int:
+    """`max_new`, lowered where the request lowers it, so that its lists of likeliest tokens stay within MOST_LISTED."""
+    samples, k = command.num_samples, command.topk_sample_logprobs
+    most = MOST_LISTED // (samples * k)
+    if most < (1 if command.params.lowers else max_new):
+        raise TooLarge(
+            f"the {k} likeliest tokens at each of up to {max_new} places in {samples} samples are {k * max_new * samples}; a request lists "
+            f"at most {MOST_LISTED}: lower topk_sample_logprobs, num_samples or max_tokens",
+            param="topk_sample_logprobs",
+        )
+    return min(max_new, most)
 
 
 def _check_routing(command: Sample, base: BaseModel, length: int) -> None:

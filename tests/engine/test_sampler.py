@@ -185,6 +185,20 @@ def test_sampled_top_logprobs(base: BaseModel, plain: LlamaForCausalLM) -> None:
     np.testing.assert_allclose(answer.sequences[0].topk.logprobs.numpy(), reference.values.numpy(), atol=1e-5)
 
 
+def test_lists_of_likeliest_tokens_are_bounded_as_a_whole(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("everlearn.engine.admission.MOST_LISTED", 5 * 3 * 8)
+    sampler, asked = make_sampler(base), {"topk_sample_logprobs": 5, "num_samples": 3}
+    answer = one(sampler, request("r", [5, 6, 7], max_tokens=8, **asked))
+    assert answer.sequences[2].topk is not None and answer.sequences[2].topk.token_ids.shape == [8, 5]
+    with pytest.raises(
+        TooLarge, match="the 5 likeliest tokens at each of up to 9 places in 3 samples are 135; a request lists at most 120"
+    ):
+        sampler.add(request("r", [5, 6, 7], max_tokens=9, **asked))
+    assert len(tokens_of(one(sampler, request("r", [5, 6, 7], max_tokens=9, lowers=True, **asked)))) == 8
+    with pytest.raises(TooLarge, match="at most 120"):
+        sampler.add(request("r", [5, 6, 7], max_tokens=9, lowers=True, topk_sample_logprobs=50, num_samples=3))
+
+
 @pytest.mark.parametrize(
     ("change", "error"),
     [
