@@ -25,7 +25,7 @@ from everlearn.models.experts import LoraExperts, install_experts, top_k_of
 from everlearn.models.head import Head
 from everlearn.models.hooks import fuse_norms, hook_attention, refuse_what_the_hooks_miss
 from everlearn.models.lora import HEAD, LoraLinear, PairShape, install, kind_of
-from everlearn.models.quant import count_parameters
+from everlearn.models.quant import PackedLinear, count_parameters, unpacked
 from everlearn.models.quant_experts import PackedStack
 from everlearn.models.routing import install_routing
 from everlearn.models.siblings import join_siblings
@@ -168,6 +168,9 @@ def load_base(info: BaseModelInfo, device: torch.device, dtype: torch.dtype, wei
     if warning := families.warning_of(info.name, info.architecture):
         log.warning("%s", warning)
     model = load_weights(info.name, folder, build, scheme, device, dtype, PACKING.get(weights))
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    if isinstance(head, PackedLinear):  # it is read in tiles, for every token
+        model.set_output_embeddings(unpacked(head))  # type: ignore[operator]
     return wrap(info, model, device, dtype)
 
 

@@ -117,6 +117,15 @@ class PackedLinear(nn.Module):
         return packed_linear(x, self.weight, self.bias)
 
 
+def unpacked(layer: PackedLinear) -> nn.Linear:
+    """The layer with its values in place of what is packed."""
+    with torch.device("meta"):
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=False)
+    linear.weight = nn.Parameter(layer.weight.dense(), requires_grad=False)
+    linear.register_parameter("bias", layer.bias)
+    return linear
+
+
 def packed_linear(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None = None, part: Part = None) -> torch.Tensor:
     """x W^T + b with W = weight.dense(part); the backward pass (dx = dy W) unpacks W again instead of keeping it."""
     y: torch.Tensor = _PackedLinear.apply(x, weight, bias, part)

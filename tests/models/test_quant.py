@@ -114,6 +114,17 @@ def test_a_quantised_folder_equals_its_values(plain: dict[str, Path], tmp_path: 
             assert (got - expected).abs().max() <= 1e-4 * expected.abs().max().clamp_min(1), path
 
 
+@pytest.mark.parametrize("kind", ["int4", "fp8", "nf4"])
+def test_a_quantised_head_is_unpacked_once(plain: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    quantised, reference = (load(folder) for folder in quantise(plain["llama"], tmp_path, kind, lambda path: path == "lm_head"))
+    assert isinstance(quantised.head.weight, torch.nn.Parameter) and quantised.num_parameters == reference.num_parameters
+    assert not any(isinstance(module, PackedWeight) for module in quantised.model.modules())
+    hidden, segments = torch.randn(3, quantised.hidden_size), [Segment(None, 0, 3)]
+    with torch.inference_mode():
+        ours, theirs = (base.head.logits(hidden, segments) for base in (quantised, reference))
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_the_sampler_computes_what_the_trainer_does(plain: dict[str, Path], tmp_path: Path) -> None:
     """Over packed latents, experts and projections; one request by itself and three together."""
     base = load(quantise(plain["deepseek_v3"], tmp_path, "fp8", linear)[0])
