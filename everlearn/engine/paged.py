@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from everlearn.engine.kvcache import NULL_BLOCK, KVCache, StateCache
 from everlearn.engine.routes import keep, watch_of
 from everlearn.engine.sequence import Sequence
-from everlearn.models.attention import Form, rows_of
+from everlearn.models.attention import Form, attend_masked, rows_of
 from everlearn.models.lora import Segment
 from everlearn.models.mla import LatentUp
 from everlearn.models.recurrent import Recurrent, States
@@ -125,12 +125,13 @@ class PagedBatch:
 
     def _context(self, chunk: Chunk, all_slots: np.ndarray, begin: int, window: int | None) -> Context:
         """Tokens [begin, stop) of a chunk's sequence for the chunk's rows."""
-        position_T1, key_M = np.arange(chunk.start, chunk.stop)[:, None], np.arange(begin, chunk.stop)
+        position_T1 = torch.arange(chunk.start, chunk.stop, device=self.device)[:, None]
+        key_M = torch.arange(begin, chunk.stop, device=self.device)
         seen = key_M <= position_T1
         if window is not None:
             seen &= key_M > position_T1 - window
-        mask = np.where(seen, np.float32(0), np.float32("-inf"))
-        return Context(self._move(all_slots[begin:]), self._move(mask).to(self.dtype), chunk.stop - begin)
+        mask = torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill_(~seen, float("-inf"))
+        return Context(self._move(all_slots[begin:]), mask, chunk.stop - begin)
 
     def _prepare_decoding(self, chunks: list[Chunk]) -> None:
         """Slots and mask of all decoding rows: past a row's end both padding and stale slots become the null block's."""
@@ -290,10 +291,9 @@ class PagedBatch:
                 length = query.shape[1]
                 mask = query.new_full((length, length), float("-inf")).triu_(1)
             return attend_with_sinks(query[None], key[None], value[None], mask[None, None], form.scaling, form.sinks)[0]
-        out = F.scaled_dot_product_attention(
-            query[None], key[None], value[None], attn_mask=mask, is_causal=mask is None, scale=form.scaling, enable_gqa=True
-        )
-        return out[0]
+        if mask is not None:
+            return attend_masked(query, key, value, mask, form.scaling)
+        return F.scaled_dot_product_attention(query[None], key[None], value[None], is_causal=True, scale=form.scaling, enable_gqa=True)[0]
 
     # --- layers with a state ---
 

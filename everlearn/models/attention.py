@@ -143,6 +143,14 @@ ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, everlearn_attention)
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+def attend_masked(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float) -> torch.Tensor:
+    """query [H, T, D] over key and value [G, M, D], with a mask [T, M] that is added -> [H, T, D]. Each group is a batch whose heads read
+    one key, which isn't copied: of a GPU's kernels those that take masks know no groups, and without them all scores would be kept."""
+    query_GQTD = query.unflatten(0, (key.shape[0], -1))
+    key_GQMD, value_GQMD = (heads.unsqueeze(1).expand(-1, query_GQTD.shape[1], -1, -1) for heads in (key, value))
+    return F.scaled_dot_product_attention(query_GQTD, key_GQMD, value_GQMD, attn_mask=mask, scale=scaling).flatten(0, 1)
+
+
 class PackedBatch:
     """Sequences laid end to end in one row, each attending causally within itself. `lengths` in row order.
 

@@ -120,6 +120,20 @@ def test_small_prefill_chunks_change_nothing(base: BaseModel) -> None:
         np.testing.assert_allclose(answer.prompt_logprobs.numpy(), other.prompt_logprobs.numpy(), atol=1e-5)
 
 
+def test_later_chunks_of_a_prompt_ask_for_no_mask_together_with_groups(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU has no kernel for both but the one that keeps all scores."""
+    sdpa, masked = torch.nn.functional.scaled_dot_product_attention, []
+
+    def spy(*inputs: torch.Tensor, **more: object) -> torch.Tensor:
+        masked.append(more.get("attn_mask") is not None)
+        assert not (masked[-1] and more.get("enable_gqa")), "a mask, and groups"
+        return sdpa(*inputs, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    assert len(tokens_of(one(make_sampler(base, prefill_tokens=16), request("r", list(range(3, 60)), max_tokens=2)))) == 2
+    assert True in masked and False in masked
+
+
 def test_stop_tokens_end_a_sequence_and_are_included(base: BaseModel) -> None:
     prompt = prompts(8, [6])[0]
     free = tokens_of(one(make_sampler(base), request("r", prompt, max_tokens=12)))
