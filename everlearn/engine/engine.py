@@ -94,8 +94,7 @@ class Engine:
         info = self.catalog.resolve(name)
         if info.name not in self.served:
             self.activity = f"loading {info.name}"
-            served = Served(load_base(info, self.device, self.dtype, self.settings.engine.weights), self.settings)
-            self.served[info.name] = served
+            self.served[info.name] = served = Served(load_base(info, self.device, self.dtype, self.settings.engine.weights), self.settings)
             self.emit(Loaded(info.name, served.sampler.pool.num_tokens))
         return self.served[info.name]
 
@@ -281,8 +280,7 @@ class Engine:
             return COMPILING_WAIT if any(s.sampler.compiling for s in self.served.values()) else 0.5
         if side == TRAIN and not sampling and (wait := self._window(training)) > 0:
             return wait
-        started = time.perf_counter()
-        self.activity = side
+        self.activity, started = side, time.perf_counter()
         if side == TRAIN:
             for served in training:
                 for job in served.trainer.run_slice():
@@ -314,8 +312,7 @@ class Engine:
         else:
             self._complete(job.command.request_id, job.result)
         if run is not None and run.job is job:
-            run.job = None
-            run.last_job = time.monotonic()
+            run.job, run.last_job = None, time.monotonic()
             run.seconds_since_snapshot += job.seconds
             self._applied(run, job.command, succeeded=job.result is not None)
             self._advance(run)
