@@ -59,7 +59,11 @@ def limit_options(verb: Callable[..., None]) -> Callable[..., None]:
     """What a key may use, for the two verbs that say it."""
     number = click.IntRange(min=1)
     for option in (
-        click.option("--no-content", is_flag=True, help="record only figures of its answers: no texts, no tokens"),
+        click.option(
+            "--content/--no-content",
+            default=None,
+            help="record texts and tokens of its answers, or only figures [default: as it was; of a new key: record them]",
+        ),
         click.option(
             "--models",
             multiple=True,
@@ -87,13 +91,13 @@ def _limits(rpm: int | None, tpm: int | None, concurrency: int | None, models: t
 @click.option("--scope", "scopes", type=click.Choice(SCOPES), multiple=True, help="what the key may do; may be repeated [default: all]")
 @limit_options
 @pass_console
-def create(console: Console, name: str, tenant: str, scopes: tuple[str, ...], no_content: bool, **limits: Any) -> None:
+def create(console: Console, name: str, tenant: str, scopes: tuple[str, ...], content: bool | None, **limits: Any) -> None:
     """Create a key called NAME and print it; it can't be printed again."""
     from everlearn.store import keys
 
     given = _limits(**limits)
     with _store(console) as database:
-        key, secret = database.write(lambda conn: keys.create(conn, tenant, name, scopes or SCOPES, given, not no_content)).result()
+        key, secret = database.write(lambda conn: keys.create(conn, tenant, name, scopes or SCOPES, given, content is not False)).result()
         runs, names = (0, 0) if tenant == DEFAULT_TENANT else database.read(lambda conn: keys.belongings(conn, DEFAULT_TENANT))
     console.result({"key": secret, **_row(key)})
     console.note("keep the key: only its hash is stored. From now on every request needs a key")
@@ -122,13 +126,14 @@ def list_keys(console: Console, tenant: str | None) -> None:
 @click.argument("key_id")
 @limit_options
 @pass_console
-def limit(console: Console, key_id: str, no_content: bool, **limits: Any) -> None:
-    """Say anew what the key with KEY_ID may use; what isn't given is no longer limited. A running server heeds it within a second."""
+def limit(console: Console, key_id: str, content: bool | None, **limits: Any) -> None:
+    """Say anew what the key with KEY_ID may use; what isn't given is no longer limited. Whether texts are
+    recorded stays as it is unless it is said. A running server heeds it within a second."""
     from everlearn.store import keys
 
     given = _limits(**limits)
     with _store(console) as database:
-        key = database.write(lambda conn: keys.set_limits(conn, key_id, given, not no_content)).result()
+        key = database.write(lambda conn: keys.set_limits(conn, key_id, given, content)).result()
     console.result(_row(key))
 
 

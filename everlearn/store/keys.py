@@ -83,9 +83,11 @@ def check(limits: Limits) -> Limits:
     return limits
 
 
-def set_limits(conn: Connection, key_id: str, limits: Limits, content: bool) -> Key:
-    """Other limits for a key; a running server heeds them within a second."""
-    values = {"limits": msgspec.to_builtins(check(limits)), "content": content}
+def set_limits(conn: Connection, key_id: str, limits: Limits, content: bool | None = None) -> Key:
+    """Other limits for a key, and whether it records content, unless that is None; a running server heeds them within a second."""
+    values: dict[str, Any] = {"limits": msgspec.to_builtins(check(limits))}
+    if content is not None:
+        values["content"] = content
     with around("key.row"):
         conn.execute(tables.keys.update().where(tables.keys.c.key_id == key_id).values(**values))
     return get(conn, key_id)

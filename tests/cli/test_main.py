@@ -129,7 +129,14 @@ def test_keys_with_limits(capsys, tmp_path: Path):
     assert (made["rpm"], made["tpm"], made["concurrency"], made["models"], made["content"]) == (60, 1000, 2, "support,tiny,x@3", False)
     assert run(["key", "limit", made["key_id"], "--rpm", "5", *home]) == 0
     now = json.loads(capsys.readouterr().out)
-    assert (now["rpm"], now["tpm"], now["models"], now["content"]) == (5, None, None, True)
+    assert (now["rpm"], now["tpm"], now["models"], now["content"]) == (5, None, None, False)
+    assert run(["key", "limit", made["key_id"], "--rpm", "5", "--content", *home]) == 0
+    assert json.loads(capsys.readouterr().out)["content"] is True
+    assert run(["key", "create", "plain", *home]) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert plain["content"] is True
+    assert run(["key", "limit", plain["key_id"], "--no-content", *home]) == 0
+    assert json.loads(capsys.readouterr().out)["content"] is False
     assert run(["key", "list", *home]) == 0
     assert json.loads(capsys.readouterr().out)[0]["rpm"] == 5
     assert run(["key", "create", "bad", "--rpm", "0", *home]) == 2

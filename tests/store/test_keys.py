@@ -43,6 +43,9 @@ def test_limits_and_content_go_with_the_key(db: Database) -> None:
     changed = do(db, lambda conn: keys.set_limits(conn, key.key_id, keys.Limits(tpm=9), content=True))
     assert db.read(lambda conn: keys.find(conn, secret)) == changed
     assert (changed.limits, changed.content, changed.scopes) == (keys.Limits(tpm=9), True, ["read", "sample"])
+    for recorded in (True, False):
+        do(db, lambda conn, recorded=recorded: keys.set_limits(conn, key.key_id, limits, content=recorded))
+        assert do(db, lambda conn: keys.set_limits(conn, key.key_id, keys.Limits())).content is recorded
     for wrong in (
         keys.Limits(rpm=0),
         keys.Limits(concurrency=-1),
