@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -249,6 +250,11 @@ def load(path: Path | None = None, environ: Mapping[str, str] | None = None, fla
         raise _explain(error.errors()[0], given) from None
     settings = settings.model_copy(update={"home": settings.home.expanduser().absolute()})
     return Loaded(settings, {key: given[key][1] if key in given else "default" for key in leaves()})
+
+
+def masked(url: str) -> str:
+    """An SQLAlchemy URL as it may be shown, right or wrong: without its password, which may stand in its query too."""
+    return re.sub(r"([?&]\w*password=)[^&]*", r"\1***", re.sub(r"((?:^|:)//[^:/@]*):.*@", r"\1:***@", url))
 
 
 def find_file(path: Path | None = None) -> Path | None:

@@ -17,14 +17,17 @@ command = Noun("config", help="Settings and where each one came from.")
 @click.option("--changed", is_flag=True, help="only settings that differ from their default's origin")
 @pass_console
 def show(console: Console, changed: bool) -> None:
-    """Print every setting, its value and its origin."""
+    """Print every setting, its value and its origin; of store.url without its password."""
+    from everlearn.config import masked
+
     settings, origins = console.load()
     rows: list[dict[str, Any]] = []
     for key, origin in origins.items():
         if changed and origin == "default":
             continue
         value = reduce(getattr, key.split("."), settings)
-        rows.append({"setting": key, "value": _plain(value), "origin": origin})
+        shown = masked(str(value)) if key == "store.url" else _plain(value)
+        rows.append({"setting": key, "value": shown, "origin": origin})
     console.table(rows, ["setting", "value", "origin"])
 
 

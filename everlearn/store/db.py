@@ -25,6 +25,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine, Transaction
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError
 
+from everlearn.config import masked
 from everlearn.errors import InvalidRequest, Unavailable
 from everlearn.faultpoints import reach
 
@@ -220,14 +221,15 @@ def make_engine(url: str) -> Engine:
     """An engine with the durability settings of its dialect; creates no tables."""
     try:
         parsed = sa.make_url(url)
-    except SQLAlchemyError as error:
-        raise InvalidRequest(f"store.url {url!r} is not an SQLAlchemy URL ({error})", param="store.url") from error
+    except (SQLAlchemyError, ValueError):  # what they say may hold the password
+        way_out = "write it like sqlite:////path/file.db or postgresql+psycopg://user:password@host:5432/database"
+        raise InvalidRequest(f"store.url {masked(url)!r} is not an SQLAlchemy URL; {way_out}", param="store.url") from None
     dialect = parsed.get_backend_name()
     if dialect == "postgresql":
         return sa.create_engine(parsed.set(drivername="postgresql+psycopg"), pool_size=8, max_overflow=24, pool_pre_ping=True)
     if dialect != "sqlite" or parsed.database in (None, "", ":memory:"):
         way_out = "use sqlite:////path/file.db or postgresql+psycopg://..."
-        raise InvalidRequest(f"store.url {url!r} names no durable database; {way_out}", param="store.url")
+        raise InvalidRequest(f"store.url {masked(url)!r} names no durable database; {way_out}", param="store.url")
     Path(parsed.database).expanduser().parent.mkdir(parents=True, exist_ok=True)
     engine = sa.create_engine(parsed, connect_args={"timeout": BUSY_SECONDS, "check_same_thread": False}, pool_size=8, max_overflow=24)
     sa.event.listen(engine, "connect", _sqlite_connect)

@@ -75,6 +75,35 @@ def test_results_are_tables_or_json(capsys):
     assert json.loads(capsys.readouterr().out) == [{"setting": "home", "value": "/x", "origin": "flag"}]
 
 
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql+psycopg://me:s3cret@db:5432/x", "postgresql+psycopg://me:***@db:5432/x"),
+        ("postgresql://me:s3/c@r:3t@db/x?connect_timeout=3", "postgresql://me:***@db/x?connect_timeout=3"),
+        (
+            "postgresql:///x?user=me&password=s3cret&sslpassword=s3cret&host=/run",
+            "postgresql:///x?user=me&password=***&sslpassword=***&host=/run",
+        ),
+        ("postgresql://me@db/x", "postgresql://me@db/x"),
+        ("sqlite:///a:b@c.db", "sqlite:///a:b@c.db"),
+    ],
+)
+def test_the_database_s_password_is_not_shown(url, shown, monkeypatch, capsys):
+    monkeypatch.setenv("EVERLEARN_STORE__URL", url)
+    assert run(["-f", "json", "config", "show", "--changed"]) == 0
+    assert json.loads(capsys.readouterr().out) == [{"setting": "store.url", "value": shown, "origin": "env EVERLEARN_STORE__URL"}]
+    assert run(["config", "show"]) == 0
+    assert shown in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("url", ["mysql://me:s3cret@db/x", "postgresql://me:s3cret@db:s3cret@x/y", "//me:s3cret@db"])
+def test_a_refused_database_s_password_is_not_shown(url, monkeypatch, capsys):
+    monkeypatch.setenv("EVERLEARN_STORE__URL", url)
+    assert run(["key", "list"]) == 2
+    err = capsys.readouterr().err
+    assert "store.url '" in err and "s3cret" not in err and len(err.splitlines()) == 2
+
+
 def test_config_schema_and_check(capsys, tmp_path: Path):
     assert run(["config", "schema"]) == 0
     assert "EngineSettings" in json.loads(capsys.readouterr().out)["$defs"]
