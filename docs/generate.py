@@ -53,8 +53,8 @@ def settings_page() -> str:
         "",
         "| variable | meaning |",
         "|---|---|",
-        "| `EVERLEARN_URL` | the server that commands talk to, unless `--url` says |",
-        "| `EVERLEARN_API_KEY` | the key that they send |",
+        "| `EVERLEARN_URL` | the server that commands talk to, unless `--url` says; those that would start one of their own use it too |",
+        "| `EVERLEARN_API_KEY` | the key that they send, unless `--key` says |",
     ]
     return "\n".join(lines) + "\n"
 

@@ -45,12 +45,24 @@ class Console:
     def client(self, timeout: float = 60.0) -> Client:
         """A client of the running server: --url and --key, else the environment, else where the home's server says it listens."""
         from everlearn.cli.client import Client
-        from everlearn.config import client_environ
 
-        environ = client_environ()
-        client = Client(self.url or environ.url or self._own_server(), self.key or environ.key, timeout)
+        client = Client(self.named_url or self._own_server(), self.named_key, timeout)
         click.get_current_context().call_on_close(client.close)
         return client
+
+    @property
+    def named_url(self) -> str:
+        """The server that --url names, else the environment; empty where neither does."""
+        from everlearn.config import client_environ
+
+        return self.url or client_environ().url
+
+    @property
+    def named_key(self) -> str:
+        """The API key of --key, else of the environment, else none."""
+        from everlearn.config import client_environ
+
+        return self.key or client_environ().key
 
     def _own_server(self) -> str:
         settings = self.settings()

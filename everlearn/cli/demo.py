@@ -35,10 +35,10 @@ MODEL = "smollm2"
 def command(console: Console, lesson: bool, open_report: bool, stay: bool | None) -> None:
     """The whole loop on the embedded model: users ask and correct, a version learns it, is tried, and takes over.
 
-    Starts a server of its own (or uses the one named by --url). A scripted user asks twenty questions over HTTP and corrects the answers;
-    a version learns the corrections, passes the gate, shows itself to a share of the users and goes live; the same questions are asked
-    again; a planted bad version is stopped, and a rollback is timed. Prints the table, writes an HTML report under HOME/demo, and ends
-    with the address of the dashboard.
+    Starts a server of its own (or uses the one that --url or EVERLEARN_URL names). A scripted user asks twenty questions over HTTP
+    and corrects the answers; a version learns the corrections, passes the gate, shows itself to a share of the users and goes live; the
+    same questions are asked again; a planted bad version is stopped, and a rollback is timed. Prints the table, writes an HTML report
+    under HOME/demo, and ends with the address of the dashboard.
     """
     from everlearn.models import embedded
 
@@ -55,7 +55,7 @@ def command(console: Console, lesson: bool, open_report: bool, stay: bool | None
         if open_report and sys.stdout.isatty():
             webbrowser.open(page.as_uri())
         wanted = sys.stdout.isatty() and console.format != "json" if stay is None else stay
-        end(console, url, wanted and not console.url)
+        end(console, url, wanted and not console.named_url)
 
 
 def end(console: Console, url: str, stays: bool) -> None:
@@ -65,7 +65,7 @@ def end(console: Console, url: str, stays: bool) -> None:
         console.note(f"Its history and its pages: {page} (Ctrl-C ends the server)")
         with suppress(KeyboardInterrupt):
             threading.Event().wait()
-    elif console.url:
+    elif console.named_url:
         console.note(f"Its history and its pages: {page}")
     else:
         home = f" --home {shlex.quote(str(console.home))}" if console.home else ""
@@ -78,7 +78,7 @@ def _lesson(console: Console, url: str, folder: Path, into: Path, seconds: dict[
     from everlearn.demo import handbook, run, teach
 
     book = handbook.load()
-    outcome = run.run(book, teach.Recipe(), url, console.key or LOCAL_KEY, MODEL, folder, _stages(console))
+    outcome = run.run(book, teach.Recipe(), url, console.named_key or LOCAL_KEY, MODEL, folder, _stages(console))
     seconds = {**seconds, **outcome.seconds, "total": round(time.monotonic() - started, 1)}
     report = _write(into, book.company, outcome, seconds)
     _show(console, outcome, seconds, report)
@@ -98,8 +98,8 @@ def _loop(console: Console, url: str, _folder: Path, into: Path, seconds: dict[s
         console.note(f"{time.monotonic() - started:5.0f} s  {line}")
 
     book = handbook.load()
-    client = Client(url, console.key or "", timeout=600.0)
-    with tinker.ServiceClient(base_url=url, api_key=console.key or LOCAL_KEY, user_metadata={"client": "everlearn demo"}) as service:
+    client = Client(url, console.named_key, timeout=600.0)
+    with tinker.ServiceClient(base_url=url, api_key=console.named_key or LOCAL_KEY, user_metadata={"client": "everlearn demo"}) as service:
         told = story.play(book, client, service, MODEL, {}, say)
     client.close()
     seconds = {**seconds, **told.seconds, "total": round(time.monotonic() - started, 1)}
@@ -148,8 +148,8 @@ def _server(console: Console, home: Path, stage: Callable[[str, float], Abstract
     """The URL of a server: the one that was named, else one of the demo's own."""
     from everlearn.demo.server import serving
 
-    if console.url:
-        yield console.url
+    if console.named_url:
+        yield console.named_url
         return
     with ExitStack() as stack:
         with stage("starting the server", 0.0) as bar:
@@ -162,9 +162,9 @@ def next_steps(console: Console, outcome: Outcome) -> None:
     """What to type now, to talk to what was taught; a server that the demo started has ended."""
     home = f" --home {shlex.quote(str(console.home))}" if console.home else ""
     config = f" --config {shlex.quote(str(console.config))}" if console.config else ""
-    where = f" --url {shlex.quote(console.url)}" if console.url else home + config
-    console.note("Next, ask it yourself:" if console.url else "Next, ask it yourself, with two terminals:")
-    if not console.url:
+    where = f" --url {shlex.quote(console.named_url)}" if console.named_url else home + config
+    console.note("Next, ask it yourself:" if console.named_url else "Next, ask it yourself, with two terminals:")
+    if not console.named_url:
         console.note(f"  everlearn serve{where}")
     console.note(f"  everlearn chat {outcome.path} -m {shlex.quote(outcome.rows[0].question)}{where}")
 

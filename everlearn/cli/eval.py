@@ -103,8 +103,9 @@ def fewshot_vision(console: Console, data: Path, model: str, out: Path, **option
     """Teach classes of photos from a few examples each, and count how many new photos are named rightly.
 
     Trains an adapter for every seed and number of shots through the Tinker API, with as many steps for each number, and asks it about
-    the same test photos. Baselines are fitted to the same photos. Starts a server of its own, or uses the one named by --url (the
-    model's folder must be on this machine too, for its tokenizer). Interrupted, it goes on where it stopped if nothing else is changed.
+    the same test photos. Baselines are fitted to the same photos. Starts a server of its own, or uses the one that --url or EVERLEARN_URL
+    names (the model's folder must be on this machine too, for its tokenizer). Interrupted, it goes on where it stopped if nothing else is
+    changed.
     """
     from everlearn.evals import fewshot_vision as photos
     from everlearn.evals.fewshot_study import Finished, Gallery, Recipe

@@ -62,9 +62,9 @@ def train(console: Console, out: Path, model: str, data: Path | None, **options:
     """Train an adapter that decides what a memory keeps, and writes it shorter.
 
     Each step takes windows under pressure and lets the policy decide and write from each of them several times; what is left of the window
-    is judged by how likely the right answers still are under the base model. Starts a server of its own on this home, or uses the one named
-    by --url (the model's folder must be on this machine too, for its tokenizer). Histories that aren't trained on are looked at every 15
-    steps: the last tenth of --data, or synthetic ones of their own.
+    is judged by how likely the right answers still are under the base model. Starts a server of its own on this home, or uses the one that
+    --url or EVERLEARN_URL names (the model's folder must be on this machine too, for its tokenizer). Histories that aren't trained on are
+    looked at every 15 steps: the last tenth of --data, or synthetic ones of their own.
     """
     from everlearn.memory.environment import Judge, MemoryTasks, Pay
     from everlearn.memory.train import recipe

@@ -34,18 +34,19 @@ def prepared(console: Console, model: str) -> BaseModelInfo:
 
 
 def service(console: Console, stack: ExitStack, info: BaseModelInfo, noun: str, client: str) -> ServiceClient:
-    """A client of the server that was named, else of one on `info` that ends with the stack; its log is in the home, under `noun`."""
+    """A client of the server that --url or the environment names, else of one on `info` that ends with the stack and logs in the home,
+    under `noun`."""
     import tinker
 
     from everlearn.demo.server import serving
 
-    url = console.url
-    if url is None:
+    url = console.named_url
+    if not url:
         home = console.settings().home
         with console.progress("starting the server") as bar:
             on_wait: Callable[[float, str], None] = lambda seconds, state: bar.update(round(seconds), state)  # noqa: E731
             url = stack.enter_context(serving(home, home / noun / "server.log", console.config, on_wait, Path(info.path)))
-    key = console.key or LOCAL_KEY
+    key = console.named_key or LOCAL_KEY
     return stack.enter_context(tinker.ServiceClient(base_url=url, api_key=key, user_metadata={"client": client}))
 
 

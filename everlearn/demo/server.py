@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -45,9 +46,7 @@ def _await_ready(process: subprocess.Popen[bytes], whereabouts: Path, log: Path,
     with httpx.Client(timeout=5.0, trust_env=False) as client:
         while (waited := time.monotonic() - started) < START_SECONDS:
             if process.poll() is not None:
-                raise Unavailable(
-                    f"the server of this command ended (exit {process.returncode}): {_last_line(log)}; its whole output is in {log}"
-                )
+                raise Unavailable(_ended(process.returncode, whereabouts, log, client))
             if url := _address(whereabouts, process.pid):
                 try:
                     response = client.get(f"{url}/readyz")
@@ -63,18 +62,42 @@ def _await_ready(process: subprocess.Popen[bytes], whereabouts: Path, log: Path,
 
 def _address(whereabouts: Path, pid: int) -> str | None:
     """The URL of server `pid`. A file of another process is one that was killed, or a server that already runs on this home."""
+    known = _known(whereabouts)
+    return str(known["url"]) if known.get("pid") == pid else None
+
+
+def _known(whereabouts: Path) -> dict[str, Any]:
     try:
-        known = json.loads(whereabouts.read_bytes())
+        known: dict[str, Any] = json.loads(whereabouts.read_bytes())
     except FileNotFoundError:
-        return None
-    return str(known["url"]) if known["pid"] == pid else None
+        return {}
+    return known
 
 
-def _last_line(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    # The command line prints "error: what" and then a remedy, indented: the first says more.
-    errors = [line for line in lines if line.startswith("error:")]
-    return (errors or lines or ["it printed nothing"])[-1]
+def _ended(code: int, whereabouts: Path, log: Path, client: httpx.Client) -> str:
+    """Why there is no server, and the way out. Where the home has one already: its URL."""
+    what, remedy = _last_words(log)
+    url = str(_known(whereabouts).get("url", ""))
+    if what.startswith("another everlearn server uses") and url and _answers(client, url):
+        return f"this home already has a server, at {url} ({what}); to use that one add --url {url}, else stop it"
+    return f"the server of this command ended (exit {code}): {what}; {remedy + '. Its' if remedy else 'its'} whole output is in {log}"
+
+
+def _answers(client: httpx.Client, url: str) -> bool:
+    try:
+        return client.get(f"{url}/livez").is_success
+    except httpx.TransportError:
+        return False
+
+
+def _last_words(log: Path) -> tuple[str, str]:
+    """The last error of a command line, which prints "error: what" and then a remedy, indented; else the last line alone."""
+    lines = [line.rstrip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [at for at, line in enumerate(lines) if line.startswith("error: ")]
+    if not errors:
+        return (lines or ["it printed nothing"])[-1].strip(), ""
+    following = lines[errors[-1] + 1 :][:1]
+    return lines[errors[-1]].removeprefix("error: "), "".join(line.strip() for line in following if line.startswith(" "))
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from everlearn.cli.main import run
+from everlearn.errors import Unavailable
 from tests.live import KEY, LiveServer
 
 
@@ -53,6 +54,16 @@ def test_a_second_server_on_the_same_home_says_so_and_leaves_the_first_alone(ser
     lines = ended.stderr.strip().splitlines()
     assert len(lines) <= 3 and any("another everlearn server uses" in line for line in lines), ended.stderr
     assert (server.home / "server.json").read_bytes() == where
+
+
+def test_a_command_that_would_start_its_own_server_names_the_one_that_runs(server, tiny_model, tmp_path):
+    from everlearn.demo.server import serving
+
+    with (
+        pytest.raises(Unavailable, match=f"this home already has a server, at {server.url} .*; to use that one add --url {server.url}"),
+        serving(server.home, tmp_path / "log", None, lambda *_: None, tiny_model),
+    ):
+        pass
 
 
 def test_an_unknown_run_is_exit_code_4(server, capsys):

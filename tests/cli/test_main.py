@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -219,6 +220,47 @@ def test_the_demo_s_last_line_leads_to_the_dashboard(capsys, tmp_path: Path):
     console.url = "http://127.0.0.1:4711/"
     end(console, console.url, stays=False)
     assert capsys.readouterr().err.endswith(" http://127.0.0.1:4711/dashboard/deploys\n")
+
+
+def test_commands_that_would_start_a_server_use_the_one_that_the_environment_names(monkeypatch):
+    from contextlib import ExitStack
+    from types import SimpleNamespace
+    from typing import Any, cast
+
+    from everlearn.cli import demo, own_server
+    from everlearn.cli.console import Console
+
+    asked: list[dict[str, Any]] = []
+
+    class Service(ExitStack):
+        def __init__(self, **given: Any):
+            super().__init__()
+            asked.append(given)
+
+    monkeypatch.setitem(sys.modules, "tinker", SimpleNamespace(ServiceClient=Service))
+    monkeypatch.setenv("EVERLEARN_URL", NOBODY)
+    monkeypatch.setenv("EVERLEARN_API_KEY", "tml-environ")
+    console = Console()
+    for url, key in ((NOBODY, "tml-environ"), ("http://127.0.0.1:4711", "tml-flag")):
+        with ExitStack() as stack:
+            own_server.service(console, stack, cast("Any", None), "eval", "a test")
+            assert stack.enter_context(demo._server(console, Path(), cast("Any", None))) == url
+        assert (asked[-1]["base_url"], asked[-1]["api_key"]) == (url, key)
+        console.url, console.key = "http://127.0.0.1:4711", "tml-flag"
+
+
+def test_why_a_server_did_not_start_is_told_with_its_way_out(tmp_path: Path):
+    from everlearn.demo.server import _last_words
+
+    log = tmp_path / "log"
+    for text, words in (
+        ("", ("it printed nothing", "")),
+        ("INFO a\n  last\n\n", ("last", "")),
+        ("INFO a\nerror: port 1 is taken\n       choose another\nINFO b\n", ("port 1 is taken", "choose another")),
+        ("error: no\nINFO b\n", ("no", "")),
+    ):
+        log.write_text(text)
+        assert _last_words(log) == words
 
 
 def test_the_demo_ends_with_what_to_type_next(capsys, tmp_path: Path):
