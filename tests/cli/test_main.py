@@ -27,6 +27,14 @@ def test_help_of_everything(path, capsys):
     assert "Usage: everlearn" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("path", [[], *([name] for name in NOUNS)])
+def test_without_a_verb_the_help_is_no_error_message(path, capsys):
+    assert run(path) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"Usage: {' '.join(['everlearn', *path])} ")
+
+
 @pytest.mark.parametrize(
     ("argv", "code", "what"),
     [
