@@ -22,6 +22,7 @@ from everlearn.errors import InvalidRequest, NotFound
 
 PREFIX = "EVERLEARN_"
 NOT_SETTINGS = ("URL", "API_KEY", "FAULT")  # the command line's own and a test's (see below), no settings of the server
+TEST_PREFIX = PREFIX + "TEST_"  # what the test suite reads (docs/development.md)
 
 
 class Section(BaseModel):
@@ -315,7 +316,7 @@ def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
 def _from_environ(environ: Mapping[str, str]) -> Iterator[tuple[str, Any, str]]:
     """EVERLEARN_API__PORT -> api.port. Lists and tables are written as JSON."""
     for name in sorted(environ):
-        if not name.startswith(PREFIX) or name.removeprefix(PREFIX) in NOT_SETTINGS:
+        if not name.startswith(PREFIX) or name.startswith(TEST_PREFIX) or name.removeprefix(PREFIX) in NOT_SETTINGS:
             continue
         text: str = environ[name]
         value: Any = text

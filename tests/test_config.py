@@ -95,3 +95,9 @@ def test_the_client_s_part_of_the_environment_is_no_setting():
     assert client_environ(environ) == ("http://h:1", "tml-x", False)
     assert client_environ({"NO_COLOR": "1"}) == ("", "", True)
     assert load(None, environ).settings.api.port == 8000
+
+
+def test_what_the_test_suite_reads_is_no_setting():
+    assert load(None, {"EVERLEARN_TEST_HOME": "/x", "EVERLEARN_TEST_THREADS": "2"}).settings.api.port == 8000
+    with pytest.raises(InvalidRequest, match="unknown setting testing"):
+        load(None, {"EVERLEARN_TESTING": "1"})
