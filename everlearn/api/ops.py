@@ -1,4 +1,5 @@
-"""/livez, /readyz, /health, /metrics: what a machine or an operator asks first, open without a key.
+"""/livez, /readyz, /health, /metrics: what a machine or an operator asks first, open without a key (/metrics, once there are keys, on
+this machine alone).
 
 /livez: this process answers. /readyz: requests can be served now (503 and the reason otherwise). /health: both, with numbers.
 The serving metrics have vLLM's names, so that its dashboards work here; everything else is `everlearn_*`.
