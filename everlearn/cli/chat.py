@@ -6,6 +6,7 @@ What is said goes to stdout, everything around it to stderr, so that `everlearn 
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import shlex
 import sys
@@ -29,7 +30,8 @@ HELP = """/adapter NAME   talk to another model: an adapter, NAME@NUMBER, a base
 /adapters       what there is
 /logprobs [N]   shade tokens by their probability and show N alternatives of each; again: off
 /system TEXT    another system prompt (empty: none), in a new conversation
-/set NAME VALUE temperature (0.2 here), top_p (0.9), max_tokens (1024), seed or another parameter of the API; without VALUE: as it was
+/set NAME VALUE temperature (0.2 here), top_p (0.9), max_tokens (1024), seed or another parameter of the API; without VALUE: as it was;
+                VALUE is a number, true, false, text, or JSON: {...}, [...], and "42" for a text that looks like a number
 /new            a new conversation
 /quit           or Ctrl-D; Ctrl-C ends an answer"""
 
@@ -180,7 +182,7 @@ class Chat:
         if not name:
             self.console.note(" ".join(f"{name}={value}" for name, value in self._settings().items()))
         elif value:
-            self.params[name] = parsed(value)
+            self.params[name] = parsed(name, value)
         else:
             self.params.pop(name, None)
 
@@ -189,8 +191,26 @@ class Chat:
         self.console.note("a new conversation")
 
 
-def parsed(value: str) -> Any:
-    """A number where it is one, else the text."""
+def parsed(name: str, value: str) -> Any:
+    """The value of parameter `name`: JSON where it begins as an object, a list or a text in quotes does, a number where it is one, else
+    the text."""
+    try:
+        if value[:1] in ("{", "[", '"'):
+            found = json.loads(value)
+        else:
+            found = number(value)
+        json.dumps(found, allow_nan=False)
+    except json.JSONDecodeError as error:
+        raise InvalidRequest(
+            f'{name} {value} begins as JSON does and is none: {error}; mend it, or write text in quotes: "[END]"'
+        ) from None
+    except ValueError:
+        raise InvalidRequest(f'{name} {value} is no finite number; give one, or write a text in quotes: "nan"') from None
+    return found
+
+
+def number(value: str) -> Any:
+    """A number or a truth where it is one, else the text."""
     for kind in (int, float):
         try:
             return kind(value)
@@ -244,7 +264,8 @@ def lines(console: Console, terminal: bool) -> Iterator[str]:
     nargs=2,
     multiple=True,
     metavar="NAME VALUE",
-    help="a parameter of the API [default here: temperature 0.2, top_p 0.9, max_tokens 1024]; may be repeated",
+    help="a parameter of the API [default here: temperature 0.2, top_p 0.9, max_tokens 1024]; "
+    'VALUE may be JSON: {...}, [...], "text"; may be repeated',
 )
 @pass_console
 def command(
@@ -265,7 +286,7 @@ def command(
         model = str(client.get("/v1/capabilities")["models"][0]["id"])
     chat = Chat(console, client, model, colour=sys.stdout.isatty() and not client_environ().no_color)
     chat.system, chat.logprobs = system, logprobs
-    chat.params = {name: parsed(value) for name, value in settings}
+    chat.params = {name: parsed(name, value) for name, value in settings}
     if message is not None:
         chat.ask(message)
         return

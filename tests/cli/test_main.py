@@ -42,6 +42,10 @@ def test_without_a_verb_the_help_is_no_error_message(path, capsys):
         (["chatt"], 2, "No such command 'chatt'. Did you mean 'chat'?"),
         (["checkpoint", "exprot"], 2, "No such command 'exprot'. Did you mean 'export'"),
         (["chat", "support", "some", "words"], 2, "-m 'some words'"),
+        (["chat", "support", "--set", "temperature", "nan"], 2, "temperature nan is no finite number"),
+        (["chat", "support", "--set", "temperature", "1e999"], 2, "temperature 1e999 is no finite number"),
+        (["chat", "support", "--set", "logit_bias", '{"5": Infinity}'], 2, "is no finite number"),
+        (["chat", "support", "--set", "stop", '["END"'], 2, 'stop ["END" begins as JSON does and is none'),
         (["run", "show"], 2, "Missing argument 'RUN_ID'"),
         (["run", "list", "--limit", "0"], 2, "0 is not in the range"),
         (["-f", "xml", "ps"], 2, "'xml' is not one of"),
@@ -66,6 +70,25 @@ def test_an_error_is_two_lines_and_an_exit_code(argv, code, what, capsys):
     assert lines[0].startswith("error: ")
     assert what in lines[0]
     assert lines[1].strip()
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("42", 42),
+        ('"42"', "42"),
+        ("0.5", 0.5),
+        ("true", True),
+        ("END", "END"),
+        ('["a", "b"]', ["a", "b"]),
+        ('{"type": "json_schema", "json_schema": {"name": "x"}}', {"type": "json_schema", "json_schema": {"name": "x"}}),
+    ],
+)
+def test_a_parameter_of_the_api_may_be_any_json(text, value):
+    from everlearn.cli.chat import parsed
+
+    found = parsed("name", text)
+    assert found == value and type(found) is type(value)
 
 
 def test_debug_shows_the_traceback():
