@@ -261,6 +261,8 @@ def masked(url: str) -> str:
 def find_file(path: Path | None = None) -> Path | None:
     """The file that `load` reads: `path`, else ./everlearn.toml, else ~/.config/everlearn/everlearn.toml, else none."""
     if path is not None:
+        if path.is_dir():
+            raise InvalidRequest(f"config file {path} is a folder; name the file in it, such as {path / 'everlearn.toml'}")
         if not path.is_file():
             raise NotFound(f"config file {path} does not exist; check --config, or leave it out to use the defaults")
         return path

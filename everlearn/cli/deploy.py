@@ -10,6 +10,7 @@ from urllib.parse import quote
 import click
 
 from everlearn.cli.console import Console, Noun, pass_console
+from everlearn.errors import InvalidRequest
 
 command = Noun("deploy", help="Deployments: what answers under a name, what is tried beside it, and why.")
 COLUMNS = ["name", "champion", "candidate", "state", "share", "paused", "base_model"]
@@ -31,11 +32,18 @@ def _time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
-def _describe(file: Path) -> tuple[str, dict[str, Any]]:
+def _describe(file: Path, name: str) -> tuple[str, dict[str, Any]]:
+    """The deployment's name, `name` or else the one in FILE, and its description."""
     from everlearn.loop import description
 
-    name, found = description.read(file.read_text(encoding="utf-8"))
-    return name, description.to_json(found)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{file} is not UTF-8 ({error}); save it as UTF-8", param="file") from None
+    named, found = description.read(text)
+    if not (name or named):
+        raise click.UsageError('the deployment has no name; write name = "support" into FILE, or give --name')
+    return name or named, description.to_json(found)
 
 
 @command.command("create")
@@ -50,10 +58,8 @@ def create(console: Console, file: Path, name: str, champion: int | None, reason
     What the name means already goes on serving; a new name is the base model until a version is promoted. The same FILE again
     changes nothing.
     """
-    named, described = _describe(file)
-    if not (name or named):
-        raise click.UsageError('the deployment has no name; write name = "support" into FILE, or give --name')
-    body = {"name": name or named, "description": described, "champion": champion, "reason": reason}
+    name, described = _describe(file, name)
+    body = {"name": name, "description": described, "champion": champion, "reason": reason}
     console.result(row(console.client().post("/v1/deployments", body)))
 
 
@@ -64,8 +70,8 @@ def create(console: Console, file: Path, name: str, champion: int | None, reason
 @pass_console
 def change(console: Console, file: Path, name: str, reason: str) -> None:
     """Describe a deployment anew, for what is done from now on."""
-    named, described = _describe(file)
-    console.result(row(console.client().patch(route(name or named), {"description": described, "reason": reason})))
+    name, described = _describe(file, name)
+    console.result(row(console.client().patch(route(name), {"description": described, "reason": reason})))
 
 
 @command.command("list")

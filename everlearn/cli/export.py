@@ -58,6 +58,7 @@ def export_command(console: Console, path: str, form: str, out: Path, base: str 
     """Write the checkpoint at PATH (tinker://RUN/KIND/NAME or its folder) for other software."""
     from everlearn.models import vllm
 
+    folder_for(out)
     if check and form != "merged" and importlib.util.find_spec("peft") is None:  # said before anything is fetched or written
         raise Unavailable("the reload check of an adapter needs peft; `pip install peft`, or skip the check with --no-check")
     settings = console.settings()
@@ -117,6 +118,7 @@ def import_command(console: Console, folder: Path, base: str, out: Path) -> None
     """Turn the PEFT adapter in FOLDER into a checkpoint folder."""
     from everlearn.models.export import import_peft
 
+    folder_for(out)
     info = base_model(console, console.settings(), base)
     if out.exists():
         console.confirm(f"{out} exists; it will be replaced")
@@ -124,6 +126,13 @@ def import_command(console: Console, folder: Path, base: str, out: Path) -> None
     if missing:
         console.note(f"{len(missing)} layers that the adapter left out start at zero effect ({missing[0]}, ...)")
     console.result({"folder": str(out), "base": info.name, "layers added": len(missing)})
+
+
+def folder_for(out: Path) -> None:
+    """Refuses an --out that can't be a folder."""
+    file = next((part for part in (out, *out.parents) if part.exists()), None)
+    if file is not None and not file.is_dir():
+        raise InvalidRequest(f"--out {out}: {file} is a file; name a folder, it is made where there is none", param="out")
 
 
 # ---- finding things ----

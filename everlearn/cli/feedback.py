@@ -75,9 +75,8 @@ def kind_of(said: dict[str, Any], over: str | None) -> dict[str, Any]:
     if said["outcome"]:
         found.append({"kind": "outcome", "value": said["outcome"] == "pass"})
     if len(found) != 1:
-        raise InvalidRequest(
-            f"{len(found)} things are said at once; give one of --up, --down, --stars, --comment, --correct, --over, --outcome"
-        )
+        what = f"{len(found)} things are said at once" if found else "nothing is said"
+        raise InvalidRequest(f"{what}; give one of --up, --down, --stars, --comment, --correct, --over, --outcome")
     return found[0]
 
 

@@ -52,6 +52,9 @@ def test_without_a_verb_the_help_is_no_error_message(path, capsys):
         (["run", "list", "--url", NOBODY], 3, f"no server answers at {NOBODY}"),
         (["ps", "--url", "nonsense://x"], 3, "no server answers"),
         (["config", "check", "absent.toml"], 4, "absent.toml does not exist"),
+        (["config", "check", "."], 2, "config file . is a folder"),
+        (["feedback", "add", "rec_1"], 2, "nothing is said"),
+        (["feedback", "add", "rec_1", "--up", "--stars", "3"], 2, "2 things are said at once"),
         (["serve", "--port", "70000"], 2, "api.port = 70000"),
         (["serve", "no/such-model"], 4, "no/such-model"),
         (["serve", "--host", "0.0.0.0"], 2, "there is no key"),
@@ -89,6 +92,25 @@ def test_a_parameter_of_the_api_may_be_any_json(text, value):
 
     found = parsed("name", text)
     assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "content", "what"),
+    [
+        (["deploy", "create", "given"], b'base = "smollm2"', "the deployment has no name"),
+        (["deploy", "change", "given"], b'base = "smollm2"', "the deployment has no name"),
+        (["deploy", "create", "given"], "name = 'caf\xe9'".encode("latin-1"), "given is not UTF-8"),
+        (["checkpoint", "export", "tinker://r/weights/x", "--format", "peft", "--out", "given"], b"", "given is a file"),
+        (["checkpoint", "export", "tinker://r/weights/x", "--format", "merged", "--out", "given/in/it"], b"", "given is a file"),
+        (["checkpoint", "import", ".", "--base", "smollm2", "--out", "given"], b"", "given is a file"),
+    ],
+)
+def test_a_file_that_is_not_what_is_asked_for_is_named(argv, content, what, capsys):
+    Path("given").write_bytes(content)
+    assert run(argv) == 2
+    err = capsys.readouterr().err
+    assert what in err and len(err.splitlines()) == 2
+    assert Path("given").read_bytes() == content
 
 
 def test_debug_shows_the_traceback():
