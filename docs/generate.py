@@ -91,7 +91,7 @@ def _plain(annotation: Any) -> Any:
 
 
 def cli_page() -> str:
-    from everlearn.cli.main import ACTS, NOUNS, build
+    from everlearn.cli.main import ACTS, EXITS, NOUNS, build
 
     group = build()
     ctx = click.Context(group, info_name="everlearn")
@@ -99,7 +99,7 @@ def cli_page() -> str:
         "# Command line",
         NOTE,
         "Results go to stdout, progress and notes to stderr. An error is two lines: what happened, and what to do about it. Exit codes:",
-        "0 ok, 1 failed, 2 usage, 3 server unreachable, 4 not found.",
+        EXITS,
         "",
         "## Options of every command",
         "",

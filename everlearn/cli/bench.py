@@ -45,7 +45,10 @@ class Span(click.ParamType):
 @click.option("--tpot", type=float, default=0.2, show_default=True, metavar="SECONDS", help="goodput: seconds per further token, at most")
 @pass_console
 def serve(console: Console, models: tuple[str, ...], ttft: float, tpot: float, eos: bool, **options: Any) -> int:
-    """Send chats to MODELS (in turn; default: the server's base model) and print throughput, latencies and goodput."""
+    """Send chats to MODELS (in turn; default: the server's base model) and print throughput, latencies and goodput.
+
+    Exits with 1 if any request wasn't answered.
+    """
     import asyncio
 
     from everlearn.cli import load
@@ -60,7 +63,7 @@ def serve(console: Console, models: tuple[str, ...], ttft: float, tpot: float, e
         console.result(told)
     else:
         show(console, told)
-    return 0 if told["requests"]["ok"] else 1
+    return 1 if told["requests"]["errors"] else 0
 
 
 def show(console: Console, told: dict[str, Any]) -> None:

@@ -45,6 +45,7 @@ NOUNS = {
 }
 # By EverlearnError.code; everything else that goes wrong is 1. click itself exits 2 on a usage error.
 EXIT_CODES = {"not_found": 4, "unreachable": 3, "invalid_request": 2, "unsupported": 2}
+EXITS = "0 ok, 1 failed, 2 usage, 3 server unreachable, 4 not found, 5 a model fell (eval retained, eval safety), 130 interrupted."
 SDK_TRANSPORT = "pyqwest"  # the module by which the tinker SDK talks
 
 
@@ -70,7 +71,7 @@ def build() -> LazyGroup:
     group = LazyGroup(
         "everlearn",
         help="Train LoRA adapters through the Tinker API and serve them through those of OpenAI and Anthropic, on one copy of the model.",
-        epilog="Exit codes: 0 ok, 1 failed, 2 usage, 3 server unreachable, 4 not found.",
+        epilog=f"Exit codes: {EXITS}",
         params=global_options(),
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
     )

@@ -11,11 +11,12 @@ from everlearn.cli.console import Console, Verb, pass_console
 
 @click.command("ps", cls=Verb)
 @pass_console
-def command(console: Console) -> None:
-    """Show the state of the server, of its engine and of its queues."""
+def command(console: Console) -> int:
+    """Show the state of the server, of its engine and of its queues. Exits with 1 while the server isn't ready."""
     client = console.client()
     state = {"url": client.url, **client.document("/health")}
     console.result(state if console.format == "json" else flat(state))
+    return 0 if state["status"] == "ready" else 1
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What every command shares: two output formats, two lines for an error, five exit codes."""
+"""What every command shares: two output formats, two lines for an error, the exit codes."""
 
 from __future__ import annotations
 
@@ -225,6 +225,36 @@ def test_keys_with_limits(capsys, tmp_path: Path):
     assert run(["key", "create", "bad", "--rpm", "0", *home]) == 2
     assert run(["key", "create", "bad", "--models", "x" * 400, *home]) == 2
     assert run(["key", "limit", "key-unknown", *home]) == 4
+
+
+@pytest.mark.parametrize(("status", "code"), [("ready", 0), ("not ready", 1)])
+def test_ps_fails_while_the_server_is_not_ready(status, code, monkeypatch, capsys):
+    from everlearn.cli.client import Client
+
+    monkeypatch.setattr(Client, "document", lambda _self, _path: {"status": status, "reason": "loading"})
+    assert run(["ps", "--url", NOBODY]) == code
+    assert "loading" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("status", "code"), [(200, 0), (429, 1)])
+def test_a_bench_with_any_error_fails(status, code, monkeypatch, capsys):
+    from everlearn.cli import load
+
+    async def half(*_given):
+        return [load.Seen("a", 0.0, 200, seconds=1.0, tokens=2), load.Seen("a", 0.0, status, seconds=1.0, tokens=2)], 1.0
+
+    monkeypatch.setattr(load, "run", half)
+    assert run(["bench", "serve", "a", "--url", NOBODY]) == code
+    assert f"{2 - code} of 2 answered" in capsys.readouterr().out
+
+
+def test_every_exit_code_is_listed(capsys):
+    from everlearn.cli.main import EXIT_CODES
+    from everlearn.cli.retained import FELL
+
+    assert run(["--help"]) == 0
+    listed = " ".join(capsys.readouterr().out.split()).partition("Exit codes: ")[2]
+    assert {int(part.split()[0]) for part in listed.split(", ") if part[0].isdigit()} == {0, 1, *EXIT_CODES.values(), FELL, 130}
 
 
 def test_names_from_clients_can_not_steer_the_terminal(capsys):
