@@ -1,9 +1,14 @@
-/* Live parts that leave the reader in peace: one that says the same as before (but for ages) isn't put in again, and what was opened stays
-   open. */
+/* Live parts that leave people in peace: one that says the same as before (but for ages) isn't put in again, what was opened stays open, and
+   a part in which somebody writes waits until they have done. */
 "use strict";
 
 addEventListener("DOMContentLoaded", () => {
+  const waiting = new Set(); // ids of parts that have changed meanwhile
   let open = [];
+
+  const changed = (field) => field.value !== field.defaultValue || field.checked !== field.defaultChecked;
+  const written = (part) => (part.contains(document.activeElement) && everlearn.typing(document.activeElement)) ||
+    [...part.querySelectorAll("textarea, input")].some(changed);
 
   function words(part) {
     const copy = part.cloneNode(true);
@@ -16,10 +21,28 @@ addEventListener("DOMContentLoaded", () => {
     const { target, serverResponse } = event.detail;
     const made = target.id && new DOMParser().parseFromString(serverResponse, "text/html").getElementById(target.id);
     if (made && words(made) === words(target)) { event.detail.shouldSwap = false; return; }
+    if (made && written(target)) {
+      event.detail.shouldSwap = false;
+      if (!waiting.has(target.id)) everlearn.notice("What you write in has changed meanwhile; that is shown when you have done.");
+      waiting.add(target.id);
+      return;
+    }
     open = [...target.querySelectorAll("details[open][id]")].map((one) => one.id);
   });
   document.body.addEventListener("htmx:afterSettle", () => {
     for (const id of open) document.getElementById(id)?.setAttribute("open", "");
     open = [];
   });
+
+  function catchUp() {
+    for (const id of waiting) {
+      const part = document.getElementById(id);
+      if (part && written(part)) continue;
+      waiting.delete(id);
+      if (part) htmx.trigger(part, "catch-up");
+    }
+  }
+
+  // A moment later: the focus is then where it goes to, a form that is emptied is empty, and a click that took the focus is through.
+  for (const name of ["focusout", "input", "reset"]) document.addEventListener(name, () => waiting.size && setTimeout(catchUp, 300));
 });
