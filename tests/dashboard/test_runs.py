@@ -18,7 +18,7 @@ from everlearn.rl.sinks import Sinks
 from everlearn.rl.train import train
 from tests.dashboard.conftest import aside
 from tests.dashboard.test_frame import ask, expect
-from tests.live import KEY, LiveServer
+from tests.live import KEY, LiveServer, start_server
 from tests.rl.run_first import Starts
 
 
@@ -104,6 +104,40 @@ def test_a_run_s_page_draws_its_curves_while_it_trains(dashboard: LiveServer, tr
     expect(page.locator("#curves figure")).to_have_count(1)
     page.get_by_role("button", name="Light or dark").click()
     expect(page.locator("#curves figure canvas")).to_be_visible()
+
+
+def test_pages_that_were_opened_empty_come_alive(
+    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, open_page: Callable[..., Any]
+) -> None:
+    server = start_server(tmp_path_factory.mktemp("empty"), tiny_model)
+    try:
+        page = open_page(server, "/dashboard/runs")
+        expect(page.get_by_text("No training run yet")).to_be_visible()
+        assert page.get_by_label("Run A").count() == 0
+        service = aside(lambda: tinker.ServiceClient(base_url=server.url, api_key=KEY))
+        client = aside(lambda: service.create_lora_training_client("tiny", rank=4, seed=1).result())
+        link = page.get_by_role("link", name=client.model_id)
+        expect(link).to_be_visible()
+        expect(page.get_by_label("Run A")).to_be_visible()
+        expect(page.get_by_text("No training run yet")).to_have_count(0)
+        link.click()
+        expect(page.get_by_text("No step yet")).to_be_visible()
+        step(client)
+        expect(page.locator("#curves figure[data-metric='loss:sum'] canvas")).to_be_visible()
+        expect(page.get_by_text("No step yet")).to_have_count(0)
+        page.get_by_text("Choose curves").click()
+        assert post_to(server, f"{client.model_id}/steps", {"steps": [{"step": 1, "metrics": {"entropy": 0.5, "own": 2}}]}) == 204
+        expect(page.locator("#curves figure[data-metric='entropy'] canvas")).to_be_visible()
+        expect(page.get_by_role("checkbox", name="entropy")).to_be_checked()
+        expect(page.get_by_role("checkbox", name="own")).not_to_be_checked()
+        page.get_by_role("checkbox", name="own").check()
+        assert post_to(server, f"{client.model_id}/steps", {"steps": [{"step": 2, "metrics": {"kl/k3": 0.5}}]}) == 204
+        expect(page.locator("#curves figure[data-metric='kl/k3'] canvas")).to_be_visible()
+        expect(page.get_by_role("checkbox", name="own")).to_be_checked()
+        aside(lambda: service.close("success").result())
+        page.close()  # it would complain of a server that is gone
+    finally:
+        server.stop()
 
 
 def test_two_runs_are_compared_by_their_settings(dashboard: LiveServer, service: tinker.ServiceClient, trained: Any, page: Any) -> None:

@@ -40,6 +40,12 @@ charts.show = (box, curves, name) => {
   charts.drawn.set(name, { chart: new uPlot(charts.options(name, width), data, figure), figure, last: told });
 };
 
+/* What a run tells of only later can be chosen as well. */
+charts.offer = (names) => {
+  const part = document.getElementById("names"), there = [...part.querySelectorAll("[name=show]")].map((box) => box.value);
+  if (JSON.stringify(there) !== JSON.stringify(names)) htmx.trigger(part, "catch-up");
+};
+
 charts.fetch = async (box) => {
   if (charts.busy) { charts.again = true; return; }
   charts.busy = true;
@@ -47,7 +53,14 @@ charts.fetch = async (box) => {
     const reply = await fetch(box.dataset.source + location.search, { headers: { Accept: "application/json" } });
     if (!reply.ok) return;
     const found = await reply.json();
-    for (const name of JSON.parse(box.dataset.chosen)) charts.show(box, found.curves, name);
+    for (const [name, { chart, figure }] of charts.drawn) {
+      if (found.chosen.includes(name)) continue;
+      chart.destroy();
+      figure.remove();
+      charts.drawn.delete(name);
+    }
+    for (const name of found.chosen) charts.show(box, found.curves, name);
+    charts.offer(found.names);
     box.dataset.points = Math.max(found.curves.client.x.length, found.curves.log.x.length);
   } finally {
     setTimeout(() => {
