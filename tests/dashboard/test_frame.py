@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import re
 import subprocess
@@ -217,6 +218,31 @@ def test_what_goes_wrong_is_told_to_a_browser_as_a_page(dashboard: LiveServer, p
     status, _, body = ask(dashboard, "/dashboard/nothing")
     assert status == 404 and json.loads(body)["error"]["code"] == "not_found"
     assert ask(dashboard, "/")[0] == 404 and ask(dashboard, "/", accept="text/html")[0] == 200  # (redirected)
+
+
+def test_a_slash_at_the_end_leads_to_the_page_and_nowhere_else(dashboard: LiveServer, page: Any) -> None:
+    page.goto("/dashboard/")
+    assert page.url == dashboard.url + "/dashboard" and page.locator("nav a[aria-current=page]").inner_text() == "Overview"
+    page.goto("/dashboard/runs/?limit=5&offset=0")
+    assert page.url == dashboard.url + "/dashboard/runs?limit=5&offset=0"
+
+    def leads(path: str) -> tuple[int, str | None]:
+        connection = http.client.HTTPConnection(dashboard.url.removeprefix("http://"), timeout=30)
+        connection.request("GET", path)
+        reply = connection.getresponse()
+        connection.close()
+        return reply.status, reply.headers["location"]
+
+    for path, place in (
+        ("//", "/dashboard"),
+        ("//evil.example/", "/dashboard//evil.example"),
+        ("/%2f%2fevil.example//", "/dashboard///evil.example"),
+        ("/%5cevil.example/?a=%26b", "/dashboard/%5Cevil.example?a=%26b"),
+        ("/a%0d%0ax:%20y/", "/dashboard/a%0D%0Ax:%20y"),
+        ("/h%C3%B6/?", "/dashboard/h%C3%B6"),
+    ):
+        assert leads("/dashboard" + path) == (303, place), path
+    assert leads("/dashboard/nothing") == (404, None)
 
 
 def test_every_answer_forbids_what_no_page_needs(dashboard: LiveServer) -> None:

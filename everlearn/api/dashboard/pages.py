@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from typing import Any
+from urllib.parse import quote
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from starlette.responses import RedirectResponse
@@ -80,6 +81,11 @@ async def sign_out(request: Request) -> Response:
 
 
 async def missing(request: Request, rest: str) -> Response:
+    """An address with a slash at its end leads to the one without; every other has no page."""
+    if not rest or rest.endswith("/"):
+        path = quote(f"{browser.PAGES}/{rest}".rstrip("/"), safe="/:@")
+        query = request.url.query
+        return RedirectResponse(f"{path}?{query}" if query else path, 303, headers=PRIVATE)
     raise NotFound(f"no page /dashboard/{rest[:200]}; the navigation lists those that exist")
 
 
