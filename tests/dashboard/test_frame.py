@@ -238,11 +238,10 @@ def test_a_slash_at_the_end_leads_to_the_page_and_nowhere_else(dashboard: LiveSe
         ("//evil.example/", "/dashboard//evil.example"),
         ("/%2f%2fevil.example//", "/dashboard///evil.example"),
         ("/%5cevil.example/?a=%26b", "/dashboard/%5Cevil.example?a=%26b"),
-        ("/a%0d%0ax:%20y/", "/dashboard/a%0D%0Ax:%20y"),
         ("/h%C3%B6/?", "/dashboard/h%C3%B6"),
     ):
         assert leads("/dashboard" + path) == (303, place), path
-    assert leads("/dashboard/nothing") == (404, None)
+    assert leads("/dashboard/nothing") == leads("/dashboard/a%0d%0ax:%20y/") == (404, None)
 
 
 def test_every_answer_forbids_what_no_page_needs(dashboard: LiveServer) -> None:
