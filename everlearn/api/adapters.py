@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, Request, Response
 from sqlalchemy import Connection
 
@@ -50,6 +51,16 @@ def adapter_json(version: NamedVersion) -> dict[str, Any]:
     }
 
 
+def meant(conn: Connection, owner: str, found: list[NamedVersion]) -> list[NamedVersion]:
+    """The versions as their names are answered: `current` is none of a name whose deployment answers with the base model."""
+    on_base = {one.name for one in deployments.on_base(conn, owner)}
+    return [msgspec.structs.replace(version, current=version.current and version.name not in on_base) for version in found]
+
+
+def list_meant(conn: Connection, owner: str, limit: int, after: str | None) -> list[NamedVersion]:
+    return meant(conn, owner, names.list_names(conn, owner, limit, after))
+
+
 @router.post("", dependencies=CHANGES)
 async def name_adapter(request: Request) -> dict[str, Any]:
     """Gives a checkpoint a name, or the next number of a name that is there. The same checkpoint again changes nothing."""
@@ -62,7 +73,7 @@ async def name_adapter(request: Request) -> dict[str, Any]:
     def give(conn: Connection) -> NamedVersion:
         given = names.give(conn, owner, form.name, path, form.note)
         if not form.move or given.current:
-            return given
+            return meant(conn, owner, [given])[0]
         deployments.guard_move(conn, owner, form.name)
         return names.move(conn, owner, form.name, given.number, form.note)
 
@@ -71,8 +82,8 @@ async def name_adapter(request: Request) -> dict[str, Any]:
 
 @router.get("")
 async def list_adapters(request: Request, limit: int = Limit, after: str | None = After) -> dict[str, Any]:
-    """What each name means now, by name."""
-    return await listing(request, limit, after, names.list_names, adapter_json)
+    """What each name means now, by name; where its deployment answers with the base model, what it meant before, which isn't `current`."""
+    return await listing(request, limit, after, list_meant, adapter_json)
 
 
 @router.get("/{name}")
@@ -81,10 +92,10 @@ async def get_adapter(request: Request, name: str) -> dict[str, Any]:
     owner, (bare, number) = tenant(request), names.parse(name)
 
     def read(conn: Connection) -> dict[str, Any]:
-        found = adapter_json(names.get(conn, owner, bare, number))
+        found = adapter_json(meant(conn, owner, [names.get(conn, owner, bare, number)])[0])
         if number is not None:
             return found
-        versions = [adapter_json(version) for version in names.versions(conn, owner, bare)]
+        versions = [adapter_json(version) for version in meant(conn, owner, names.versions(conn, owner, bare))]
         moves = [
             {"number": move.number, "note": move.note, "created_at": int(move.created_at)} for move in names.history(conn, owner, bare)
         ]

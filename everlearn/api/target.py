@@ -17,7 +17,7 @@ from everlearn.api.auth import Caller
 from everlearn.api.services import Services
 from everlearn.api.tinker.sampling import of_checkpoint
 from everlearn.errors import Forbidden, InvalidRequest, NotFound
-from everlearn.store import names
+from everlearn.store import deployments, names
 from everlearn.types import BaseModelInfo
 
 MAX_NAME = 512
@@ -80,8 +80,9 @@ async def _hint(svc: Services, caller: Caller, name: str, model: str) -> str:
         numbers = [str(version.number) for version in found if may_use(svc, caller, str(version))][:SHOWN]
         return f"{name} has {'version' if len(numbers) == 1 else 'versions'} {', '.join(numbers)}; " if numbers else ""
     bases = [name for info in svc.catalog.list() for name in (info.name, *info.aliases)]
-    adapters = await svc.read(lambda conn: names.list_names(conn, caller.tenant))
-    usable = [name for name in (*bases, *(adapter.name for adapter in adapters)) if may_use(svc, caller, name)]
+    lists = names.list_names, deployments.on_base
+    named = await svc.read(lambda conn: {one.name for listed in lists for one in listed(conn, caller.tenant)})
+    usable = [name for name in (*bases, *sorted(named)) if may_use(svc, caller, name)]
     near = difflib.get_close_matches(model[:MAX_NAME], usable)
     return f"did you mean {' or '.join(map(repr, near))}? " if near else ""
 

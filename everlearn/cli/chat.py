@@ -5,7 +5,6 @@ What is said goes to stdout, everything around it to stderr, so that `everlearn 
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import shlex
@@ -13,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import click
 
@@ -142,26 +142,16 @@ class Chat:
         }
 
     def _switch(self, name: str) -> None:
-        """The conversation goes on with another model; a name that nobody knows is refused at once."""
+        """The conversation goes on with another model; one that the server doesn't know is refused at once."""
         if not name:
             self.console.note(f"talking to {self.model}")
             return
-        found = [item["id"] for item in self._models()]
-        if "://" not in name and name not in found and name.partition("@")[0] not in found:
-            near = difflib.get_close_matches(name, found)
-            hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-            raise InvalidRequest(f"there is no model {name!r} here; {hint}/adapters lists what there is")
-        if "@" in name and "://" not in name:
-            self.client.get(f"/v1/adapters/{name}")
+        self.client.get(f"/v1/models/{quote(name, safe='')}")
         self.model = name
         self.console.note(f"talking to {name}")
 
-    def _models(self) -> list[dict[str, Any]]:
-        data: list[dict[str, Any]] = self.client.get("/v1/models")["data"]
-        return data
-
     def _list(self) -> None:
-        for item in self._models():
+        for item in self.client.get("/v1/models")["data"]:
             self.console.note(("* " if item["id"] == self.model else "  ") + printable(item["id"]))
 
     def _score(self, count: str) -> None:

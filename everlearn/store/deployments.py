@@ -143,6 +143,12 @@ def list_all(conn: Connection, tenant: str, limit: int, after: str | None = None
     return [Deployment(**row._mapping) for row in conn.execute(sa.select(table).where(where).order_by(table.c.name).limit(limit))]
 
 
+def on_base(conn: Connection, tenant: str) -> list[Deployment]:
+    """Those that answer with the base model, by name: whatever versions such a name has, it means none of them now."""
+    where = (table.c.tenant == tenant) & (table.c.champion == 0)
+    return [Deployment(**row._mapping) for row in conn.execute(sa.select(table).where(where).order_by(table.c.name))]
+
+
 def history(conn: Connection, tenant: str, name: str, limit: int = 100, after: int | None = None) -> list[Event]:
     """Newest first; with `after`, those older than that one. The log outlives the deployment."""
     where = (events.c.tenant == tenant) & (events.c.name == name)

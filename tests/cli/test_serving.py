@@ -7,6 +7,7 @@ import io
 import json
 from typing import Any
 
+import httpx
 import pytest
 
 from everlearn.cli import load
@@ -137,19 +138,55 @@ def test_chat_obeys_commands(server, named, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("script", "what"),
+    ("script", "what", "code"),
     [
-        ("/adapter nobody", "no model 'nobody'"),
-        ("/adapter tinny", "did you mean 'tiny'?"),
-        ("/dance", "no command /dance"),
-        ("/logprobs 99", "from 0 to 20"),
-        ("/set top_k -7\nhi", "top_k"),
+        ("/adapter nobody", "no model 'nobody'", 4),
+        ("/adapter tinny", "did you mean 'tiny'?", 4),
+        ("/adapter tinker://nobody:train:0/sampler_weights/x", "nobody", 4),
+        ("/dance", "no command /dance", 2),
+        ("/logprobs 99", "from 0 to 20", 2),
+        ("/set top_k -7\nhi", "top_k", 2),
     ],
 )
-def test_chat_refuses_in_two_lines(server, capsys, monkeypatch, script, what):
+def test_chat_refuses_in_two_lines(server, capsys, monkeypatch, script, what, code):
     monkeypatch.setattr("sys.stdin", io.StringIO(script + "\n"))
-    _, err = said(capsys, server, "chat", code=2)
+    _, err = said(capsys, server, "chat", code=code)
     assert what in err
+
+
+def deploy(server: LiveServer, name: str) -> None:
+    description = {"base": server.model, "gate": {}}
+    httpx.post(f"{server.url}/v1/deployments", json={"name": name, "description": description}).raise_for_status()
+
+
+def test_a_name_that_is_deployed_on_the_base_model_is_a_model(server, capsys, monkeypatch):
+    deploy(server, "untaught")
+    models = httpx.get(server.url + "/v1/models").json()["data"]
+    roots = {one["id"]: one["root"] for one in models if one["parent"] == server.model}
+    assert (roots["untaught"], roots["untaught@0"]) == ("untaught@0", server.model)
+    found = httpx.get(server.url + "/v1/models/untaught").json()
+    assert (found["id"], found["root"], found["parent"]) == ("untaught", "untaught@0", server.model)
+    _, err = said(capsys, server, "chat", "untought", "-m", "hi", code=4)
+    assert "did you mean 'untaught'?" in err
+    monkeypatch.setattr("sys.stdin", io.StringIO("/set max_tokens 2\n/adapter untaught\nhi\n/adapter untaught@0\n"))
+    _, err = said(capsys, server, "chat")
+    assert "talking to untaught\n" in err and "[untaught@0: " in err and "talking to untaught@0" in err
+
+
+def test_a_name_that_went_back_to_the_base_model_means_no_version(server, paths, capsys):
+    answer(capsys, server, "adapter", "name", "back", paths[0])
+    deploy(server, "back")
+
+    def told() -> tuple[Any, ...]:
+        listed = {row["name"]: row["current"] for row in answer(capsys, server, "adapter", "list")}
+        shown = answer(capsys, server, "adapter", "show", "back")
+        roots = {one["id"]: one["root"] for one in httpx.get(server.url + "/v1/models").json()["data"]}
+        return roots["back"], "back@1" in roots, listed["back"], shown["current"], shown["versions"][0]["current"]
+
+    assert told() == ("back@1", True, True, True, True)
+    httpx.post(server.url + "/v1/deployments/back/rollback", json={"number": 0, "reason": "too curt"}).raise_for_status()
+    assert told() == ("back@0", False, False, False, False)
+    assert not answer(capsys, server, "adapter", "name", "back", paths[0])["current"]
 
 
 def test_bench_prints_figures(server, named, capsys):
