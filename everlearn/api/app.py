@@ -27,6 +27,7 @@ from everlearn.api import (
     episodes,
     errors,
     feedback,
+    grants,
     memories,
     ops,
     records,
@@ -195,6 +196,9 @@ class Observe:
                 message["headers"] = [*headers, (b"x-request-id", request_id.encode())]
                 if scope["path"].startswith(errors.ANTHROPIC_PATH):
                     message["headers"].append((b"request-id", request_id.encode()))  # where Anthropic's clients look for it
+                if grants.comes_with_token(scope):
+                    # The token says what may be done, not the page that holds it; why it may not be done is read there too.
+                    message["headers"].append((b"access-control-allow-origin", b"*"))
             await send(message)
 
         metrics.http_running.inc()

@@ -106,7 +106,7 @@ async def authenticate(request: Request) -> None:
     if request.scope["path"].startswith(SIGNED_PREFIX) and "signature" in request.query_params:
         request.state.caller = verify_signed(svc, request)
         return
-    if request.scope["path"] == grants.PATH and request.method == "POST" and "token" in request.query_params:
+    if grants.comes_with_token(request.scope):
         grant = grants.verify(signing_secret(svc.settings.home), request.query_params["token"])
         request.state.caller = Caller(grant.tenant, None, frozenset({grants.SCOPE}), content=grant.content, grant=grant)
         return

@@ -13,6 +13,8 @@ import hmac
 import time
 
 import msgspec
+from starlette.datastructures import QueryParams
+from starlette.types import Scope
 
 from everlearn.errors import Forbidden, Unauthenticated
 
@@ -33,6 +35,11 @@ class Grant(msgspec.Struct, frozen=True, omit_defaults=True):
     episode_id: str | None = None
     source_id: str = ""
     content: bool = True
+
+
+def comes_with_token(scope: Scope) -> bool:
+    """Whether the request is one that a token answers for; no key or cookie counts there."""
+    return scope["path"] == PATH and scope["method"] == "POST" and "token" in QueryParams(scope["query_string"])
 
 
 def sign(secret: bytes, grant: Grant) -> str:

@@ -268,6 +268,29 @@ def test_a_token_opens_one_answer_and_nothing_else(app: Server) -> None:
     assert "expired" in error["message"]
 
 
+def test_a_page_of_another_site_reads_why_its_word_was_not_kept(app: Server) -> None:
+    secret, hour = auth.signing_secret(app.svc.settings.home), int(time.time()) + 3600
+    good, gone, dropped = (
+        grants.sign(secret, grants.Grant("a", hour, record)) for record in (app.answer().record_id, "rec_none", "rec_" + "0" * 32)
+    )
+    good_word = '{"kind": "boolean", "value": true}'
+    for token, body, status in (
+        (good, good_word, 200),
+        ("fbt_x", good_word, 401),
+        (good, '{"kind": "implicit", "value": true}', 403),
+        (gone, good_word, 404),
+        (dropped, good_word, 410),
+        (good, "{", 400),
+        (good, "x" * (app.svc.settings.api.max_body_bytes + 1), 413),
+    ):
+        headers = {"content-type": "text/plain", "origin": "https://shop.example"}
+        reply = app.client.post("/v1/feedback", params={"token": token}, content=body, headers=headers)
+        assert (reply.status_code, reply.headers.get_list("access-control-allow-origin")) == (status, ["*"]), reply.text[:300]
+    for method, path in (("POST", "/v1/feedback"), ("GET", f"/v1/feedback?token={good}"), ("POST", f"/v1/feedback/tokens?token={good}")):
+        reply = app.client.request(method, path, headers={"origin": "https://shop.example"})
+        assert reply.status_code == 401 and "access-control-allow-origin" not in reply.headers
+
+
 def test_tokens_are_made_for_what_is_there_and_ours(app: Server) -> None:
     about = app.answer()
     app.ask("POST", "/v1/feedback/tokens", 404, "b", json={"record_id": about.record_id})

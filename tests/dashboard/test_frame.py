@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import http.server
 import json
 import re
 import subprocess
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -287,3 +290,38 @@ def test_a_key_that_only_reads_changes_nothing(keyed: Any) -> None:
             for name in ("other", "acme")
         ]
         assert tried[0] == 403 and tried[1] in (400, 404), (path, tried)
+
+
+@pytest.fixture
+def other_site(tmp_path: Path) -> Iterator[str]:
+    """The address of another site, which serves what lies in `tmp_path`."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_guide_s_thumbs_tell_on_another_site_what_became_of_a_word(
+    dashboard: LiveServer, page: Any, root: Path, tmp_path: Path, other_site: str
+) -> None:
+    """What docs/guides/feedback.md gives a product's page."""
+    script = re.search(r"```js\n(.*?)```", (root / "docs/guides/feedback.md").read_text(), re.DOTALL)
+    assert script is not None
+    (tmp_path / "thumbs.js").write_text(script[1])
+    said = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
+    headers = ask(dashboard, "/v1/chat/completions", "POST", json.dumps(said).encode(), content_type="application/json")[1]
+    wanted = json.dumps({"record_id": headers["x-everlearn-record"]}).encode()
+    token = json.loads(ask(dashboard, "/v1/feedback/tokens", "POST", wanted, content_type="application/json")[2])["token"]
+    page.complaints.expect(f"request: {other_site}")
+    page.complaints.expect("401")
+    for given, told in ((token, ""), (token[:-2], "Not kept (feedback: 401)")):
+        call = f'import {{ thumbs }} from "./thumbs.js"; thumbs(document.body, "{dashboard.url}", "{given}");'
+        html = f'<!doctype html><link rel="icon" href="data:,"><body><script type="module">{call}</script>'
+        (tmp_path / f"shop{len(told)}.html").write_text(html)
+        page.goto(f"{other_site}/shop{len(told)}.html")
+        good = page.get_by_role("button", name="Good answer")
+        good.click()
+        expect(page.get_by_role("status")).to_have_text(told)
+        expect(page.locator("[aria-pressed=true]")).to_have_count(0 if told else 1)
+        expect(good).to_be_enabled()
