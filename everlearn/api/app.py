@@ -27,7 +27,6 @@ from everlearn.api import (
     episodes,
     errors,
     feedback,
-    grants,
     memories,
     ops,
     records,
@@ -193,12 +192,7 @@ class Observe:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = [(k, v) for k, v in message.get("headers", []) if k.lower() != b"x-request-id"]
-                message["headers"] = [*headers, (b"x-request-id", request_id.encode())]
-                if scope["path"].startswith(errors.ANTHROPIC_PATH):
-                    message["headers"].append((b"request-id", request_id.encode()))  # where Anthropic's clients look for it
-                if grants.comes_with_token(scope):
-                    # The token says what may be done, not the page that holds it; why it may not be done is read there too.
-                    message["headers"].append((b"access-control-allow-origin", b"*"))
+                message["headers"] = [*headers, *errors.headers_of(scope, request_id.encode())]
             await send(message)
 
         metrics.http_running.inc()

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from everlearn import errors
+from everlearn.api import grants
 from everlearn.telemetry import request_id_var
 
 log = logging.getLogger(__name__)
@@ -95,6 +96,16 @@ def error_response(
     return Response(body, status, media_type="application/json", headers=merged)
 
 
+def headers_of(scope: Any, request_id: bytes) -> list[tuple[bytes, bytes]]:
+    """What every answer to this request has, whether it failed or not."""
+    found = [(b"x-request-id", request_id)]
+    if scope["path"].startswith(ANTHROPIC_PATH):
+        found.append((b"request-id", request_id))  # where Anthropic's clients look for it
+    if grants.comes_with_token(scope):  # the token says what may be done, not the page that holds it
+        found.append((b"access-control-allow-origin", b"*"))
+    return found
+
+
 def category(code: str) -> str:
     """Tinker's word for whose fault a failed request is: user, server or unknown."""
     return "user" if STATUS.get(code, 500) < 500 and code not in ("overloaded", "rate_limited") else "server"
@@ -159,6 +170,7 @@ __all__ = [
     "category",
     "envelope",
     "error_response",
+    "headers_of",
     "install",
     "route_path",
     "unexpected",
