@@ -71,9 +71,9 @@ async def name_adapter(request: Request) -> dict[str, Any]:
         raise InvalidRequest(f"{form.name!r} is a base model's name; choose another for the adapter", param="name")
 
     def give(conn: Connection) -> NamedVersion:
-        given = names.give(conn, owner, form.name, path, form.note)
+        given = meant(conn, owner, [names.give(conn, owner, form.name, path, form.note)])[0]
         if not form.move or given.current:
-            return meant(conn, owner, [given])[0]
+            return given
         deployments.guard_move(conn, owner, form.name)
         return names.move(conn, owner, form.name, given.number, form.note)
 

@@ -36,7 +36,9 @@ def name_adapter(console: Console, name: str, path: str, note: str, move: bool) 
     made = console.client().post("/v1/adapters", {"name": name, "path": path, "note": note, "move": move})
     console.result(row(made))
     if not made["current"]:
-        console.note(f"{name} still means another version; move it with: everlearn adapter move {name} {made['number']}")
+        number = made["number"]
+        ways = f"everlearn adapter move {name} {number}; where it is deployed, everlearn deploy promote {name} --to {number}"
+        console.note(f"{name} means what it meant before; what moves it: {ways}")
 
 
 @command.command("list")

@@ -167,7 +167,7 @@ def adapter_at(console: Console, settings: Settings, path: str, base: str | None
     match = PATH.fullmatch(path)
     if match is None:
         raise InvalidRequest(f"{path!r} is no checkpoint path (tinker://RUN/weights/NAME); copy one from `everlearn checkpoint list`")
-    folder = None if console.url else local_folder(settings, *match.groups())
+    folder = None if console.named_url else local_folder(settings, *match.groups())
     if folder is not None:
         yield Adapter(folder)
         return

@@ -171,7 +171,7 @@ def _through_json(value: Any) -> Any:
     """A wanted value as a function's would come back: keys are text, numbers of other types are int or float."""
     try:
         return json.loads(json.dumps(value, default=_plain, allow_nan=False))
-    except (TypeError, ValueError, RecursionError) as error:
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise InvalidRequest(
             f"cases: the wanted value {_short(repr(value))} can't be equal to what a function gives, which comes back as JSON ({error}); "
             "want numbers, strings, lists and dicts of those",

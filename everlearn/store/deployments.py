@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import secrets
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -143,10 +144,10 @@ def list_all(conn: Connection, tenant: str, limit: int, after: str | None = None
     return [Deployment(**row._mapping) for row in conn.execute(sa.select(table).where(where).order_by(table.c.name).limit(limit))]
 
 
-def on_base(conn: Connection, tenant: str) -> list[Deployment]:
-    """Those that answer with the base model, by name: whatever versions such a name has, it means none of them now."""
+def on_base(conn: Connection, tenant: str) -> Sequence[Any]:
+    """`name`, `base_model` and `created_at` of those that answer with the base model: whatever versions such a name has, it means none."""
     where = (table.c.tenant == tenant) & (table.c.champion == 0)
-    return [Deployment(**row._mapping) for row in conn.execute(sa.select(table).where(where).order_by(table.c.name))]
+    return conn.execute(sa.select(table.c.name, table.c.base_model, table.c.created_at).where(where).order_by(table.c.name)).all()
 
 
 def history(conn: Connection, tenant: str, name: str, limit: int = 100, after: int | None = None) -> list[Event]:

@@ -159,7 +159,7 @@ def deploy(server: LiveServer, name: str) -> None:
     httpx.post(f"{server.url}/v1/deployments", json={"name": name, "description": description}).raise_for_status()
 
 
-def test_a_name_that_is_deployed_on_the_base_model_is_a_model(server, capsys, monkeypatch):
+def test_a_name_that_is_deployed_on_the_base_model_is_a_model(server, paths, capsys, monkeypatch):
     deploy(server, "untaught")
     models = httpx.get(server.url + "/v1/models").json()["data"]
     roots = {one["id"]: one["root"] for one in models if one["parent"] == server.model}
@@ -171,6 +171,10 @@ def test_a_name_that_is_deployed_on_the_base_model_is_a_model(server, capsys, mo
     monkeypatch.setattr("sys.stdin", io.StringIO("/set max_tokens 2\n/adapter untaught\nhi\n/adapter untaught@0\n"))
     _, err = said(capsys, server, "chat")
     assert "talking to untaught\n" in err and "[untaught@0: " in err and "talking to untaught@0" in err
+    _, err = said(capsys, server, "adapter", "name", "untaught", paths[0])
+    assert "everlearn deploy promote untaught --to 1" in err
+    _, err = said(capsys, server, "adapter", "name", "untaught", paths[0], "--move", code=1)
+    assert "its name follows the deployment's champion" in err
 
 
 def test_a_name_that_went_back_to_the_base_model_means_no_version(server, paths, capsys):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+READY_MS = 20_000  # what a browser waits for comes within one second, and on a busy machine within these
 
 
 def aside(act: Callable[[], T]) -> T:
@@ -60,6 +61,7 @@ class Complaints:
 def chromium() -> Iterator[Browser]:
     """One browser for all tests of this folder."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright isn't installed (pip install 'everlearn[test]')")
+    playwright.expect.set_options(timeout=READY_MS)
     path = shutil.which("chromium")
     if path is None:
         pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
@@ -85,7 +87,7 @@ def open_page(chromium: Browser) -> Iterator[Callable[..., Any]]:
     def start(server: LiveServer, path: str = "/dashboard", **context: Any) -> Any:
         context = {"viewport": {"width": 1200, "height": 800}, "base_url": server.url, **context}
         made = chromium.new_context(**context)
-        made.set_default_timeout(20_000)
+        made.set_default_timeout(READY_MS)
         complaints = Complaints(urlsplit(server.url).netloc)
         opened.append((made, complaints))
         page = complaints.watch(made.new_page())

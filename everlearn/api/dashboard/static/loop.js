@@ -4,7 +4,7 @@
 
 addEventListener("DOMContentLoaded", () => {
   const waiting = new Set(); // ids of parts that have changed meanwhile
-  let open = [];
+  const open = new Set(); // ids of what is open in parts that are being put in
 
   const changed = (field) => field.value !== field.defaultValue || field.checked !== field.defaultChecked;
   const written = (part) => (part.contains(document.activeElement) && everlearn.typing(document.activeElement)) ||
@@ -27,11 +27,11 @@ addEventListener("DOMContentLoaded", () => {
       waiting.add(target.id);
       return;
     }
-    open = [...target.querySelectorAll("details[open][id]")].map((one) => one.id);
+    for (const one of target.querySelectorAll("details[open][id]")) open.add(one.id);
   });
   document.body.addEventListener("htmx:afterSettle", () => {
     for (const id of open) document.getElementById(id)?.setAttribute("open", "");
-    open = [];
+    open.clear();
   });
 
   function catchUp() {
