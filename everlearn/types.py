@@ -117,8 +117,8 @@ class SamplingParams(msgspec.Struct, frozen=True):
     Penalties lower a token's logit: presence and frequency once and for each time that it was generated, repetition divides
     (multiplies, where it is negative) that of every token in prompt and continuation. `logit_bias` is added to the logits; -100 bans.
     Stop tokens are not drawn before `min_tokens`. All of it precedes temperature, then come top_k, top_p and min_p. None of it shows
-    in reported log-probabilities. `routing` asks for the experts that each token met. With `lowers`, max_tokens is lowered to what the
-    model's cache has room for, where it would be refused."""
+    in reported log-probabilities. `routing` asks for the experts that each token met. With `lowers`, max_tokens is lowered where it would
+    be refused: to what the model's cache and the bound of what is listed beside the tokens have room for."""
 
     max_tokens: int
     seed: int

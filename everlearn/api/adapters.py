@@ -92,10 +92,11 @@ async def get_adapter(request: Request, name: str) -> dict[str, Any]:
     owner, (bare, number) = tenant(request), names.parse(name)
 
     def read(conn: Connection) -> dict[str, Any]:
-        found = adapter_json(meant(conn, owner, [names.get(conn, owner, bare, number)])[0])
+        asked = names.get(conn, owner, bare, number)
+        every = names.versions(conn, owner, bare) if number is None else []
+        found, *versions = map(adapter_json, meant(conn, owner, [asked, *every]))
         if number is not None:
             return found
-        versions = [adapter_json(version) for version in meant(conn, owner, names.versions(conn, owner, bare))]
         moves = [
             {"number": move.number, "note": move.note, "created_at": int(move.created_at)} for move in names.history(conn, owner, bare)
         ]

@@ -280,7 +280,8 @@ class Engine:
             return COMPILING_WAIT if any(s.sampler.compiling for s in self.served.values()) else 0.5
         if side == TRAIN and not sampling and (wait := self._window(training)) > 0:
             return wait
-        self.activity, started = side, time.perf_counter()
+        started = time.perf_counter()
+        self.activity = side
         if side == TRAIN:
             for served in training:
                 for job in served.trainer.run_slice():
@@ -312,7 +313,8 @@ class Engine:
         else:
             self._complete(job.command.request_id, job.result)
         if run is not None and run.job is job:
-            run.job, run.last_job = None, time.monotonic()
+            run.job = None
+            run.last_job = time.monotonic()
             run.seconds_since_snapshot += job.seconds
             self._applied(run, job.command, succeeded=job.result is not None)
             self._advance(run)

@@ -397,6 +397,4 @@ class Sampler:
             if sequence.state is not None:
                 self._preempt(sequence)  # some layers have read their tokens and some have not
             sequence.computed = min(sequence.computed, sequence.num_tokens - 1)
-        self._fail(
-            largest, TooLarge(f"memory ran out in a step with this request: {error}; shorten the prompt or lower engine.prefill_tokens")
-        )
+        self._fail(largest, TooLarge(f"memory ran out in this step: {error}; shorten the prompt or lower engine.prefill_tokens"))

@@ -142,28 +142,30 @@ def supports_tools(tokenizer: ChatTokenizer) -> bool:
         return False
 
 
+def _with_tools(tokenizer: ChatTokenizer) -> Needs | None:
+    """What the template needs where there are tools; None where it is no template."""
+    try:
+        return _compiled(_source(tokenizer, tools=True))[1]
+    except TemplateError:
+        return None
+
+
 def knows(tokenizer: ChatTokenizer, name: str) -> bool:
     """Whether the template reads a variable or a field, or has a constant, of this name (tool_calls, developer)."""
-    try:
-        return name in _compiled(_source(tokenizer, tools=True))[1].names
-    except TemplateError:
-        return False
+    needs = _with_tools(tokenizer)
+    return needs is not None and name in needs.names
 
 
 def shows_one_call(tokenizer: ChatTokenizer) -> bool:
     """Whether the template shows one call of a message, so that the others would be lost or refused (gpt-oss, Llama 3)."""
-    try:
-        return _compiled(_source(tokenizer, tools=True))[1].one_call
-    except TemplateError:
-        return False
+    needs = _with_tools(tokenizer)
+    return needs is not None and needs.one_call
 
 
 def shows_calls_alone(tokenizer: ChatTokenizer) -> bool:
     """Whether the template shows calls of a message without text alone (DeepSeek V3 and R1 as they came out)."""
-    try:
-        return _compiled(_source(tokenizer, tools=True))[1].calls_alone
-    except TemplateError:
-        return False
+    needs = _with_tools(tokenizer)
+    return needs is not None and needs.calls_alone
 
 
 def switches(tokenizer: ChatTokenizer) -> frozenset[str]:
@@ -177,10 +179,8 @@ def switches(tokenizer: ChatTokenizer) -> frozenset[str]:
 
 def efforts(tokenizer: ChatTokenizer) -> frozenset[str]:
     """The efforts of reasoning that the template knows by name; it may well print others as they are."""
-    try:
-        return _compiled(_source(tokenizer, tools=True))[1].efforts
-    except TemplateError:
-        return frozenset()
+    needs = _with_tools(tokenizer)
+    return frozenset() if needs is None else needs.efforts
 
 
 def tokenizer_tokens(tokenizer: ChatTokenizer) -> dict[str, str]:

@@ -226,7 +226,9 @@ class Learner:
         settings = self.settings
         provenance = settings.loss == "stable_reinforce"
         data_G = [
-            datums_of_group(group, own, provenance, True, group.taught(settings.mask_over_long) if settings.pulls else ())
+            datums_of_group(
+                group, own, provenance, sequence_mask=True, always=group.taught(settings.mask_over_long) if settings.pulls else ()
+            )
             for group, own in zip(groups, advantages, strict=True)
         ]
         self._complete(data_G, temperature)

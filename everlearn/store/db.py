@@ -49,7 +49,7 @@ class Database:
         self.engine = engine
         self.dialect = engine.dialect.name
         # PostgreSQL's default gives each statement a state of its own; SQLite's transactions see one anyway.
-        self._reads = {} if self.dialect == "sqlite" else {"isolation_level": "REPEATABLE READ"}
+        self._reader = engine if self.dialect == "sqlite" else engine.execution_options(isolation_level="REPEATABLE READ")
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._closed = False
@@ -75,7 +75,7 @@ class Database:
 
     def read(self, fn: Callable[[Connection], T]) -> T:
         """Runs `fn(conn)` here, in a transaction that sees one state of the database and is rolled back after it."""
-        with self.engine.connect().execution_options(**self._reads) as conn:
+        with self._reader.connect() as conn:
             return fn(conn)
 
     def scrub(self, tables: Sequence[str]) -> None:
