@@ -202,6 +202,7 @@ def taught(args: argparse.Namespace, asked: Asked, told: dict[str, Any]) -> tink
     """The policy after training, by its sampler. The curves of training go to `told`."""
     size, judge = SIZES[args.model], Judge(asked.base, asked.chat)
     steps = 2 if args.smoke else args.steps or size.steps
+    warm = min(size.warm, steps - 1) if args.warm is None else min(args.warm, steps)
     first = TRAINED_ON * (1 + args.seed) * 10
 
     def tasks(start: int, batches: int, members: int) -> MemoryTasks:
@@ -214,7 +215,7 @@ def taught(args: argparse.Namespace, asked: Asked, told: dict[str, Any]) -> tink
     training = recipe(
         asked.name,
         steps,
-        min(size.warm, steps - 1),
+        warm,
         args.rate or size.rate,
         rank=16,
         seed=args.seed,
@@ -243,7 +244,8 @@ def one(args: argparse.Namespace, part: str) -> None:
         raise SystemExit(f"{folder} holds no model; make it with benchmarks/{maker}, or name another with {option}")
     started, load_before, told = time.perf_counter(), os.getloadavg(), {}
     args.into.mkdir(parents=True, exist_ok=True)
-    path = args.into / f"{args.model}_{args.seed}_{part}.json"
+    label = args.label or part
+    path = args.into / f"{args.model}_{args.seed}_{label}.json"
     runs: list[study.Run] = []
     settings = {"engine.device": args.device or ("cpu" if args.model == "small" else "auto"), "engine.kv_tokens": KV_TOKENS}
     with server(
@@ -251,7 +253,7 @@ def one(args: argparse.Namespace, part: str) -> None:
     ) as live:
         asked = Asked(tinker.ServiceClient(base_url=live.url), live.model, folder)
         if part == "trained":
-            made = policies(asked, taught(args, asked, told), part)
+            made = policies(asked, taught(args, asked, told), label)
         elif part == "head":
             head = distilled(args, asked, told)
             made = {"head": lambda budget: method("extract", asked.encode, budget, head=head)}
@@ -270,8 +272,8 @@ def said(args: argparse.Namespace, part: str) -> list[str]:
     """The command's options without this machine's places."""
     options = ["--only", f"{args.model}/{args.seed}/{part}", "--histories", str(args.histories)]
     options += [told for name in ("reader", "data") if (path := getattr(args, name)) for told in (f"--{name}", short(str(path)))]
-    for name in ("steps", "rate"):
-        options += [f"--{name}", str(getattr(args, name))] if getattr(args, name) else []
+    for name in ("steps", "warm", "rate", "label"):
+        options += [f"--{name}", str(getattr(args, name))] if getattr(args, name) is not None else []
     options += ["--base-url", "URL"] if args.base_url else []
     return options + [f"--{name}" for name in ("main", "smoke") if getattr(args, name)]
 
@@ -331,6 +333,8 @@ def main() -> None:
     parser.add_argument("--histories", type=int, default=2, metavar="N", help="examined in each run")
     parser.add_argument("--at-once", type=int, default=6, metavar="N", help="histories that are read side by side")
     parser.add_argument("--steps", type=int, help="of training (default: the model's own number)")
+    parser.add_argument("--warm", type=int, help="steps of it, the first, that teach outright (default: the model's own number)")
+    parser.add_argument("--label", help="what a policy that was trained otherwise is called, trained-... (default: trained)")
     parser.add_argument("--rate", type=float, help="learning rate of the later steps (default: the model's own)")
     parser.add_argument(
         "--base-url",
@@ -354,6 +358,8 @@ def main() -> None:
         for name, model in (("reader", "smollm2"), ("listener", "small"), ("data", "smollm2")):
             if getattr(args, name) is not None and args.model != model:
                 parser.error(f"--{name} is for {model}, and --only is of {args.model}")
+        if args.label is not None and (part != "trained" or not args.label.startswith("trained-")):
+            parser.error(f"--label {args.label} must begin with trained-, and is for the part trained")
         one(args, part)
     elif args.collect:
         collect(args)
