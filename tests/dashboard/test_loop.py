@@ -103,6 +103,15 @@ def test_many_answers_at_once_each_said_once_and_taken_back(dashboard: LiveServe
     records = [users.ask(f"question {number}?")[0] for number in range(4)]
     for record in records:
         users.say(record, kind="boolean", value=False)
+    lost = []
+
+    def lose(route: Any) -> None:  # the server has heard it, and its answer is lost
+        route.fetch()
+        lost.append(route.request.post_data)
+        route.abort()
+
+    # Before the page is there: Chromium takes a moment until a page that is open asks through a new route.
+    page.route("**/dashboard/review/feedback", lose, times=1)
     page.goto("/dashboard/review?model=bulk")
     page.keyboard.press("x")
     page.keyboard.press("j")
@@ -111,14 +120,6 @@ def test_many_answers_at_once_each_said_once_and_taken_back(dashboard: LiveServe
     assert page.locator("#chosen").inner_text() == "2 chosen"
     page.keyboard.press("2")
     assert page.locator("article.drafted .state").all_inner_texts() == ["poor", "poor"]
-    lost = []
-
-    def lose(route: Any) -> None:  # the server has heard it, and its answer is lost
-        route.fetch()
-        lost.append(route.request.post_data)
-        route.abort()
-
-    page.route("**/dashboard/review/feedback", lose, times=1)
     page.keyboard.press("Control+Enter")
     until_says(page.locator("#notice"), "counts once")
     assert page.locator("article.sent").count() == 0
@@ -143,8 +144,9 @@ def test_many_answers_at_once_each_said_once_and_taken_back(dashboard: LiveServe
     page.keyboard.press("u")
     until(page.locator("article.answer"), count=4)
     assert [len(users.said(record)) for record in records] == [1, 1, 1, 1], "also after the page was loaded anew"
+    page.wait_for_load_state()  # keys are heard once its scripts have run
     page.keyboard.press("?")
-    assert page.get_by_role("dialog").get_by_text("correct the answer in place").is_visible()
+    page.get_by_role("dialog").get_by_text("correct the answer in place").wait_for()
 
 
 def test_the_interval_of_a_canary_grows_while_one_watches(dashboard: LiveServer, page: Any) -> None:
