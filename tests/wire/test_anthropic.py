@@ -118,7 +118,9 @@ def refused(client: anthropic.Anthropic, **fields: Any) -> dict[str, Any]:
 
 
 def test_an_answer_names_its_weights_its_record_and_what_it_used(client, server) -> None:
-    raw = client.messages.with_raw_response.create(model="tiny", max_tokens=4, messages=HI, metadata={"user_id": "ann"})
+    raw = client.messages.with_raw_response.create(
+        model="tiny", max_tokens=4, messages=HI, metadata={"user_id": "ann"}, extra_body={"seed": 1}
+    )
     answer = raw.parse()
     record_id = raw.headers["x-everlearn-record"]
     assert raw.headers["x-everlearn-version"] == answer.model == "tiny" and raw.headers["request-id"] == answer._request_id
@@ -127,7 +129,7 @@ def test_an_answer_names_its_weights_its_record_and_what_it_used(client, server)
     record = json.loads(server.get(f"/v1/records/{record_id}")[1])
     content = record["content"]
     assert record["user"] == "ann" and record["route"] == "messages" and content["messages"] == HI
-    assert content["params"] == {"model": "tiny", "max_tokens": 4} and content["answer"][0]["content"] == text(answer)
+    assert content["params"] == {"model": "tiny", "max_tokens": 4, "seed": 1} and content["answer"][0]["content"] == text(answer)
     assert len(content["choices"][0]["token_ids"]) == len(content["choices"][0]["logprobs"]) == 4
     assert len(content["prompt_token_ids"]) == prompt_tokens(answer)
 
@@ -142,7 +144,7 @@ def test_a_second_request_reads_its_prefix_from_the_cache(client) -> None:
 
 def test_events_as_they_come_off_the_wire(server) -> None:
     """Names, the ping that the SDK hides, and the record in the last event; a key as X-API-Key, and the older version of the API."""
-    body = {"model": "tiny", "max_tokens": 12, "messages": HI, "stream": True}
+    body = {"model": "tiny", "max_tokens": 12, "messages": HI, "seed": 1, "stream": True}
     headers = {"x-api-key": KEY, "anthropic-version": "2023-06-01"}
     reply = httpx.post(server.url + "/anthropic/api/v1/messages", json=body, headers=headers)
     assert reply.headers["content-type"].startswith("text/event-stream")
@@ -288,7 +290,7 @@ def test_tools_are_shown_and_none_hides_them(client) -> None:
 
 def test_an_answer_is_sent_back_as_it_came(client) -> None:
     wanted: Any = {"type": "any", "disable_parallel_tool_use": True}
-    answer = client.messages.create(model="tiny", max_tokens=250, messages=HI, tools=[WEATHER], tool_choice=wanted)
+    answer = client.messages.create(model="tiny", max_tokens=250, messages=HI, tools=[WEATHER], tool_choice=wanted, extra_body={"seed": 1})
     result = {"type": "tool_result", "tool_use_id": answer.content[0].id, "content": "rain"}
     for content in (answer.content, answer.to_param()["content"]):
         messages = [*HI, {"role": "assistant", "content": content}, {"role": "user", "content": [result]}]
@@ -320,7 +322,7 @@ def test_answers_match_their_schema(client) -> None:
     class Trip(BaseModel):
         days: int
 
-    parsed = client.messages.parse(model="tiny", max_tokens=200, messages=HI, output_format=Trip)
+    parsed = client.messages.parse(model="tiny", max_tokens=200, messages=HI, output_format=Trip, extra_body={"seed": 1})
     assert isinstance(parsed.parsed_output, Trip)
     either = say(client, output_config=config, tools=[WEATHER], max_tokens=250)
     assert either.stop_reason == "tool_use" or set(json.loads(text(either))) == {"city", "days"}

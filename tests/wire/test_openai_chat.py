@@ -70,7 +70,7 @@ def refused(client: openai.OpenAI, **fields: Any) -> Any:
 
 
 def test_an_answer_names_its_weights_its_record_and_what_it_used(client) -> None:
-    raw = client.chat.completions.with_raw_response.create(model="tiny", messages=HI, max_tokens=4)
+    raw = client.chat.completions.with_raw_response.create(model="tiny", messages=HI, max_tokens=4, temperature=0)
     answer = raw.parse()
     assert raw.headers["x-everlearn-version"] == answer.model == "tiny"
     assert answer.system_fingerprint.startswith("fp_") and raw.headers["x-everlearn-record"].startswith("rec_")
@@ -88,14 +88,14 @@ def test_a_second_request_finds_its_prefix_in_the_cache(client) -> None:
 
 
 def test_the_record_holds_what_was_drawn(client, server) -> None:
-    answer = client.chat.completions.create(model="tiny", messages=HI, max_tokens=5, user="ann", metadata={"a": "b"})
+    answer = client.chat.completions.create(model="tiny", messages=HI, max_tokens=5, seed=1, user="ann", metadata={"a": "b"})
     record = client.get(f"/records/{answer.model_extra['everlearn']['record']}", cast_to=dict)
     content = record["content"]
     assert record["user"] == "ann" and content["metadata"] == {"a": "b"} and record["model"] == "tiny"
     assert len(content["choices"][0]["token_ids"]) == len(content["choices"][0]["logprobs"]) == 5
     assert len(content["prompt_token_ids"]) == answer.usage.prompt_tokens == record["usage"]["prompt_tokens"]
     assert content["messages"] == HI and content["answer"][0]["content"] == text(answer)
-    assert content["params"] == {"model": "tiny", "max_tokens": 5}
+    assert content["params"] == {"model": "tiny", "max_tokens": 5, "seed": 1}
 
 
 def test_store_false_keeps_figures_alone(client) -> None:
@@ -107,7 +107,7 @@ def test_store_false_keeps_figures_alone(client) -> None:
 def test_the_last_chunk_names_the_record_with_usage_or_without(client) -> None:
     for options in (None, {"include_usage": True}):
         extra = {"stream_options": options} if options else {}
-        chunks = stream(client, model="tiny", messages=HI, max_tokens=4, n=2, **extra)
+        chunks = stream(client, model="tiny", messages=HI, max_tokens=4, n=2, seed=1, **extra)
         told = [chunk.model_extra.get("everlearn") for chunk in chunks]
         assert told[-1]["record"].startswith("rec_") and told[-1]["version"] == "tiny" and not any(told[:-1])
         assert [chunk.usage is not None for chunk in chunks][-1] == bool(options)
@@ -117,7 +117,8 @@ def test_the_last_chunk_names_the_record_with_usage_or_without(client) -> None:
 
 def test_the_same_routes_are_at_tinkers_path(server) -> None:
     with openai.OpenAI(base_url=server.url + "/oai/api/v1", api_key=KEY) as client:
-        assert client.chat.completions.create(model="tiny", messages=HI, max_tokens=2).choices[0].finish_reason == "length"
+        answer = client.chat.completions.create(model="tiny", messages=HI, max_tokens=2, temperature=0)
+        assert answer.choices[0].finish_reason == "length"
         assert "tiny" in {model.id for model in client.models.list()}
 
 

@@ -87,7 +87,9 @@ def test_scores_of_what_is_drawn(client) -> None:
 
 def test_usage_and_the_record_come_last_in_a_stream(client) -> None:
     chunks = list(
-        client.completions.create(model="tiny", prompt=[PROMPT, "x"], max_tokens=3, stream=True, stream_options={"include_usage": True})
+        client.completions.create(
+            model="tiny", prompt=[PROMPT, "x"], max_tokens=3, temperature=0, stream=True, stream_options={"include_usage": True}
+        )
     )
     assert chunks[-1].usage.completion_tokens == 6 and chunks[-1].choices == []
     assert len(chunks[-1].model_extra["everlearn"]["records"]) == 2 and not any(chunk.usage for chunk in chunks[:-1])

@@ -143,7 +143,11 @@ def test_what_can_not_be_honoured_is_refused_by_name(client, fields: dict[str, A
 
 def test_the_sdks_stream_helper_works(client) -> None:
     with client.responses.stream(
-        model="tiny", input="hi", max_output_tokens=120, text={"format": {"type": "json_schema", "name": "trip", "schema": SCHEMA}}
+        model="tiny",
+        input="hi",
+        max_output_tokens=120,
+        text={"format": {"type": "json_schema", "name": "trip", "schema": SCHEMA}},
+        extra_body={"seed": 1},
     ) as events:
         kinds = [event.type for event in events]
         final = events.get_final_response()
@@ -151,9 +155,8 @@ def test_the_sdks_stream_helper_works(client) -> None:
 
 
 def test_events_have_their_names_on_the_wire(server) -> None:
-    with httpx.stream(
-        "POST", server.url + "/v1/responses", json={"model": "tiny", "input": "hi", "max_output_tokens": 2, "stream": True}
-    ) as reply:
+    body = {"model": "tiny", "input": "hi", "max_output_tokens": 2, "temperature": 0, "stream": True}
+    with httpx.stream("POST", server.url + "/v1/responses", json=body) as reply:
         assert reply.headers["content-type"].startswith("text/event-stream") and reply.headers["x-everlearn-version"] == "tiny"
         lines = [line for line in reply.iter_lines() if line.startswith("event: ")]
     assert lines[0] == "event: response.created" and lines[-1] == "event: response.incomplete"
