@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -38,8 +39,9 @@ class Product:
         return self.http.get(path, params=params).raise_for_status().json()
 
     def ask(self, text: str, episode: str, n: int = 1) -> str:
-        """The record of `n` answers. Sampled, so that answers differ."""
+        """The record of `n` answers. Sampled, so that answers differ, and the same in every run."""
         body = {"model": self.name, "messages": [{"role": "user", "content": text}], "max_tokens": 6, "temperature": 1.0, "n": n}
+        body["seed"] = zlib.crc32(episode.encode())
         reply = self.http.post("/v1/chat/completions", json=body, headers={"x-everlearn-episode": episode}).raise_for_status()
         return str(reply.headers["x-everlearn-record"])
 

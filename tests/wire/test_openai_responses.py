@@ -95,7 +95,7 @@ def test_a_function_is_called_and_its_output_goes_back(client) -> None:
 
 
 def test_a_conversation_goes_on_by_id_without_the_instructions(client) -> None:
-    first = client.responses.create(model="tiny", input="hi", instructions="be", max_output_tokens=4)
+    first = client.responses.create(model="tiny", input="hi", instructions="be", max_output_tokens=4, extra_body={"seed": 1})
     second = respond(client, input="and?", previous_response_id=first.id)
     history = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": first.output_text}, {"role": "user", "content": "and?"}]
     assert second.usage.input_tokens == respond(client, input=history).usage.input_tokens
