@@ -191,7 +191,8 @@ def test_labels_are_counted_once_whatever_ends_the_server(new_server: Any) -> No
     try:
         ids: list[str] = []
         number = 0
-        while len(ids) < 16:
+        fired = live.home / "faults.fired"
+        while len(ids) < 16 or (len(list(fired.glob("*"))) < 3 and len(ids) < 80):  # how many labels one transaction takes, timing decides
             number += 1
             try:
                 ids += product.thumbs(1, first=number)
@@ -202,8 +203,8 @@ def test_labels_are_counted_once_whatever_ends_the_server(new_server: Any) -> No
     finally:
         over.set()
         keeper.join()
-    assert len(list((live.home / "faults.fired").iterdir())) == 3
-    assert found["labels"] + found["report"]["held_out"]["num"] >= 8
+    assert len(list(fired.iterdir())) == 3
+    assert found["labels"] + found["report"]["held_out"]["num"] >= len(ids) // 2
     db = open_database(f"sqlite:///{live.home / 'everlearn.db'}")
     try:
         kept = db.read(lambda conn: reward_models.labels(conn, "default", "faulty"))
