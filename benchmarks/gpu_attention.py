@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,10 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import write_result
-
+from benchmarks.common import write_result
+from benchmarks.gpu_common import DEVICE, DTYPE, GPU, sync, timed
 from everlearn.models.attention import attend_masked
 
-GPU = torch.cuda.is_available()
-DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
 HEADS, GROUPS, DIM = 32, 8, 128  # Qwen3-8B's
 SCALING = DIM**-0.5
 CHUNKS = ((512, 2048), (512, 8192), (512, 32768)) if GPU else ((64, 256),)  # T, M
@@ -78,33 +75,25 @@ def decode_other(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ma
 
 
 def in_single(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The reference for the inputs of either, of a chunk a head at a time."""
-    if query.dim() == 4:
-        return decode_other(*(each.float() for each in (query, key, value, mask)))
-    share = query.shape[0] // key.shape[0]
-    heads = [
-        (query[h].float() @ key[h // share].float().T * SCALING + mask.float()).softmax(-1) @ value[h // share].float()
-        for h in range(query.shape[0])
-    ]
-    return torch.stack(heads)
+    """The reference for the inputs of either."""
+    if key.dim() == 3:  # a chunk: each group a batch, as a decoding sequence has them
+        return in_single(query.unflatten(0, (key.shape[0], -1)), key[:, None], value[:, None], mask).flatten(0, 1)
+    return decode_other(query.float(), key.float(), value.float(), mask.float())
 
 
 def median_ms(run: Callable[[], Any], repeats: int = 30) -> float:
     for _ in range(5):
         run()
+    if not GPU:
+        return 1e3 * statistics.median(timed(run, repeats))
     found = []
-    for _ in range(repeats):
-        if GPU:
-            first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            first.record()
-            run()
-            last.record()
-            torch.cuda.synchronize()
-            found.append(first.elapsed_time(last))
-        else:
-            started = time.perf_counter()
-            run()
-            found.append(1e3 * (time.perf_counter() - started))
+    for _ in range(repeats):  # by the device's clock: some runs are shorter than the host's way there and back
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record()
+        run()
+        last.record()
+        sync()
+        found.append(first.elapsed_time(last))
     return statistics.median(found)
 
 
@@ -112,8 +101,8 @@ def measured(what: str, size: tuple[int, int], inputs: Inputs, forms: dict[str, 
     reference = in_single(*inputs)
     must_read = sum(each.numel() * each.element_size() for each in inputs)
     for name, form in forms.items():
+        sync()
         if GPU:
-            torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated() if GPU else 0
         out = form(*inputs)
@@ -138,7 +127,7 @@ def main() -> None:
             rows += pair
             for row in pair:
                 ratio = pair[0]["ms"] / row["ms"]
-                cost = f"{row['ms']:8.3f} ms  {ratio:5.2f}x  error {row['error']:.1e}  {row['extra_mib']} MiB"
+                cost = f"{row['ms']:8.3f} ms  {ratio:5.2f}x  {row['read_gb_s']:6.0f} GB/s  error {row['error']:.1e}  {row['extra_mib']} MiB"
                 print(f"{what:6} {size!s:14} {row['form']:25} {cost}")
     write_result(args, "gpu-attention", {"shape": {"heads": HEADS, "groups": GROUPS, "dim": DIM}, "rows": rows})
 

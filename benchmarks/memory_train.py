@@ -198,11 +198,15 @@ def distilled(args: argparse.Namespace, asked: Asked, told: dict[str, Any]) -> i
     return head
 
 
+def steps_of(args: argparse.Namespace) -> int:
+    return 2 if args.smoke else args.steps or SIZES[args.model].steps
+
+
 def taught(args: argparse.Namespace, asked: Asked, told: dict[str, Any]) -> tinker.SamplingClient:
     """The policy after training, by its sampler. The curves of training go to `told`."""
     size, judge = SIZES[args.model], Judge(asked.base, asked.chat)
-    steps = 2 if args.smoke else args.steps or size.steps
-    warm = min(size.warm, steps - 1) if args.warm is None else min(args.warm, steps)
+    steps = steps_of(args)
+    warm = min(size.warm, steps - 1) if args.warm is None else args.warm
     first = TRAINED_ON * (1 + args.seed) * 10
 
     def tasks(start: int, batches: int, members: int) -> MemoryTasks:
@@ -358,6 +362,8 @@ def main() -> None:
         for name, model in (("reader", "smollm2"), ("listener", "small"), ("data", "smollm2")):
             if getattr(args, name) is not None and args.model != model:
                 parser.error(f"--{name} is for {model}, and --only is of {args.model}")
+        if args.warm is not None and not 0 <= args.warm <= steps_of(args):
+            parser.error(f"--warm {args.warm} must be 0 to the number of steps")
         if args.label is not None and (part != "trained" or not args.label.startswith("trained-")):
             parser.error(f"--label {args.label} must begin with trained-, and is for the part trained")
         one(args, part)

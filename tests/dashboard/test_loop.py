@@ -75,7 +75,9 @@ def test_a_correction_by_keyboard_becomes_a_version_that_is_promoted_and_rolled_
     events = users.http.get("/v1/deployments/keyboard/history").json()["data"]
     assert [(event["kind"], event["reason"]) for event in events[:2]] == [("rolled_back", ""), ("promoted", "reads well")]
     assert users.ask("who is it?")[2] is not None
-    until_says(page.locator("#history li").first, "rolled back")  # a part of its own, which is fetched beside that of the champion
+    newest = page.locator("#history li").first
+    until_says(newest, "rolled back")  # a part of its own, which is fetched beside that of the champion
+    assert newest.inner_text().startswith("rolled back")
 
 
 def test_what_somebody_else_changed_meanwhile_is_refused_and_pause_has_two_ways(dashboard: LiveServer, page: Any) -> None:
