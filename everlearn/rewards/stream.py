@@ -5,8 +5,9 @@ belongs to one tenant. `add` takes one label in milliseconds; `fit` makes the sa
 label that was deleted is not in them, and was never there. It knows nothing of where labels are kept: whoever keeps them calls `fit` when
 `due`, and after each deletion.
 
-Every label is predicted before it is learned from; these predictions are the calibration that is published. A model isn't a reward before
-it has earned that (`earned`), and answers of which it is too unsure belong before a person (`Scores.review_N`).
+Every label is predicted before it is learned from; these predictions are the calibration that is published. Held-out labels are never
+learned from, so each version predicts all of them itself. A model isn't a reward before it has earned that (`earned`), and answers of which
+it is too unsure belong before a person (`Scores.review_N`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 import numpy as np
+from msgspec.structs import replace
 
 from everlearn.errors import InvalidRequest
 from everlearn.rewards import links, posterior, whitening
@@ -48,7 +50,7 @@ class StreamSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class Prediction(msgspec.Struct, frozen=True, array_like=True):
-    """What was said of a label before it was seen. `chance` and `event` are of the label being a good one."""
+    """What was said of a label that wasn't learned from yet. `chance` and `event` are of the label being a good one."""
 
     chance: float
     event: bool
@@ -103,7 +105,7 @@ class RewardModel:
 
         A pure function of its arguments: bit for bit the same for the same, on one machine. Plays the stream again label by label, with
         batch fits where the number of labels doubled, so that every prediction is of a model that had seen only earlier labels; ends
-        with a batch fit on all. Raises InvalidRequest for labels that don't fit.
+        with a batch fit on all, which predicts the held-out labels anew. Raises InvalidRequest for labels that don't fit.
         """
         for label in labels:
             check(label, settings.size)
@@ -118,6 +120,7 @@ class RewardModel:
                 next_fit *= 2
         if seen * 2 != next_fit or seen < FIRST_FIT:
             model.state = _fitted(learned, settings, background_ND, model.state)
+        model._predict_held_out(labels)
         model.since_fit = 0
         return model
 
@@ -139,6 +142,12 @@ class RewardModel:
             posterior.learn(self.state, label)
             self.weight += label.weight
         return made
+
+    def _predict_held_out(self, labels: Sequence[Label]) -> None:
+        """Its own predictions of `labels` that are held out in place of those by the younger models that it was."""
+        for place, label in enumerate(labels):
+            if label.held_out:
+                self.predictions[place] = replace(self.predict(label), shifted=self.predictions[place].shifted)
 
     def predict(self, label: Label) -> Prediction:
         row_R, link = posterior.row(label, self.state.whitening), self.state.link(label)

@@ -56,6 +56,13 @@ class Product:
                 found.append(str(self.post("/v1/feedback", body)["id"]))
         return found
 
+    def taught(self) -> dict[str, Any]:
+        """A version that learned enough thumbs to be a reward, and stays one with those that still come."""
+        self.thumbs(48)
+        found = self.newest(lambda one: one["labels"] >= 64)
+        assert found["earned"], found["why"]
+        return found
+
     def labels(self) -> list[str]:
         """The ids of what the model learns from, as the store has it."""
         db = open_database(f"sqlite:///{self.server.home / 'everlearn.db'}")
@@ -85,10 +92,8 @@ class Product:
 
 def test_it_learns_from_each_label_and_says_what_it_is_worth(server: LiveServer) -> None:
     product = Product(server, "learns", reward={"asked": 1.0})
-    product.thumbs(24, n=8)
-    found = product.newest(lambda one: one["labels"] >= 50)
+    found = product.taught()
     before = found["report"]["prequential"]
-    assert found["earned"], found["why"]
     assert before["auc"] > 0.7 and before["ece"] < 0.3 and before["brier"] < 0.25, "which question was asked is easily told"
     assert found["report"]["held_out"]["num"] > 0 and sum(count for *_, count in found["report"]["reliability"]) == found["labels"]
     numbers = [one["number"] for one in product.get("/v1/reward-models", deployment="learns")["data"]]

@@ -140,8 +140,7 @@ def test_a_reward_model_that_has_earned_it_makes_a_version(server: LiveServer, h
     pull = {"group": 4, "batch": 2, "steps": 3, "answer_tokens": 6}
     update = {"method": "grpo", "start": "champion", "rank": 8, "learning_rate": 1e-3, "rehearsed": 2, "batch": 2, "pull": pull}
     product = Product(server, "pulled", gate=gate, update=update)
-    product.thumbs(24, n=8)
-    product.newest(lambda one: one["earned"])
+    product.taught()
     long = filling(Tokens(Client(server.url, KEY), "tiny"), 5)  # behind it no answer of six tokens has room
     for number in range(6):
         product.post("/v1/feedback", {"record_id": product.ask(long, f"pulled-long-{number}"), "kind": "boolean", "value": True})
@@ -165,8 +164,7 @@ def test_a_value_head_moves_on_with_every_episode(server: LiveServer) -> None:
     moves = {"steps": 2, "gate_every": 40, "staleness": 80, "quiet": 0.0}
     gate = {"owner": "maria", "promote": "automatic"}
     product = Product(server, "expects", update=update, gate=gate, triggers={"continuous": True}, continuous=moves)
-    product.thumbs(24, n=8)
-    product.newest(lambda one: one["earned"])
+    product.taught()
     for number in range(8):  # some of them are in episodes that are learned from
         record = product.ask("who is it?", f"expects-corrected-{number}")
         product.post("/v1/feedback", {"record_id": record, "kind": "demonstration", "text": "in france"})

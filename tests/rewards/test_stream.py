@@ -114,6 +114,19 @@ def test_held_out_labels_are_judged_by_and_never_learned_from():
     assert not np.array_equal(RewardModel.fit("ana", labels, SETTINGS, background).state.mean_R, alone.state.mean_R)
 
 
+def test_a_version_predicts_all_held_out_labels_itself():
+    people = People(4)
+    early, labels = people.labels(60, prefix="early", held_out=True), people.labels(200)
+    first, grown = RewardModel.fit("ana", early, SETTINGS), RewardModel.fit("ana", early + labels, SETTINGS)
+    assert first.report().held_out.auc == 0.5, "it knew nothing when they came"
+    late = RewardModel.fit("ana", labels + early, SETTINGS)
+    assert grown.report().held_out == late.report().held_out, "when they came doesn't matter"
+    found = grown.score(np.array([label.features for label in early])).chance_N
+    assert grown.report().held_out.auc == auc(found, np.array([float(label.value) for label in early])) > 0.75
+    assert grown.report().prequential == RewardModel.fit("ana", labels, SETTINGS).report().prequential
+    assert [made.shifted for made in grown.predictions] == [False] * 260 and grown.earned()[0]
+
+
 def test_the_noise_of_thumbs_is_found_or_given():
     people = People(5, size=4)
     settings = StreamSettings(size=4, heads=2)
