@@ -86,7 +86,7 @@ async def score(request: Request, model_id: str) -> dict[str, Any]:
     found = await svc.read(lambda conn: find(conn, caller.tenant, model_id))
     if (form.input is None) == (form.records is None):
         raise InvalidRequest("give one of input and records", param="input")
-    model = await model_of(svc, found, living=model_id == found.deployment)
+    version, model = await model_of(svc, found, living=model_id == found.deployment)
     earned, why = model.earned()
     if form.as_reward and not earned:
         raise Conflict(f"the reward model of {found.deployment} isn't a reward yet: {why}; collect more labels", code=UNEARNED)
@@ -97,7 +97,7 @@ async def score(request: Request, model_id: str) -> dict[str, Any]:
         scores = await asyncio.to_thread(model.score, features_ND.astype("float64"))
     columns = {name.removesuffix("_N"): values.tolist() for name, values in msgspec.structs.asdict(scores).items()}
     data = [{"object": "score", "index": place, **{name: values[place] for name, values in columns.items()}} for place in range(len(ids_N))]
-    return {"object": "list", "data": data, "reward_model": found.model_id, "earned": earned, "why": why}
+    return {"object": "list", "data": data, "reward_model": version, "earned": earned, "why": why}
 
 
 def find(conn: Connection, owner: str, model_id: str) -> RewardVersion:
@@ -112,11 +112,13 @@ def find(conn: Connection, owner: str, model_id: str) -> RewardVersion:
     return newest if newest is not None else reward_models.get(conn, owner, model_id)
 
 
-async def model_of(svc: Services, found: RewardVersion, living: bool) -> RewardModel:
+async def model_of(svc: Services, found: RewardVersion, living: bool) -> tuple[str, RewardModel]:
+    """A version's id and the version; of the `living` one's deployment the newest, which may have come since `found` was read."""
     if living:
-        return (await svc.rewarding.model(found.tenant, found.deployment)).model
+        live = await svc.rewarding.model(found.tenant, found.deployment)
+        return live.model_id, live.model
     packed = await svc.read(lambda conn: reward_models.weights(conn, found.tenant, found.model_id))
-    return await asyncio.to_thread(unpack, *packed, found.tenant, found.model_id)
+    return found.model_id, await asyncio.to_thread(unpack, *packed, found.tenant, found.model_id)
 
 
 async def tokens_of(svc: Services, caller: auth.Caller, found: RewardVersion, form: ScoreForm) -> list[list[int]]:
