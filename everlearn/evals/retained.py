@@ -19,6 +19,7 @@ from everlearn.errors import Conflict, InvalidRequest
 
 RESAMPLES = 4000
 CONFIDENCE = 0.95
+ROUNDING = 1e-4  # of a perplexity: what float32 leaves of the same weights where other requests share the batch
 FEWEST = 5  # units; of fewer the resamples are always the same few
 Kind = Literal["share", "perplexity"]
 
@@ -74,7 +75,10 @@ class Change(msgspec.Struct, frozen=True):
 
     @property
     def verdict(self) -> Literal["fell", "rose", "held"]:
-        """Worse or better by more than half the interval's width, or neither."""
+        """Worse or better by more than half the interval's width, or neither. A perplexity that moved by less than `ROUNDING` of itself
+        held: the same weights give so much another one in other company."""
+        if self.kind == "perplexity" and abs(self.change) <= ROUNDING * self.before:
+            return "held"
         better = -self.change if self.kind == "perplexity" else self.change
         return "fell" if better < -self.half_width else "rose" if better > self.half_width else "held"
 

@@ -41,6 +41,15 @@ def test_nothing_changes_between_a_model_and_itself():
     assert (change.change, change.low, change.high, change.verdict) == (0.0, 0.0, 0.0, "held") and fallen([change]) == []
 
 
+def test_rounding_is_no_change():
+    before = results("a", [4.1, 4.2, 4.3, 4.4, 4.5, 4.6], "perplexity")
+
+    def worse(nats: float) -> Change:
+        return only(before, results("b", [unit.value + nats for unit in before.metrics[0].units], "perplexity"))
+
+    assert [worse(nats).verdict for nats in (1e-7, 5e-5, 2e-4, 1e-2, -1e-2)] == ["held", "held", "fell", "fell", "rose"]
+
+
 def test_a_clear_fall_is_told_from_one_unlucky_unit():
     before = [1.0] * 30 + [0.0] * 10
     unlucky, worse = [0.0, *before[1:]], [0.0] * 15 + before[15:]
