@@ -38,6 +38,15 @@ def acts(db: Database, one: Feedback) -> list[str]:
     return [change.act for change in db.read(lambda conn: feedback.history(conn, "a", one.feedback_id))]
 
 
+def test_ids_are_in_the_order_in_which_words_were_kept(db: Database, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    at = time.time()
+    ids = []
+    for moment in (at, at, at - 3600.0, at + 0.0004, at + 60.0, at + 1.0):  # one millisecond, and clocks that were set
+        monkeypatch.setattr(time, "time", lambda moment=moment: moment)
+        ids.append(add(db, made[0], kind="comment", value=None, text="again").feedback_id)
+    assert ids == sorted(set(ids)) and len(ids) == 6
+
+
 def test_every_kind_is_kept_as_it_was_said(db: Database, made: Made) -> None:
     first, second = made
     episode = "ep_" + first.record_id.removeprefix("rec_")
