@@ -21,7 +21,9 @@ for _name in [name for name in os.environ if name.startswith("EVERLEARN_") and n
     del os.environ[_name]
 
 # Hypothesis lets an example take 200 ms; on a machine that does other things too, a good one takes longer. Tests have a timeout anyway.
-settings.register_profile("everlearn", deadline=None)
+# The same examples in every run: a suite that passed passes again. `pytest --hypothesis-profile search` draws others.
+settings.register_profile("search", deadline=None)
+settings.register_profile("everlearn", deadline=None, derandomize=True)
 settings.load_profile("everlearn")
 
 

@@ -82,7 +82,7 @@ def test_tokens_a_minute_count_what_was_used(client: Callable[..., openai.OpenAI
     for _ in stream:
         break
     stream.close()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while int(ask(one, max_tokens=4).headers["x-ratelimit-remaining-tokens"]) < 9_000:
         assert time.monotonic() < deadline, "a request that was broken off keeps its share"
 
@@ -94,7 +94,7 @@ def test_requests_at_once(client: Callable[..., openai.OpenAI]) -> None:
     with pytest.raises(openai.RateLimitError, match="1 requests at once"):
         ask(one)
     stream.close()
-    deadline = time.monotonic() + 2
+    deadline = time.monotonic() + 30
     while True:
         try:
             ask(one)
@@ -124,7 +124,7 @@ def test_samples_of_tinkers_api_are_requests_at_once_too(client: Callable[..., o
         assert raw.post("/asample", **body | {"seq_id": 1, "sampling_params": {"max_tokens": 2}}).status_code == 429
     left = int(answer.headers["x-ratelimit-remaining-tokens"])
     assert left >= 20_000 - 2 * (3 + 900) - 200, "what was taken is settled by what was drawn"
-    until = time.monotonic() + 5
+    until = time.monotonic() + 30
     while raw.post("/asample", **body | {"seq_id": 1, "sampling_params": {"max_tokens": 2}}).status_code != 200:
         assert time.monotonic() < until
         time.sleep(0.05)

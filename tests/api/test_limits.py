@@ -109,7 +109,7 @@ def test_who_is_refused_has_no_byte_kept() -> None:
 
 
 def test_a_body_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "PATIENCE", 0.15)
+    monkeypatch.setattr(limits, "PATIENCE", 1.0)
     line = Line([b"x"] * 100, wait=0.02)
     limit = BodyLimit(ok, LIMIT, admit)
     asyncio.run(limit(line.scope, line.receive, line.send))

@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from fastapi.testclient import TestClient
 
 from everlearn.api.app import create_app
 from everlearn.api.housekeeping import STATUS_SECONDS, Housekeeping
 from everlearn.config import Settings
 from everlearn.store import log as request_log
-from everlearn.store import records
+from everlearn.store import records, tables
 from tests.wire.raw import Raw, batch, sample
 
 BOUNDS = {
     "result_retention_seconds": 1.0,
-    "session_retention_seconds": 1.0,
+    "session_retention_seconds": 3600.0,
     "log_max_bytes": 20_000,
     "record_max_bytes": 10_000,
 }
@@ -39,6 +40,17 @@ class Kept(Raw):
 
     def sweep(self) -> None:
         self.client.portal.call(Housekeeping(self.svc)._expire)  # type: ignore[union-attr]
+
+    def age(self, seconds: float) -> None:
+        """All sessions and samplers become so much older."""
+        rows, samplers = tables.sessions, tables.samplers
+
+        def write(conn: sa.Connection) -> None:
+            older = {name: rows.c[name] - seconds for name in ("created_at", "last_heartbeat")}
+            conn.execute(rows.update().values(older))
+            conn.execute(samplers.update().values(last_used=samplers.c.last_used - seconds))
+
+        self.svc.db.write(write).result()
 
     def payload_bytes(self) -> int:
         return int(self.svc.db.read(request_log.usage).payload_bytes)
@@ -123,7 +135,8 @@ def test_sessions_that_nothing_refers_to_go_in_time(kept: Kept) -> None:
     kept.result(kept.ok("/asample", **sample(sampler, 0))["request_id"])
     kept.sweep()
     assert kept.http.get(f"/sessions/{empty}").status_code == 200
-    time.sleep(BOUNDS["session_retention_seconds"] + 0.2)
+    kept.age(BOUNDS["session_retention_seconds"])
+    time.sleep(BOUNDS["result_retention_seconds"] + 0.2)  # a sampler stays as long as its answers
     kept.sweep()
     assert kept.http.get(f"/sessions/{empty}").status_code == 404 and kept.http.get(f"/samplers/{sampler}").status_code == 404
     reply = kept.post("/asample", **sample(sampler, 1))

@@ -77,12 +77,13 @@ def known(db: Database, tenant: str) -> list[str]:
     return [one.feedback_id for one in db.read(lambda conn: reward_models.labels(conn, tenant, "desk"))]
 
 
-def test_what_one_deployment_lacks_or_takes_long_for_stops_no_other(db: Database) -> None:
+def test_what_one_deployment_lacks_or_takes_long_for_stops_no_other(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     for tenant in "abc":
         opened(db, tenant)
     for number in range(8):
         say(db, "a", number, number % 2)
         say(db, "b", 100 + number, number % 2)
+    monkeypatch.setattr(rewarding, "RETRY_SECONDS", 600.0)
     keeper = Watched(Services(db))  # type: ignore[arg-type]
     keeper.broken = ["a"]
 

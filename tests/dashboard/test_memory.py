@@ -36,6 +36,7 @@ def test_the_page_shows_pins_corrects_and_forgets(dashboard: LiveServer, page: A
     page.keyboard.press("g")
     page.keyboard.press("m")
     page.get_by_role("link", name="page", exact=True).click()
+    page.wait_for_load_state()  # with its scripts
     expect(page.get_by_role("heading", name="Memory page")).to_be_visible()
     told = json.loads(dashboard.get("/dashboard/memory/page.json")[1])["memory"]
     chunks = page.locator(".chunk")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -21,19 +22,22 @@ def thumbs(users: Users, first: int, num: int) -> None:
 
 
 def test_a_reward_model_learns_while_one_watches_and_asks_when_it_is_unsure(dashboard: LiveServer, page: Any) -> None:
-    users = Users(dashboard, "liked", {"owner": "maria"}, reward={"asked": 1.0, "review_sd": 0.001})
+    users = Users(dashboard, "liked", {"owner": "maria"}, reward={"asked": 1.0, "review_sd": 0.001, "refit_every": 1})
     page.goto("/dashboard/reward-model/liked")
     assert "There is no version yet" in page.locator("#reward-model").inner_text()
     thumbs(users, 0, 16)
     until_says(page.locator("#versions"), "Published")
     until_says(page.locator("#reward-model .card").nth(1), "now there are 64")
-    newest = users.http.get("/v1/reward-models/liked").json()
+    deadline = time.monotonic() + 60
+    while (newest := users.http.get("/v1/reward-models/liked").json())["labels"] + newest["report"]["held_out"]["num"] < 64:
+        assert time.monotonic() < deadline, "a version of all labels comes"
+        time.sleep(0.1)
     page.reload()
     twin = users.http.get("/dashboard/reward-model/liked.json").json()
-    assert twin["chosen"]["id"] == twin["versions"][0]["id"] and twin["chosen"]["number"] >= newest["number"]
+    assert twin["chosen"]["id"] == twin["versions"][0]["id"] and twin["chosen"]["number"] == newest["number"]
     report = twin["chosen"]["report"]
     assert report["reliability"]
-    until(page.locator("#reliability circle"), count=len(report["reliability"]))  # a version may have come since the page was loaded
+    until(page.locator("#reliability circle"), count=len(report["reliability"]))
     figures = page.locator("#figures tbody tr").first.locator("td")
     until(figures.nth(1), str(report["prequential"]["num"]))
     until(figures.nth(7), f"{report['prequential']['ece']:.2g}")

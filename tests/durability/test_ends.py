@@ -16,7 +16,7 @@ import tinker
 from tinker import types
 
 from tests.durability.workload import datum
-from tests.live import KEY, LiveServer
+from tests.live import AT_ONCE, KEY, LiveServer
 
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"), pytest.mark.timeout(400)]
 
@@ -72,7 +72,7 @@ def test_sigterm_finishes_what_was_accepted(new_server, client_of) -> None:
     until(lambda: in_flight(server) >= 3, 60)
     engine = server.engine_pid()
     server.process.send_signal(signal.SIGTERM)
-    until(lambda: readiness(server) == (503, "the server is shutting down"), 2)
+    until(lambda: readiness(server) == (503, "the server is shutting down"), AT_ONCE)
     assert [future.result(timeout=120).metrics["loss:sum"] > 0 for future in futures] == [True, True]
     assert update.result(timeout=120).metrics["optimizer_step:max"] == 1
     assert server.process.wait(60) == 0
@@ -86,7 +86,7 @@ def test_an_engine_ends_with_its_server(new_server, client_of) -> None:
     busy.start()
     engine = server.engine_pid()
     server.kill()
-    assert until(lambda: gone(engine), 2) < 2
+    assert until(lambda: gone(engine), AT_ONCE) < AT_ONCE
     server.restart()  # so that the client, which tries again and again, comes to its end
     busy.join(120)
     assert not busy.is_alive()
@@ -103,7 +103,7 @@ def test_a_client_is_told_why_it_waits(new_server, client_of) -> None:
     client.forward_backward(BIG[:2], "cross_entropy").result(timeout=60)
     first = server.engine_pid()
     os.kill(first, signal.SIGKILL)
-    assert until(lambda: readiness(server)[0] == 503, 2) < 2
+    assert until(lambda: readiness(server)[0] == 503, AT_ONCE) < AT_ONCE
     assert f"pid {first}" in readiness(server)[1] and "SIGKILL" in readiness(server)[1]
     second: list[int] = []
     until(lambda: _engine(server, second), 30)

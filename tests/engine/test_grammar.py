@@ -208,7 +208,7 @@ def test_a_grammar_that_was_late_on_a_busy_machine_is_tried_again(base: BaseMode
 
 def test_a_grammar_that_takes_too_long_by_itself_is_found_out_on_a_busy_machine_too(base: BaseModel) -> None:
     grammars = Grammars(base, seconds=10.0, kept=100)
-    needed = compiled(grammars, slow(100)).seconds
+    needed = min(compiled(grammars, slow(number)).seconds for number in (98, 99, 100))
     grammars.seconds, grammar = 0.4 * needed, slow(101)  # far from what it needs on any other run
     with starved(grammars, grammar) as first:  # or it is found out before it starves
         assert isinstance(first.error, Unavailable) or "engine.grammar_seconds" in str(first.error)

@@ -88,7 +88,7 @@ def test_a_deadline_ends_a_request_with_what_it_has(base: BaseModel) -> None:
     sampler = make_sampler(base)
     prompt = prompts(3, [12])[0]
     whole = tokens_of(one(sampler, request("whole", prompt, max_tokens=200)))
-    sampler.add(request("late", prompt, max_tokens=1000, num_samples=2, stream=True, deadline=0.4))
+    sampler.add(request("late", prompt, max_tokens=1000, num_samples=2, stream=True, deadline=1.0))
     sampler.add(request("free", prompt, max_tokens=200, deadline=1000.0))
     answers = run(sampler)
     late = answers["late"]

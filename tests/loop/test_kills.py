@@ -20,7 +20,7 @@ import pytest
 
 from everlearn.store import reward_models
 from everlearn.store.db import open_database
-from tests.live import KEY, LiveServer, start_server
+from tests.live import KEY, READY_SECONDS, LiveServer, start_server
 from tests.loop import test_continuous
 from tests.loop.test_cycle import DESCRIPTION, TRUTHS
 
@@ -54,7 +54,8 @@ def killed(tiny_model: Path, tmp_path: Path) -> Iterator[LiveServer]:
 def insist(server: LiveServer, method: str, path: str, episode: str = "", **more: Any) -> Any:
     """A request by a client that sends it again until it is answered."""
     headers = {"X-API-Key": KEY, **({"x-everlearn-episode": episode} if episode else {})}
-    for _ in range(200):
+    until = time.monotonic() + READY_SECONDS
+    while time.monotonic() < until:
         try:
             answer = httpx.request(method, server.url + path, headers=headers, timeout=60, **more)
             if answer.status_code < 500:

@@ -70,7 +70,7 @@ def test_a_named_checkpoint_is_kept_until_the_name_lets_go(db: Database, tmp_pat
     run = new_run(db)
     folder = tmp_path / "checkpoints" / "r" / "weights" / "one@1"
     write_folder(folder, {"adapter.safetensors": b"weights"}, {})
-    path = save(db, run, 1, "one", str(folder), ttl_seconds=0.2)
+    path = save(db, run, 1, "one", str(folder), ttl_seconds=5.0)
     give(db, "support", path)
     garbage.collect(db, time.time() + 10)
     assert db.read(lambda conn: checkpoints.get(conn, "a", path)).expires_at is None

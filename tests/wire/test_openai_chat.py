@@ -181,7 +181,7 @@ def test_both_names_of_max_tokens(client) -> None:
 
 def test_a_deadline_ends_the_answer_with_what_there_is(client) -> None:
     answer = client.chat.completions.create(
-        model="tiny", messages=HI, max_tokens=900, seed=3, extra_body={"deadline": 0.3, "ignore_eos": True}
+        model="tiny", messages=HI, max_tokens=900, seed=3, extra_body={"deadline": 0.8, "ignore_eos": True}
     )
     assert 0 < answer.usage.completion_tokens < 900
     assert answer.choices[0].finish_reason == "length" and answer.model_extra["everlearn"]["finish"] == "deadline"

@@ -146,7 +146,7 @@ def greedy(sampler: Any, tokens: list[int]) -> list[int]:
 def test_named_versions_stay_while_an_inflight_sampler_follows(server: LiveServer, http: httpx.Client, trainers: Any) -> None:
     """One run is trained on three times while an answer is drawn: the answer keeps its version, the sampler has each step's weights."""
     trainer, prompt = trainers["support"], [40, 41, 42, 43]
-    body = {"model": "crowd-support@2", "prompt": prompt, "max_tokens": 600, "seed": 3, "ignore_eos": True}
+    body = {"model": "crowd-support@2", "prompt": prompt, "max_tokens": 1000, "seed": 3, "ignore_eos": True}
     short = {**body, "max_tokens": 24, "temperature": 0}
 
     def tokens_of(model: str) -> list[int]:

