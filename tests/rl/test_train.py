@@ -56,11 +56,12 @@ def undisturbed(service: tinker.ServiceClient, tmp_path_factory: pytest.TempPath
 
 
 def test_it_learns(service: tinker.ServiceClient, tmp_path: Path):
-    """The first token's id shall be small. From about a half, chance, to nearly one; other seeds go the same way."""
-    settings = Settings("tiny", steps=10, rank=8, learning_rate=3e-2, max_tokens=1, seed=5)
+    """The first token's id shall be small. From about a half, chance, to nearly one; other seeds go the same way. (With three times this
+    learning rate it is there in half the steps, and one run in twenty falls off again: rounding decides which.)"""
+    settings = Settings("tiny", steps=12, rank=8, learning_rate=1e-2, max_tokens=1, seed=5)
     rows = train(service, settings, Starts(30, 2, 32), tmp_path, held_out=Starts(30, 2, 1))
-    assert rows[0]["reward/total"] < 0.6 and rows[9]["reward/total"] > 0.8
-    assert rows[10]["held_out/reward/total"] > 0.8 and rows[9]["entropy"] < rows[0]["entropy"]
+    assert rows[0]["reward/total"] < 0.6 and rows[11]["reward/total"] > 0.8
+    assert rows[12]["held_out/reward/total"] > 0.8 and rows[11]["entropy"] < rows[0]["entropy"]
 
 
 def test_every_step_is_measured(undisturbed: Path):
