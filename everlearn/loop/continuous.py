@@ -197,7 +197,7 @@ class Mover:
     def _finished(self, moving: Moving, quiet: float) -> list[dict[str, Any]]:
         """The feedback behind the note, of finished episodes, in order, each with the `split` of its episode ("": that is gone)."""
         api, taken, splits = self.runner.api, [], {}
-        rows = [one for one in pages(api, "/v1/feedback", moving.since, counts=True) if one["id"] > moving.behind]
+        rows = pages(api, "/v1/feedback", behind=moving.behind, counts=True)  # by ids: clocks may be set back
         for one in rows[:AT_ONCE]:
             episode = one["target"]["episode_id"]
             if episode not in splits:

@@ -65,7 +65,7 @@ class Traffic:
         self.known = {} if known is None else known
         arms = {now.champion: False, now.candidate: True}
         end = until if ended else math.inf
-        bounds = {"until": math.floor(end) + 1} if ended else {}  # rows show whole seconds
+        bounds: dict[str, Any] = {"until": math.floor(end) + 1} if ended else {}  # rows show whole seconds
         found = pages(api, "/v1/records", since, model=now.name, **bounds) if listed is None else listed
         records = [row for row in found if row["model"] in arms and row["created_at"] <= end]
         self.shadows: Episode = [row for row in records if row["route"] == SHADOW]

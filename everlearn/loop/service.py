@@ -66,13 +66,14 @@ def path_of(api: Api, version: str) -> str | None:
     return None if number == "0" else str(api.get(f"/v1/adapters/{quote(name, safe='')}@{number}")["path"])
 
 
-def pages(api: Api, path: str, since: float = 0.0, **params: Any) -> list[dict[str, Any]]:
-    """All rows of a listing that goes from the newest to the oldest, back to those made at `since`; the oldest first."""
+def pages(api: Api, path: str, since: float = 0.0, behind: str = "", **params: Any) -> list[dict[str, Any]]:
+    """All rows of a listing that goes from the newest to the oldest, back to those made at `since`, or to the first behind the id `behind`;
+    the oldest first."""
     rows: list[dict[str, Any]] = []
     after: str | None = None
     while True:
         page = api.get(path, limit=500, after=after, **params)
-        fresh = [row for row in page["data"] if row["created_at"] >= int(since)]
+        fresh = [row for row in page["data"] if row["created_at"] >= int(since) and (not behind or row["id"] > behind)]
         rows += fresh
         if not page["has_more"] or len(fresh) < len(page["data"]):
             return rows[::-1]
