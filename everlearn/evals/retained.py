@@ -2,7 +2,8 @@
 
 A unit is one prompt, one question, one piece of text. Both models meet the same units, so the comparison is paired: what is drawn again
 and again (bootstrap, Efron 1979) are units, each with both its results, and the interval is that of the change. A metric **fell** if it
-got worse by more than half its interval's width. Pure: values in, values out; `asking.py` makes the results.
+got worse by more than half its interval's width, and a perplexity also by more than rounding makes it. Pure: values in, values out;
+`asking.py` makes the results.
 
 Axes: U units, R resamples.
 """
@@ -77,7 +78,7 @@ class Change(msgspec.Struct, frozen=True):
     def verdict(self) -> Literal["fell", "rose", "held"]:
         """Worse or better by more than half the interval's width, or neither. A perplexity that moved by less than `ROUNDING` of itself
         held: the same weights give so much another one in other company."""
-        if self.kind == "perplexity" and abs(self.change) <= ROUNDING * self.before:
+        if self.kind == "perplexity" and abs(self.change) < ROUNDING * self.before:
             return "held"
         better = -self.change if self.kind == "perplexity" else self.change
         return "fell" if better < -self.half_width else "rose" if better > self.half_width else "held"
