@@ -243,9 +243,9 @@ def test_adding_does_not_hold_up_the_event_loop(db: Database, new_recorder: Call
         async def answers() -> None:
             for number in range(400):
                 one = record(number, prompt=records.int32(range(500)), tokens=100)
-                began = time.thread_time()
+                began = time.perf_counter()
                 made.add(one)
-                adds.append(time.thread_time() - began)
+                adds.append(time.perf_counter() - began)
                 await asyncio.sleep(0.005)
 
         task = asyncio.create_task(answers())
@@ -254,7 +254,7 @@ def test_adding_does_not_hold_up_the_event_loop(db: Database, new_recorder: Call
         await asyncio.to_thread(made.close)
         slow = [1e3 * statistics.quantiles(values, n=100)[98] for values in (adds, quiet, busy)]
         # Bounds for a loaded machine; benchmarks/records.py prints the figures.
-        assert statistics.median(adds) < 0.0005, slow
+        assert statistics.quantiles(adds, n=10)[0] < 0.0005, slow  # a busy machine spares some; what waits for a disk waits each time
         assert statistics.median(busy) < statistics.median(quiet) + 0.002, slow
 
     asyncio.run(run())

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from everlearn.api import rewarding
+from everlearn.api.reward_models import find, model_of
 from everlearn.api.rewarding import Rewarding
 from everlearn.config import Settings
 from everlearn.errors import Unavailable
@@ -131,6 +132,7 @@ def test_the_living_model_knows_nothing_that_was_deleted_and_hears_no_word_twice
     for number in range(8):
         say(db, "a", number, number % 2)
     keeper = Watched(Services(db))  # type: ignore[arg-type]
+    keeper.svc.rewarding = keeper
     probe_ND = np.array([[3.0, 1.0, 2.0, 1.0]])
 
     async def go() -> None:
@@ -151,6 +153,12 @@ def test_the_living_model_knows_nothing_that_was_deleted_and_hears_no_word_twice
         do(db, lambda conn: feedback.edit(conn, "a", first, value=1.0))
         stream, done = await keeper._advance(db.read(lambda conn: deployments.get(conn, "a", "desk")))
         assert done and stream.forgets and len((await keeper.model("a", "desk")).model.predictions) == num
+        found = db.read(lambda conn: find(conn, "a", "desk"))
+        await keeper._look()
+        await asyncio.gather(*keeper._fits.values())
+        newer = (await keeper.model("a", "desk")).model_id
+        assert newer != found.model_id and (await model_of(keeper.svc, found, living=True))[0] == newer, "a score names what scored"
+        assert (await model_of(keeper.svc, found, living=False))[0] == found.model_id
         await keeper.stop()
 
     asyncio.run(go())

@@ -101,6 +101,7 @@ def test_what_an_episode_hears_when_the_share_has_grown_isn_t_booked_on_who_bega
     first: dict[str, str] = {}
     while len(first) < 16 or len(set(first.values())) < 2:  # a deployment's share falls on other episodes each time one is made
         first[f"g{len(first)}"] = says(f"g{len(first)}", True)
+        assert len(first) < 100
     advance(http, deployed, "canary", share=1.0)
     assert {says(episode, False) for episode in first} == {f"{deployed}@2"}
     api = Client(server.url, KEY)

@@ -187,6 +187,6 @@ def test_three_times_too_much_work_is_answered_or_refused_and_never_hangs(new_se
     rate = asyncio.run(capacity(server, 8, 3.0))
     ends = asyncio.run(offer(server, 3 * rate, 5.0))
     assert set(ends) == {"200", "429"}, ends
-    assert ends["200"] >= 16, f"{ends}: as many as run and wait at least, {5 * rate:.0f} were possible"
+    assert ends["200"] > 32, f"{ends}: twice as many as run and wait at least, {5 * rate:.0f} were possible"
     assert sample(server, "vllm:admission_rejections_total") == ends["429"]
     until(lambda: not held(server), 30.0, lambda: held(server))
