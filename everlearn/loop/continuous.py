@@ -239,7 +239,7 @@ class Mover:
             taught = [*(one.newest for one in self.reservoir), *taught]
         fresh = self._worded(tokens, now, described, new)
         if said:
-            moving = msgspec.structs.replace(moving, behind=said[-1]["id"], since=float(said[-1]["created_at"]))
+            moving = msgspec.structs.replace(moving, behind=said[-1]["id"])
         if new:
             owed = max(moving.owed, asked.gate_every - (moving.step - moving.tried), asked.steps)
             moving = msgspec.structs.replace(moving, owed=owed)
@@ -271,7 +271,7 @@ class Mover:
             self.runner.say(reason)
             return None
         if said:
-            moving = msgspec.structs.replace(moving, behind=said[-1]["id"], since=float(said[-1]["created_at"]))
+            moving = msgspec.structs.replace(moving, behind=said[-1]["id"])
         passed = msgspec.structs.replace(moving, owed=0, changes=found.upto, heard=found.heard)
         return self._noted(now, passed, reason, {"passed over": [one["id"] for one in (*said, *found.again)]})
 

@@ -9,8 +9,8 @@ from everlearn.loop.service import Deployed
 
 
 class Moving(msgspec.Struct, frozen=True):
-    """Where the moving weights stand. `path`: their state, "" before the first move. `behind`, `since`: the last feedback that is in them,
-    and when it was given. `steps`: which of the versions that served had how many; `owed`: steps that what was said last is still to get.
+    """Where the moving weights stand. `path`: their state, "" before the first move. `behind`: the last feedback that is in them.
+    `steps`: which of the versions that served had how many; `owed`: steps that what was said last is still to get.
     `tried`: the step of the last candidate; `spent`, `began`: training tokens since, and when. `dataset` and `fresh`: what they learned
     from, frozen, and since; `past`: what they learned from too, which the last dataset hasn't because it counts no longer. `base`: they are
     to begin with the base model, because something was deleted. `changes`: the last change of feedback that was looked at, -1 before the
@@ -19,7 +19,6 @@ class Moving(msgspec.Struct, frozen=True):
     path: str = ""
     step: int = 0
     behind: str = ""
-    since: float = 0.0
     steps: dict[str, int] = {}
     serving: str = ""
     owed: int = 0

@@ -88,8 +88,8 @@ class Share(msgspec.Struct, frozen=True):
 def new_id(conn: Connection, now: float) -> str:
     """An id that sorts behind those of all words that were kept before, deleted ones among them, also within a millisecond and after a
     clock was set back: who reads on behind the last one misses none. (What a record implies has an id of the record's time.)"""
-    known = [conn.execute(sa.select(sa.func.max(rows.c.feedback_id))).scalar() or "" for rows in (table, changes)]
-    moment = max([int(1000 * now), *(int(one[3:14], 16) + 1 for one in known if one)])
+    last = conn.execute(sa.select(sa.func.max(changes.c.feedback_id))).scalar()  # every word has a change, deleted ones too
+    moment = max(int(1000 * now), int(last[3:14], 16) + 1 if last else 0)
     return f"fb_{moment:011x}{secrets.token_hex(10)}"
 
 

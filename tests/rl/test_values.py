@@ -156,7 +156,7 @@ def test_a_policy_learns_from_values_alone(service: tinker.ServiceClient, tmp_pa
         settings = msgspec.structs.replace(settings, steps=2)
     rows = train(service, settings, LateTasks(1, 48), tmp_path)
     for row in rows:
-        assert row["groups/trained"] == 48 and row["loss/value_loss:sum"] > 0 and "value/mean" in row and row["ratio/max"] < 20  # 9.2 here
+        assert row["groups/trained"] == 48 and row["loss/value_loss:sum"] > 0 and "value/mean" in row and row["ratio/max"] < 10
     if loss == "ppo":
         assert rows[0]["value/mean"] == 0 and rows[-1]["value/mean"] > 0.3
         assert rows[0]["reward/total"] < 0.65 and rows[-1]["reward/total"] > 0.8
